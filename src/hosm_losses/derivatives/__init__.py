@@ -1,11 +1,11 @@
 """Derivatives of a network along probes, and their gradients with respect to the parameters.
 
-- `select`: the choice of the engine, and a clean state after a failed attempt.
+- `select`: how the engine is chosen, and how a failed attempt is undone.
 - `engines`: the two engines, "taylor" and "reverse", and products of the Jacobian with vectors.
-- `kinks`: operators whose derivative jumps, the warning about them, and known facts about a
-  network.
+- `kinks`: operators whose derivative jumps, the warning about them, and what is remembered about
+  a network.
 - `backward`: backward passes, lost graphs, and remedies for known errors.
-- `checkpointing`: checkpoints inside a network.
+- `checkpointing`: activation checkpoints inside a network.
 """
 
 from hosm_losses.derivatives.backward import FOREIGN_CHECKPOINTS as FOREIGN_CHECKPOINTS

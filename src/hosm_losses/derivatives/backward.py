@@ -1,13 +1,14 @@
 r"""Backward passes through a network, and the errors raised if the graph is lost.
 
 Purpose:
-    A network may cut the graph, through .detach() or a custom autograd.Function whose backward
-    returns gradients without a graph. A second backward pass would then give wrong values, so
-    every cut immediately raises an error with a remedy.
+    A network may cut the graph, either through .detach() or through a custom autograd.Function
+    whose backward returns gradients without a graph. A second backward pass would then give wrong
+    values, so every cut immediately raises an error that names the remedy.
 
-    The graph of a derivative in x ends at the engine's own copy of x. If it ends nowhere else, for
-    example because all parameters are frozen, there is nothing to train: the engine returns
-    tensors without a graph, and PyTorch raises its usual error when such a loss is differentiated.
+    The graph of a derivative with respect to x ends at the engine's own copy of x. If the graph
+    has no other leaf, for example because all parameters are frozen, there is nothing to train.
+    The engine then returns tensors without a graph, and PyTorch raises its usual error when a loss
+    of these tensors is differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,41 +23,47 @@ from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
 
-PassBack = Callable[..., tuple[Tensor, ...]]  # maps a cotangent to a gradient for every point
+PassBack = Callable[..., tuple[Tensor, ...]]  # maps a cotangent to one gradient per point
 LOST_ONCE = (
     "network: expected a graph from the output to x; got none. Remove .detach(), .data and "
-    "torch.no_grad() from its forward, and pass create_graph=True to gradients taken inside."
+    "torch.no_grad() from its forward, and pass create_graph=True wherever it takes a gradient."
 )
 LOST_TWICE = (
-    "network: expected a derivative with a graph; got one without. The backward of a custom "
-    "autograd.Function is once_differentiable or detaches: write it with other operators."
+    "network: expected a derivative with a graph; got a derivative without a graph. The backward "
+    "of a custom autograd.Function is once_differentiable or detaches: write it with "
+    "differentiable operators."
 )
 COMPILED = (
-    "network: expected a network that is not compiled by itself; got a compiled part, which "
+    "network: expected a network that is not compiled on its own; got a compiled part, which "
     "cannot be differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
     "Attention in guided-diffusion and latent-diffusion calls its own checkpoint even if "
-    "use_checkpoint is False: set `checkpoint` in guided_diffusion.nn and unet, or in "
-    "ldm.modules.attention and ldm.modules.diffusionmodules.util and openaimodel, to lambda f, i, "
-    "p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+    "use_checkpoint is False: set `checkpoint` in guided_diffusion.nn and guided_diffusion.unet, "
+    "or in ldm.modules.attention, ldm.modules.diffusionmodules.util and "
+    "ldm.modules.diffusionmodules.openaimodel, to lambda f, i, p, flag: "
+    "hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
     "backward is once_differentiable or detaches, so that second derivatives through it would be "
     "silently lost. Write its backward with differentiable operators. If it is a checkpoint, "
-    f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
+    f"replace it with hosm_losses.checkpoint. {FOREIGN_CHECKPOINTS}"
 )
 CHANGED = (
-    "network: expected tensors that its forward reads to stay unchanged until the backward pass; "
-    "got an in-place change, such as that of a buffer that is read and then updated. Assign a new "
-    "tensor to it, or read its .clone(); turn off a fast scan or kernel that is a Function."
+    "network: expected the tensors that its forward reads to stay unchanged until the backward "
+    "pass; got an in-place change, for example of a buffer that is read and then updated. "
+    "Assign a new tensor to it, or read its .clone(). If the change is made by a custom "
+    "autograd.Function, such as a fast scan or kernel, turn it off."
 )
-REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own works with use_reentrant=False."
+REENTRANT = (
+    f"{CHECKPOINT_ADVICE} In a likelihood, torch's checkpoint works with use_reentrant=False."
+)
 SCRIPTED_FUNCTION = (
-    "network: expected plain Python functions; got one of torch.jit, in which PyTorch 2.6 to 2.13 "
-    "silently get higher derivatives of norms wrong. Use the function it was compiled from "
-    "(PYTORCH_JIT=0 does so for all) or, if it has no norm, engine='reverse'."
+    "network: expected plain Python functions; got a torch.jit function, inside which PyTorch 2.6 "
+    "to 2.13 silently get higher derivatives of norms wrong. Use the function that it was "
+    "compiled from (PYTORCH_JIT=0 does so for all functions) or, if it contains no norm, "
+    "engine='reverse'."
 )
 EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
 REMEDIES = {
@@ -68,7 +75,7 @@ REMEDIES = {
 
 
 class DroppedGraphError(DerivativeError):
-    """A custom autograd.Function whose backward drops the graph, in either engine."""
+    """Raised by either engine if the backward of a custom autograd.Function drops the graph."""
 
 
 def explain(error: Exception) -> None:
@@ -87,11 +94,11 @@ def refuse_scripted(engine: str, error: Exception) -> None:
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make the backward pass from `value` raise if a Function drops its graph, if `wanted`.
+    """If `wanted`, make the backward pass from `value` raise when a Function drops its graph.
 
-    Such a node receives a gradient that requires a gradient and returns none that does. Nodes
-    behind `point` are not checked. Returns whether there is a custom Function, as hooks do not see
-    what it does under vmap.
+    The node of such a Function receives a gradient that requires grad, but returns only gradients
+    that do not require it. Nodes behind `point` are not checked. Returns whether the graph
+    contains a custom Function, because hooks cannot see what a Function does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -116,7 +123,7 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Whether a value, computed at an engine's copy `point` of x, depends on another leaf."""
+    """Whether a value computed at `point`, the engine's copy of x, depends on another leaf."""
     if point is x:
         return True
     point_node = internals.gradient_node(point)
@@ -133,7 +140,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return a point to differentiate at: x if a gradient in x may be needed, otherwise a copy."""
+    """Return a point to differentiate at: x if its gradient may be needed, otherwise a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -144,11 +151,12 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Return the value and the rest of a function's result (value, more), and its backward.
+    """Call a function that returns (value, more); return both and the value's backward pass.
 
-    The backward pass maps a cotangent like the value to a gradient for every point, with or
-    without a `graph`. If the value does not depend on a point, the gradient there is zero or, with
-    `lost`, an error with that text. Under torch.compile and torch.func, it is `torch.func.vjp`.
+    The backward pass maps a cotangent in the shape of the value to one gradient per point, with or
+    without a `graph`. If the value does not depend on a point, the gradient there is zero. If `lost`
+    is set and this happens at the last point, an error with that text is raised instead. Under torch.compile and torch.func, the
+    backward pass comes from `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -166,7 +174,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """Return the backward pass of `vjp` for a value computed before, in eager mode."""
+    """Return the backward pass of `vjp` for a value that was computed earlier, in eager mode."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -192,13 +200,13 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return a backward pass's gradients at its single point for K cotangents, (K, B, *).
+    """Return the gradients (K, B, *) of a backward pass to a single point, for K cotangents.
 
-    It uses vmap, and K calls in turn if vmap fails, as it may in the backward of a custom
+    It uses vmap, or K calls in turn if vmap fails, which may happen in the backward of a custom
     autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
-    # A checkpoint around the loss recomputes it here, and could not draw again under vmap.
+    # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
             return back(cotangents, batched=True)[0]
@@ -210,7 +218,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a scalar in some tensors, zero for those it does not depend on."""
+    """Return the gradients of a scalar; they are zero for inputs that it does not depend on."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

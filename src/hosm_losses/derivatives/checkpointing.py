@@ -10,31 +10,31 @@ from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import pytree, versions
 from hosm_losses.taylor import CHANGED_ARGUMENT, Jet, recomputable
 
-# Arguments of torch's checkpoint itself.
+# Arguments that are passed on to torch's checkpoint.
 ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing for use inside a network that is trained with order two or three.
 
-    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
+    This is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
     engines: the recomputation uses the safe primitives if the first computation did. With torch's
     own checkpoint, a network that needs a primitive raises an error in the reverse engine.
 
     Args:
         function: a part of the network.
         args: its arguments.
-        kwargs: its keyword arguments, and `preserve_rng_state`, `determinism_check`, `debug` and
-            `early_stop` of torch's checkpoint; `use_reentrant=False` is accepted and has no
-            effect.
+        kwargs: its keyword arguments. In addition, `preserve_rng_state`, `determinism_check`,
+            `debug` and `early_stop` are passed on to torch's checkpoint, and
+            `use_reentrant=False` is accepted without effect.
 
     Returns:
         The result of `function`.
 
     Raises:
         ValueError: if use_reentrant is True, or if a context_fn is given.
-        DerivativeError: if `function` changes an argument in place, as the recomputation would
-            start from the changed argument.
+        DerivativeError: if `function` changes an argument in place, because the recomputation
+            would start from the changed argument.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if kwargs.pop("use_reentrant", False) or "context_fn" in kwargs:
         raise ValueError(
             "checkpoint: expected neither use_reentrant=True, which cannot be differentiated "
-            "twice, nor a context_fn, which the safe primitives occupy. Leave them out."
+            "twice, nor a context_fn, which is reserved for the safe primitives. Leave them out."
         )
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
     flat, form = pytree.tree_flatten((args, kwargs))
@@ -57,12 +57,12 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if versions(tensors) != before:
             raise DerivativeError(CHANGED_ARGUMENT)
         return result
-    # Not the Jets: they are plain tensors again when the backward pass calls the function.
+    # `like` keeps no Jet: Jets are plain tensors again when the backward pass calls `function`.
     like = partial(Jet.make, firsts=flat[jets[0]].firsts, pairs=flat[jets[0]].pairs)
     shape: list[Any] = []
 
-    # A Jet is passed as its stack, so that another checkpoint, or an offload to the host, around
-    # the loss saves plain tensors.
+    # A Jet is passed as its stack, so that another checkpoint around the loss, or an offload of
+    # activations to the host, saves plain tensors.
     def on_stacks(*entries: Any) -> tuple[Any, ...]:
         inputs: list[Any] = list(entries)
         for place in jets:

@@ -1,26 +1,26 @@
 r"""The two engines: a network's value, directional derivative, third-order part and products.
 
 Formula, along w = σ v:
-    taylor    the network is called on a `Jet` of x; G is the gradient of w·D, by reverse mode.
-    reverse   g = (∂f/∂x)ᵀ c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian itself and
+    taylor    the network is called on a `Jet` of x; reverse mode gives G, the gradient of w·D.
+    reverse   g = (∂f/∂x)ᵀ c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, with the Jacobian itself,
               not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
 
-    The taylor engine can compute C = ∂²f[w, w], the Laplacian form, instead of G, without a
-    backward pass. If only the sum of G or of C over the directions is needed, it uses one backward
-    pass or carries one second derivative, and the directions share the value.
+    Instead of G, the taylor engine can compute C = ∂²f[w, w], the Laplacian form, without a
+    backward pass. If only the sum over the directions is needed, this engine uses one backward
+    pass for G or carries one second derivative for C, and all directions share the value.
 
     Products, for the value f and a fixed c = cotangent(f):
     vjp_c = (∂f/∂x)ᵀ c    by a backward pass from f, with its graph
-    jvp_c = ∂f/∂x c       as the gradient of vjp_c·c in c, in which vjp_c is linear
+    jvp_c = ∂f/∂x c       as the gradient of vjp_c·v with respect to c at v = c (vjp_c is linear)
 
-    The network is called once. Reverse mode already has vjp_c: D is also its gradient in c, and
-    all directions share f. In the taylor engine, each direction that needs G has its own copy of
-    x, and hence its own dropout mask.
+    The network is called once. Reverse mode computes vjp_c in any case, because D is the gradient
+    of vjp_c·w with respect to c; all directions share f. In the taylor engine, each direction that
+    needs G has its own copy of x, and hence its own dropout mask.
 
-Cost of a step with products and K directions, in network evaluations, where order one takes 3:
+Cost of a training step with products and K directions, in network evaluations (order one: 3):
     order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
-    order 3    7 + 9 K in reverse mode, 20 K in the taylor engine, each direction with its own f,
-               or with C in the place of G 7 + 14 K
+    order 3    7 + 9 K in reverse mode; in the taylor engine 20 K, because each direction has its
+               own f, or 7 + 14 K with C instead of G
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
@@ -54,7 +54,7 @@ Cotangent = Callable[[Tensor], Tensor]
 
 
 class Network(Protocol):
-    """A function of x (B, *) that treats samples independently, with its conditions bound."""
+    """A function of x (B, *) that treats samples independently and has its conditions bound."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value at x (B, *)."""
@@ -62,12 +62,12 @@ class Network(Protocol):
 
     @property
     def owner(self) -> object:
-        """The network, for which the choice of an engine is remembered."""
+        """The network for which the choice of an engine is remembered."""
         ...
 
     @property
     def native(self) -> "Network":
-        """The same with PyTorch's own operators, only for values and first derivatives."""
+        """This function with PyTorch's own operators, for values and first derivatives only."""
         ...
 
     def repeat(self, count: int) -> "Network":
@@ -82,8 +82,8 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) if the directions share it, (K, B, *) if each has its own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
         third: G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] if requested and supported by the engine, of
-            shape (K, B, *); possibly only their sum, (1, B, *), if that is enough; None at order
-            2.
+            shape (K, B, *). If the sum over the directions is enough, `third` may be that sum, of
+            shape (1, B, *). None at order 2.
     """
 
     value: Tensor
@@ -92,10 +92,10 @@ class Derivatives(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Derivatives at x (B, *), with products, each in the shape of the value.
+    """Derivatives at x (B, *), and Jacobian products in the shape of the network's value.
 
     Attributes:
-        derived: the derivatives from an engine.
+        derived: the derivatives computed by an engine.
         cotangent: c.
         vjp_c: (∂f/∂x)ᵀ c.
         jvp_c: ∂f/∂x c, without a graph; None if not requested.
@@ -108,7 +108,7 @@ class Products(NamedTuple):
 
 
 def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Tensor]:
-    """Return the network, x and the directions, with the K directions as one larger batch."""
+    """Return the network, x and the directions for one larger batch, with K copies of x."""
     count = len(w)
     rows = x.repeat(count, *(1,) * (x.ndim - 1))
     return (network.repeat(count) if count > 1 else network), rows, w.flatten(0, 1)
@@ -122,10 +122,13 @@ def taylor(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """Return the value and its derivatives from one call; TaylorError for unknown operators."""
+    """Return the value and its derivatives from one call.
+
+    Raises TaylorError for operators that the engine does not know.
+    """
     wanted, shape = torch.is_grad_enabled(), w.shape
     exact = order == 3 and not laplacian  # G, by a backward pass from w·D
-    copied = exact and not summed  # each direction has a copy of x
+    copied = exact and not summed  # each direction has its own copy of x
     if copied:
         network, x, w = copies(network, x, w)
         w = w.unsqueeze(0)
@@ -142,7 +145,7 @@ def taylor(
                 return (w * directional).sum(), (value, directional)
 
             number, (value, directional), back = vjp(form, x)
-        else:  # inline, as `vjp` would put two more frames around the network
+        else:  # inline, because `vjp` would put two more frames around the network
             with torch.enable_grad():
                 point = leaf(x, wanted)
                 try:
@@ -161,7 +164,7 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the value and its derivatives from two backward passes, with G and never C.
+    """Return the value and its derivatives from two backward passes; `third` is G, never C.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
@@ -197,7 +200,7 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
 def reverse_products(
     network: Network, x: Tensor, w: Tensor, order: int, cotangent: Cotangent, push: bool
 ) -> Products:
-    """Return derivatives and products in reverse mode; DerivativeError as in `reverse`."""
+    """Return derivatives and products in reverse mode; raises DerivativeError like `reverse`."""
     wanted = torch.is_grad_enabled()
     point = leaf(x, wanted)
     value, _, back = vjp(
@@ -217,7 +220,7 @@ def reverse_products(
     if order == 2:
         parts = [value.unsqueeze(0), pull_each(again, w)]
     else:
-        # One by one: G belongs to one direction, and a batch would call f for each.
+        # One direction at a time: each has its own G, and a batch would have to call f for each.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
@@ -239,7 +242,7 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, with products from backward passes from its value.
+    """Return an engine's derivatives, and products from backward passes that start at its value.
 
     If `copied`, each direction has its own copy of x and its own value.
     """
@@ -257,7 +260,7 @@ def products_beside(
     value, parts, back = vjp(derived, point, graph=wanted or push)
     wanted = wanted and may_train(value, x, point)
     c = cotangent(value.reshape(shape)).detach()
-    # Differentiating in c, in which vjp_c is linear, reveals a Function that drops the graph.
+    # vjp_c is linear in c: differentiating it in c reveals a Function that drops the graph.
     start = leaf(c.reshape(value.shape), False)
     vjp_c, _, again = vjp(lambda c: (back(c)[0], ()), start, graph=False)
     jvp_c = again(start)[0].detach().reshape(shape) if push else None
@@ -270,7 +273,7 @@ def products_beside(
 def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield (∂f/∂x)ᵀ w for chunks w (k, B, *) of directions, from one forward pass.
 
-    The results have no graph. Raises DerivativeError if the output has no graph to x.
+    The results have no graph. Raises DerivativeError if no graph leads from the output to x.
     """
     point = leaf(x, wanted=False)
     _, _, back = vjp(lambda point: (network(point), ()), point, graph=False, lost=LOST_ONCE)
@@ -281,10 +284,10 @@ def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Ite
 def quadratic_forms(
     network: Network, x: Tensor, directions: Iterable[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the value (B, *) of a network, and the forms wᵀ ∂f/∂x w, (K, B), of directions w.
+    """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
     This takes one forward pass, and one backward pass for each chunk (k, B, *) of directions.
-    Raises DerivativeError if the output has no graph to x, or if the graph of the result is
+    Raises DerivativeError if no graph leads from the output to x, or if the graph of the result is
     dropped.
     """
     wanted = torch.is_grad_enabled()
@@ -300,7 +303,7 @@ def quadratic_forms(
                 explain(error)
                 raise
         wanted = wanted and may_train(value, x, point)
-        # Behind the point lie all earlier evaluations of a path.
+        # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)
     forms = torch.cat([sum_elements(pull_each(back, w, in_turn) * w) for w in directions])

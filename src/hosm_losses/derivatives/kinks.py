@@ -1,12 +1,12 @@
-r"""Operators whose derivative jumps, the warning about them, and known facts about a network.
+r"""Operators whose derivative jumps, the warning about them, and facts known about a network.
 
 Purpose:
-    In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A term of
-    order two then has no gradient for that bias, and too small a gradient for other parameters,
-    although its mean over the data depends on them, as they determine how often the data cross a
-    kink. No derivative of the network shows this, in any engine. The first call of a network is
-    therefore watched for such operators between x and the output. Clamps are ignored, as most only
-    guard against overflow.
+    In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A
+    second-order term then has no gradient for that bias, and too small a gradient for other
+    parameters. Yet the mean of the term over the data depends on all these parameters, because
+    they determine how often the data cross a kink. No derivative of the network shows this
+    dependence, in any engine. The first call of a network is therefore watched for such operators
+    between x and the output. Clamps are ignored, because most of them only guard against overflow.
 """
 
 import weakref
@@ -29,22 +29,22 @@ _JUMPS = """
     cummin sort msort topk kthvalue median quantile special_i0e
 """
 JUMPS = frozenset(_JUMPS.split())
-# Operators whose second derivative jumps but whose first does not.
+# Operators with a continuous first derivative whose second derivative jumps.
 JUMPS_TWICE = frozenset({"celu", "softsign", "smooth_l1_loss", "huber_loss", "special_i1e"})
 WARNING = (
-    "network: {} depends on x through {}. Beyond order one, a loss or the gradient of a "
-    "likelihood then misses its dependence on the position of the jump, such as on a bias before "
-    "it: no derivative shows that. Use a smooth operator instead, such as SiLU or softplus."
+    "network: {} depends on x through {}. The gradient of a likelihood, or of a loss beyond order "
+    "one, then misses the effect of moving the jump, for example by a bias before it, because no "
+    "derivative shows that. Use a smooth operator instead, such as SiLU or softplus."
 )
 
 
 @dataclass
 class NetworkMemory:
-    """Facts about a network learned from earlier calls.
+    """Facts about a network, learned from earlier calls.
 
     Attributes:
-        refused: why an engine refuses a kind of call, by (engine, kind).
-        failed: why an engine failed once, in a call that another engine may be able to do.
+        refused: the reason why an engine refuses a kind of call, keyed by (engine, kind).
+        failed: the reason why an engine failed once, in a call that the other engine may manage.
         served: engines and kinds of calls that succeeded, with the transforms and modes around
             them.
         warned: whether the user was warned that reverse mode takes over.
@@ -62,7 +62,7 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """Why the taylor engine refused a call of this order; None if it did not refuse any."""
+    """The reason why the taylor engine refused a call of this order; None if it refused none."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
@@ -70,7 +70,7 @@ def refusal(owner: object, order: int) -> str | None:
 
 
 def memory_of(owner: object) -> NetworkMemory:
-    """The memory of a network; a new one if the network has no weak references or hash."""
+    """The NetworkMemory of a network; a new one if it cannot be hashed or weakly referenced."""
     try:
         return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
@@ -97,7 +97,7 @@ def find_jumps(
 ) -> tuple[Tensor, str | None]:
     """Return a field's value, and a phrase that names the operators whose derivatives jump.
 
-    At order two, these are first derivatives; at order three, first or second ones.
+    At order two, only first derivatives are checked; at order three, second derivatives as well.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
@@ -125,9 +125,9 @@ class _Noted(NamedTuple):
 
     name: str
     jumps: int
-    result: Callable[[], Tensor | None]  # a weak reference: who shares memory decides the engine
-    node: Any  # in the graph
-    powers: list[float]  # to which it was raised, 1 for another use
+    result: Callable[[], Tensor | None]  # a weak reference: a strong one would count as a use
+    node: Any  # the node of the result in the graph
+    powers: list[float]  # the powers to which the result was raised; 1 for any other use
 
 
 class _Watch(TorchFunctionMode):
@@ -144,7 +144,7 @@ class _Watch(TorchFunctionMode):
         named, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
         first = args[0] if args else named.get("input")
         power = 2 if name == "square" else args[-1] if name == "pow" and args else 1
-        for noted in self.noted if name != "get" else ():  # `get` is a property
+        for noted in self.noted if name != "get" else ():  # `get` reads a property
             if any(noted.result() is argument for argument in args):
                 noted.powers.append(power if isinstance(power, int | float) else 1)
         x = _stack(first)
@@ -156,11 +156,11 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield the names of noted operators among graph nodes, with 1 or 2, what jumps."""
+        """Yield each noted operator among graph nodes, with the derivative that jumps."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
-                    # For an nth power the nth derivative jumps; for an even power of |x| none
+                    # The nth derivative of an nth power jumps; for an even power of |x|, none
                     # does.
                     jumping = [max(n, 1) for n in powers if name == "relu" or n % 2]
                     jumps = min(jumping, default=0)
@@ -168,7 +168,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _between(point: Tensor, value: Tensor) -> set[Any]:
-    """Return the graph nodes from a point to a value; for a Jet, all below the value and None."""
+    """Return the graph nodes from a point to a value; for a Jet, None and all below the value."""
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):
         for below, _ in node.next_functions:

@@ -1,15 +1,16 @@
-r"""The choice of the engine that differentiates a network, and the memory of "auto".
+r"""How the engine that differentiates a network is chosen, and what "auto" remembers.
 
 Purpose:
-    "auto" tries the taylor engine. If it cannot carry derivatives through the network, reverse
-    mode takes over, in eager mode only. A failed attempt leaves buffers and generators unchanged,
-    and the user is warned once. A refusal is remembered immediately for calls of the same kind;
-    any other error only if it recurs in the next such call, as a bad batch may have caused it.
-    Once an engine has succeeded in a kind of call, there is no fallback for that kind, and errors
-    reach the user. `check_derivatives` finds the errors that only a backward pass would raise.
+    "auto" tries the taylor engine. If this engine cannot carry derivatives through the network,
+    reverse mode takes over, in eager mode only. A failed attempt leaves buffers and generators
+    unchanged, and the user is warned once. A refusal is remembered immediately for calls of the
+    same kind. Any other error is remembered only if it recurs in the next such call, because a bad
+    batch may have caused it. Once an engine has succeeded in a kind of call, there is no fallback
+    for that kind, and errors reach the user. `check_derivatives` finds errors that only a backward
+    pass would raise.
 
-    An error raised here while torch.compile traces breaks the graph, and the call is repeated in
-    eager mode. With fullgraph=True, it reaches the user.
+    An error raised here while torch.compile is tracing breaks the graph, and the call is repeated
+    in eager mode. With fullgraph=True, the error reaches the user.
 """
 
 import contextlib
@@ -41,23 +42,25 @@ Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
     "network: expected operators that the engine 'taylor' knows; got {}. Use engine='reverse' and "
-    "third='exact' without torch.compile, or compile without fullgraph=True. Or replace "
-    ".detach_() and torch.no_grad() by .detach(), and the rest by other operators."
+    "third='exact' without torch.compile, or compile without fullgraph=True. Alternatively, "
+    "replace .detach_() and torch.no_grad() by .detach(), and other unknown operators by known "
+    "ones."
 )
 STATISTICS = (
     "network: expected no running statistics in training, such as batch norm's, in a compiled "
-    "loss of exact order three; got {}. Call .eval() on it, or use third='laplacian'."
+    "loss of order three with third='exact'; got {}. Call .eval() on it, or use "
+    "third='laplacian'."
 )
-ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
+ASK_THE_CHECK = "check_derivatives(model, x0) names the module at fault and the remedy."
 # Errors raised by code that receives a Jet where it expects an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 class NetworkState:
-    """The buffers of a network and the state of torch's generators, to be restored.
+    """A saved copy of a network's buffers and of the states of torch's random generators.
 
-    The network has no buffers to restore if it is neither a Module nor a method of one. The
-    generators are those of the CPU and of the devices of x.
+    There are no buffers to restore if the network is neither a Module nor a Module's method. The
+    saved generators belong to the CPU and to the device of x.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:
@@ -70,7 +73,7 @@ class NetworkState:
                 for name, buffer in module.named_buffers(recurse=False)
             ]
         self.device_type = x.device.type
-        # Inside a CUDA graph, the state cannot be read.
+        # While a CUDA graph is captured, the generators' states cannot be read.
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
@@ -79,7 +82,8 @@ class NetworkState:
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
-                # A graph may have saved a buffer without counting its changes, as batch norm does.
+                # Batch norm updates a buffer without raising its version, and a graph may have
+                # saved the buffer. Restoring it must then not raise the version either.
                 (buffer.data if versions([buffer]) == version else buffer).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
@@ -101,20 +105,20 @@ def derive(
 
     Order 2 gives D; order 3 also gives G or, with `laplacian`, C = ∂²f[w, w] from the taylor
     engine. With `summed`, an engine may return only the sum of G or C over the directions. Under
-    `torch.no_grad`, there is no graph. Raises DerivativeError if the engine (with "auto", both
-    engines) cannot differentiate the network.
+    `torch.no_grad`, the results have no graph. Raises DerivativeError if the engine (with "auto",
+    both engines) cannot differentiate the network.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
         _refuse_statistics(network, exact=order == 3 and not laplacian)
-        # If the graph breaks in this block, the whole call is repeated in eager mode:
-        # torch.compile cannot trace what the engine does there, Jets and double backward passes.
+        # If the graph breaks in this block, the whole call is repeated in eager mode, because
+        # torch.compile cannot trace the Jets and double backward passes of eager mode.
         with contextlib.suppress():  # noqa: B022
-            try:  # not by a generator in a with statement, which PyTorch 2.6 does not trace
+            try:  # no generator-based context manager, which PyTorch 2.6 does not trace
                 return engines.taylor(network, x, w, order, laplacian, summed)
             except TaylorError as error:
                 raise unknown(error) from error
-    # In this frame, which torch.compile has given up on: it would compile a new one.
+    # torch.compile has given up on this frame, but would compile the next frame unless disabled.
     known = "torch._dynamo" in sys.modules
     eagerly: Any = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
     return eagerly(engine, network, x, w, order, laplacian, summed)
@@ -149,15 +153,15 @@ def _derive_eagerly(
             derivatives = engines.reverse(network, x, w, order)
     if derivatives is not None:
         attempts.remember()
-        if before is not None:  # G may not take the place of C
+        if before is not None:  # G must not be returned in place of C
             before.restore()
             raise DerivativeError(UNKNOWN.format(attempts.reasons["taylor"]))
         _warn_once(attempts)
         return derivatives
     why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
     raise DerivativeError(
-        "network: expected operators that can be differentiated twice; got one that cannot, by "
-        f"any engine ({why}). {ASK_THE_CHECK}"
+        "network: expected operators that can be differentiated twice; got an operator that "
+        f"neither engine can differentiate ({why}). {ASK_THE_CHECK}"
     )
 
 
@@ -172,9 +176,9 @@ def derive_with_products(
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
-    """Return the result of `derive`, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
+    """Return the result of `derive`, (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c, for c = cotangent(f).
 
-    "auto" tries reverse mode first, as it costs least here, then proceeds as in `derive`.
+    "auto" first tries reverse mode, which costs least in this case, then proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -219,7 +223,7 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
-    """Raise if a buffer would change: PyTorch would fail without falling back to eager mode."""
+    """Raise if a buffer would change, as PyTorch would fail without a fallback to eager mode."""
     for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -261,7 +265,7 @@ class EngineAttempts:
         """Suppress an error of this engine if the other engine may succeed."""
         call = engine, self.kind
         served = (*call, self.surroundings)
-        if served in self.memory.served:  # buffers may be large: none is copied
+        if served in self.memory.served:  # no copy of the buffers, which may be large
             try:
                 yield
             except TaylorError as error:
@@ -276,7 +280,7 @@ class EngineAttempts:
                 raise
             before.restore()
             self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            # The depth of calls depends on the caller, not only on the network.
+            # A RecursionError is not remembered: call depth also depends on the caller.
             if not any(self.surroundings) and not isinstance(error, RecursionError):
                 sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
                 sure = sure or call in self.memory.failed
@@ -291,14 +295,14 @@ class EngineAttempts:
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether the other engine may succeed; errors of the network itself are raised by both."""
+    """Whether the other engine may succeed; an error of the network itself occurs in both."""
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    # A failed device says nothing about the network. The exception with which a checkpoint around
-    # the loss ends its recomputation is none of these errors.
+    # A failed device says nothing about the network. The exception by which a checkpoint around
+    # the loss ends its recomputation is not among the JET_ERRORS.
     failed = any(words in text for words in DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)

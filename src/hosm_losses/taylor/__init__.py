@@ -1,6 +1,6 @@
 r"""Derivatives of a function along directions, from a single call.
 
-`jet` and `laplacian` are for users; the engine below them needs only PyTorch:
+`jet` and `laplacian` are for users. The engine below them needs only PyTorch:
 
     >>> import torch
     >>> x, directions = torch.zeros(4, 3), torch.ones(2, 4, 3)
@@ -9,17 +9,17 @@ r"""Derivatives of a function along directions, from a single call.
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, on a `Jet` in place of x: a tensor that looks like x and carries a
-    stack (C, B, *) of its value, its first derivatives along the directions and its second ones,
-    along l and twice along l. PyTorch passes each function that is called on a Jet to
-    `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the stack of
-    y = f(x) from that of x. It is the chain rule, in two lines:
+    The function is called once, on a `Jet` in place of x. A Jet is a tensor that looks like x and
+    carries a stack (C, B, *): its value, its first derivatives (one along each direction l) and
+    its second derivatives (twice along each l). PyTorch passes each function that is called on a
+    Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the
+    stack of y = f(x) from the stack of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated on its own, by `torch.func.jvp`. Calls that cannot
-    be right raise `TaylorError`, for example a custom autograd.Function or complex numbers, except
-    those of rotary embeddings.
+    A function without a rule is differentiated on its own, by `torch.func.jvp`. Calls that could
+    give wrong derivatives raise `TaylorError`, for example calls of a custom autograd.Function, or
+    calls with complex numbers outside rotary embeddings.
 
 Kinds of rules, with an example of each:
     linear: ∂²f is zero, so the rule is the function itself, applied to one component after another
@@ -33,22 +33,23 @@ Kinds of rules, with an example of each:
         def multiply(a, b):
             return product_rule(a, b, torch.mul, ndim)
 
-    pointwise: a generator of the function and its first three derivatives at x. The third is for
-    gradients, which are written once for all rules: see `pointwise`.
+    pointwise: a generator of the function and its first three derivatives at x. The third
+    derivative is needed for gradients, which are written once for all pointwise rules; see
+    `pointwise`.
 
         @pointwise("exp")
         def _exp(x):
             return repeat(torch.exp(x), 4)
 
-    composite: made of a few other functions. `ops` are those of torch, or the engine's.
+    composite: made of a few other functions. `ops` provides torch's functions or their rules.
 
         @composite(F.glu)
         def _glu(ops, input, dim=-1):
             value, gate = ops.chunk(input, 2, dim)
             return ops.mul(value, ops.sigmoid(gate))
 
-    A rule that is none of these, such as that for softmax, computes with stacks directly. The page
-    on derivatives says how to add and test one.
+    A rule of another kind, such as the rule for softmax, computes with stacks directly. The page
+    "Inside the engines" says how to add and test a rule.
 
 Source:
     Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
@@ -56,14 +57,14 @@ Source:
 
 Files, from the bottom up:
 - `_torch`, `stacks`: private names of PyTorch; stacks of components.
-- `registry`: which function has which rule; errors; hooks inside a network.
+- `registry`: the rule of each function; errors; hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments for the backward
   passes.
-- `primitives`: operators whose double backward is right, and the mode that substitutes them for
-  PyTorch's in reverse mode.
-- `jets`: the Jet, what happens to a function that is called on one, `jet` and `laplacian`.
+- `primitives`: operators with a correct double backward, and the mode that substitutes them for
+  PyTorch's operators in reverse mode.
+- `jets`: the Jet, how a function is called on a Jet, and `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
-  the rules, registered on import, each beside its gradients.
+  the rules, registered on import, each next to its gradients.
 """
 
 from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401
@@ -88,7 +89,7 @@ from hosm_losses.taylor.registry import TaylorError as TaylorError
 from hosm_losses.taylor.registry import check_unchanged as check_unchanged
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
 
-# After every rule is registered.
+# These calls come after every rule is registered.
 register_changes()
 complete_primitives()
 define_methods()

@@ -1,8 +1,8 @@
-"""Private names of PyTorch that the engine needs, and what surrounds a call.
+"""Private names of PyTorch that the engine needs, and queries about what surrounds a call.
 
-PyTorch does not keep private names stable. `tests/taylor/test_torch.py` tests those that could
-change silently, and lists the versions that have them; if a test fails, this is the file to
-change.
+PyTorch does not keep private names stable. `tests/taylor/test_torch.py` tests the names that could
+change silently, and lists the PyTorch versions that have them. If one of these tests fails, this
+is the file to change.
 """
 
 import threading
@@ -32,7 +32,7 @@ def is_traced() -> bool:
 
 
 def carries_gradient(x: object) -> bool:
-    """Whether a value is a tensor with a gradient in the innermost transform of torch.func."""
+    """Whether a value is a tensor that requires grad in the innermost torch.func transform."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
     innermost = _C._functorch.peek_interpreter_stack()
@@ -40,12 +40,12 @@ def carries_gradient(x: object) -> bool:
 
 
 def saving_hooks() -> Any:
-    """The innermost saved-tensor hooks, if there are any and this PyTorch can tell."""
+    """The innermost saved-tensor hooks; None if there are none or this PyTorch cannot tell."""
     return None if _look is None or torch.compiler.is_compiling() else _look(True)
 
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
-    """The innermost hook that saves tensors, if it belongs to a checkpoint (or to other kinds)."""
+    """The innermost saved-tensor hook if it is of this `kind`, by default a checkpoint's."""
     if _look is None or torch.compiler.is_compiling():
         return None
     hook, _ = _look(True) or (None, None)
@@ -62,7 +62,10 @@ def selective_checkpoint() -> bool:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast multiplies a tensor; its own if off or for float64."""
+    """Return the dtype in which autocast multiplies a tensor.
+
+    This is the tensor's own dtype if autocast is off or the tensor is in float64.
+    """
     kind = x.device.type
     short = x.dtype != torch.float64 and _autocast(kind)
     return torch.get_autocast_dtype(kind) if short else x.dtype
@@ -74,7 +77,7 @@ def in_autocast(x: Tensor) -> Tensor:
 
 
 def _autocast(kind: str) -> bool:
-    """Whether autocast is on; it is not available on meta, for one."""
+    """Whether autocast is on for a device type; some, such as meta, do not support it."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -86,19 +89,19 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
 def in_custom_function() -> bool:
     """Whether this call is inside the forward of a torch.autograd.Function."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False  # it turns off forward mode as well, which torch.no_grad leaves on
+        return False  # such a forward also turns off forward mode, unlike torch.no_grad
     return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def forward_mode_on() -> AbstractContextManager[object]:
-    """Return a context manager within which `in_custom_function` only sees what is inside."""
+    """Return a context manager within which `in_custom_function` ignores what is outside it."""
     if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
         return nullcontext()
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
 def operators(name: str) -> list[Any]:
-    """The operators of torch.ops.aten below a function with this name, and their overloads."""
+    """The operators of torch.ops.aten behind a function of this name, with their overloads."""
     overloads: list[Any] = []
     for aten_name in (name, f"linalg_{name}", f"_linalg_{name}"):
         packet = getattr(torch.ops.aten, aten_name, None)
@@ -117,7 +120,7 @@ def of_a_package(function: object) -> bool:
     return not _C._dispatch_has_kernel_for_dispatch_key(function.name(), composed)
 
 
-# As torch.compiler.assume_constant_result does, which imports all of torch.compile.
+# torch.compiler.assume_constant_result does the same, but imports all of torch.compile.
 of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -127,7 +130,7 @@ def will_run(node: object) -> bool:
         return False
     try:
         return _C._will_engine_execute_node(node)
-    except RuntimeError:  # as for a parameter that was passed to torch.autograd.grad
+    except RuntimeError:  # for example for a parameter passed to torch.autograd.grad
         return True
 
 
@@ -144,7 +147,7 @@ def without_subclasses() -> AbstractContextManager[None]:
 
 
 def has_alias(x: Tensor) -> bool:
-    """Whether another tensor shares the memory of x, such as what .detach() made of it."""
+    """Whether another tensor, such as the result of x.detach(), shares the memory of x."""
     uses, fresh = (
         _C._storage_Use_Count(tensor.untyped_storage()._cdata)
         for tensor in (x, torch.empty(0, device=x.device))
@@ -153,14 +156,14 @@ def has_alias(x: Tensor) -> bool:
 
 
 def swap(a: Tensor, b: Tensor) -> None:
-    """Swap two tensors in place; RuntimeError if one has views, weak references or a graph."""
+    """Swap two tensors in place; raises RuntimeError for views, weak references or a graph."""
     with without_subclasses():
         torch.utils.swap_tensors(a, b)
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
-    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
-    # torch.compile of PyTorch 2.6 cannot follow generators in a with statement.
+    """Leave torch.inference_mode, which forbids all derivatives, but keep gradients off."""
+    # In PyTorch 2.6, torch.compile cannot trace generator-based context managers.
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _left()
@@ -173,13 +176,13 @@ def _left() -> Iterator[None]:
 
 
 def leave_inference_mode(tensor: Tensor) -> Tensor:
-    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
+    """Clone an inference-mode tensor so that autograd can save it; return any other unchanged."""
     made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if made_in_it else tensor
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often tensors were changed in place; unknown under torch.compile."""
+    """Return how often each tensor was changed in place; an empty list under torch.compile."""
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -1,26 +1,27 @@
 r"""Softmax with its gradients, and attention: two matrix products and a softmax.
 
-Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
-    p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
+Formula of p = softmax(x), where ⟨z⟩ is the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
+    p_l = p u_l        p_ll = p c̃, where c = u_l² + x_ll
 
-Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index is over the
-axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
+Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index sums over
+the axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
 w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x_ll   p (d_l − δ_l)
     in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
     in x      w − p Σ w
-    Only the result is needed for them, so it is kept, but x is not.
+    These formulas need the result, but not x, so only the result is kept.
 
-Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
-cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+Second gradients: the gradients in x and x_l are differentiated again, with respect to the result
+and its cotangents, for the case without p_ll. With cotangents A of the gradient in x and B_l of
+the gradient in x_l, Ã = A − Σ p A and h_l = p_l Ã + p B_l:
     in a      p Ã
     in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-The product with attention's values also keeps the result, unless rounding or dropout comes in
-between. In half precision, gradients are as accurate as PyTorch's, which also come from a rounded
-result.
+Attention's product with the values also saves this result, unless rounding or dropout comes in
+between. In half precision, gradients are as accurate as PyTorch's, which are also computed from a
+rounded result.
 """
 
 import math
@@ -63,7 +64,7 @@ class Softmax(NamedTuple):
         return torch.cat(parts).to(stack.dtype)
 
     def pull_back(self, _needed: Needed, result: Tensor, cotangent: Tensor) -> tuple[Tensor]:
-        """The gradient in the stack."""
+        """The gradient with respect to the stack."""
         dtype, dim, firsts = result.dtype, self.dim, self.firsts
         result, cotangent = at_least_float32(result), at_least_float32(cotangent)
         weights, tangents, seconds = components(result, firsts)
@@ -81,16 +82,16 @@ class Softmax(NamedTuple):
             add_products(of_value, tangents, dp, -1)
             of_firsts = of_firsts + dp
         sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
-        # Second derivatives that are zero everywhere have no gradient.
+        # Second derivatives that are zero everywhere are not stored, and have no gradient.
         gradient, sums = gradient[: self.length], sums[: self.length]
         return (gradient.addcmul_(weights, sums, value=-1).to(dtype),)
 
     def pull_back_again(
         self, _needed: Needed, result: Tensor, cotangent: Tensor, again: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of the output of `pull_back` in its result and cotangent.
+        """The gradients of the output of `pull_back` with respect to `result` and `cotangent`.
 
-        It assumes that there are no second derivatives.
+        This method assumes that there are no second derivatives.
         """
         dtype = result.dtype
         result, cotangent, again = map(at_least_float32, (result, cotangent, again))
@@ -120,7 +121,7 @@ class Softmax(NamedTuple):
 
 @rule("softmax", kind="stack")
 def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
-    """exp(x) over its sum along an axis, with x cast to `dtype` first."""
+    """exp(x) divided by its sum along an axis, with x first cast to `dtype`."""
     if dtype is not None and not dtype.is_floating_point:
         raise NoRule
     stack = x.stack if dtype is None else x.stack.to(dtype)
@@ -158,12 +159,12 @@ def _attention(
 def _attend(
     ops: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: float, scale: Any = None
 ) -> tuple[Any, Any]:
-    """Attention and its weights; both are zero where a row of the mask allows nothing."""
+    """The output and weights of attention; the output is zero where a mask's row allows nothing."""
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet):
-        # A vector where a number would do: autograd saves it, and the native kernel saves nothing
-        # like it, so that torch's own checkpoint, which recomputes with that kernel, sees the
-        # difference.
+        # The factor is a vector, although a number would do. Autograd saves the vector, but the
+        # native kernel saves nothing like it, so torch's own checkpoint, which recomputes with
+        # the native kernel, notices the difference.
         factor = query.new_full(query.shape[-1:], factor)
     logits = ops.matmul(ops.mul(query, factor), ops.transpose(key, -2, -1))
     logits = ops.to(logits, torch.promote_types(logits.dtype, torch.float32))
@@ -175,13 +176,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow anything: the others are zeros in PyTorch's attention."""
+    """Which rows of a mask allow anything; PyTorch's attention gives zeros for all other rows."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits that a mask adds, which are zero, not NaN, in a row that allows nothing."""
+    """A mask as numbers to add to logits; rows that allow nothing get zeros, to avoid NaN."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)
@@ -189,7 +190,7 @@ def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
-    """The two masks of nn.MultiheadAttention, in which True blocks, as one additive mask."""
+    """Merge nn.MultiheadAttention's masks, where True means blocked, into one additive mask."""
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
@@ -225,10 +226,10 @@ def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]
         weights = separate_weights if separate else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         parts = map(ops.linear, (query, key, value), weights, biases)
-    # (L, N, E) as (N, heads, L, E/heads)
+    # Reshape (L, N, E) to (N, heads, L, E/heads).
     q, k, v = (ops.permute(ops.unflatten(x, -1, (heads, -1)), (1, 2, 0, 3)) for x in parts)
     mask = _merge_masks(*masks, heads)
-    if need_weights and mask is not None:  # where PyTorch makes NaN of a row without weights
+    if need_weights and mask is not None:  # PyTorch returns NaN for a row that allows nothing
         mask = _additive_mask(mask, q.dtype).masked_fill(~_allows_any(mask), math.nan)
     dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
     mixed, weights = _attend(ops, q, k, v, mask, dropout_p)

@@ -1,16 +1,16 @@
-r"""Operators composed of a few others, where one body serves Jets and plain tensors.
+r"""Operators composed of a few other operators, with one body for Jets and plain tensors.
 
-A body takes `ops` before the arguments of its operator. `ops.softmax(x, -1)` calls a function of
-torch or torch.nn.functional, or a method of Tensor: unchanged on plain tensors, by its rule on
-Jets. In `torch.softmax(x, -1)`, torch.compile would mistake a Jet for a plain tensor.
+A body takes `ops` before the arguments of its operator. For example, `ops.softmax(x, -1)` calls a
+function of torch or torch.nn.functional, or a method of Tensor. On plain tensors, `ops` calls the
+function itself; on Jets, its rule. If a body called `torch.softmax(x, -1)` directly,
+torch.compile would mistake a Jet for a plain tensor.
 
-With `primitive=True` the body also takes the operator's place where reverse mode differentiates a
-network: see `primitives`.
+With `primitive=True`, the body also replaces the operator when reverse mode differentiates a
+network; see `primitives`.
 
-Lengths of vectors, and quantities made of them, such as distances, angles and spreads, are
-composites because PyTorch's own formulas in forward mode cannot be differentiated again where they
-fill in a zero. At zero, a length has no derivative; as in PyTorch, it is taken to be constant
-there.
+Lengths of vectors, and quantities derived from lengths, such as distances, angles and spreads, are
+composites because PyTorch's own forward-mode formulas cannot be differentiated again where they
+fill in a zero. A length has no derivative at zero; as in PyTorch, it is treated as constant there.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Return a function that uses its rule if an argument is a Jet or a list containing one."""
+    """Return a function that uses its rule if an argument is a Jet or a list containing a Jet."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -56,19 +56,19 @@ _FUNCTIONS = {
 }
 ON_TENSORS: Any = SimpleNamespace(**_FUNCTIONS)
 ON_JETS: Any = SimpleNamespace(**{name: _on_jets(f) for name, f in _FUNCTIONS.items()})
-ON_TENSORS.value = Tensor.detach  # the plain value of what may be a Jet
+ON_TENSORS.value = Tensor.detach  # the plain value of an argument that may be a Jet
 ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 
 
 def composite(
     *names: str | Function, several: bool = True, primitive: bool = False
 ) -> Callable[[Function], Function]:
-    """Register a body for functions of PyTorch.
+    """Register a body for PyTorch functions.
 
     Args:
         names: the functions, or their names.
-        several: whether other arguments than the first may be Jets.
-        primitive: whether the body replaces them in reverse mode as well.
+        several: whether arguments other than the first may be Jets.
+        primitive: whether the body also replaces the functions in reverse mode.
     """
 
     def register(body: Function) -> Function:
@@ -93,14 +93,14 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
 @composite(F.glu, primitive=True)
 def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
     if input.shape[dim] % 2:
-        raise NoRule  # PyTorch rejects it
+        raise NoRule  # PyTorch rejects this call
     value, gate = ops.chunk(input, 2, dim)
     return ops.mul(value, ops.sigmoid(gate))
 
 
 @composite("logaddexp", primitive=True)
 def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
-    """By softplus: the second derivative of PyTorch's own is NaN 88 apart in float32."""
+    """Uses softplus: PyTorch's second derivative is NaN for arguments 88 apart in float32."""
     larger = ops.ge(input, other)
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
@@ -113,10 +113,10 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """x divided by the largest element of each row, in at least float32, and that element.
+    """Return x divided by the largest element of each row, in at least float32, and that element.
 
-    A length is homogeneous, so the divisor counts as constant. Without it, the powers in
-    derivatives of short vectors are out of float32's range.
+    A length is homogeneous, so the divisor can be treated as a constant. Without the division, the
+    powers in derivatives of short vectors would leave float32's range.
     """
     if x.ndim == 0:
         raise NoRule
@@ -134,7 +134,7 @@ def _sum_of_powers(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
 
 
 def _root(ops: Any, powers: Any, p: float) -> Any:
-    """The p-th root of nonnegative numbers, constant at zero."""
+    """The p-th root of nonnegative numbers, treated as constant at zero."""
     zero = ops.value(powers) == 0
     root = ops.pow(ops.masked_fill(powers, zero, 1.0), 1 / p)
     return ops.masked_fill(root, zero, 0.0)
@@ -164,7 +164,7 @@ def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12)
 def _norm(
     ops: Any, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    """The length of vectors; other matrix norms have no rule."""
+    """The length of vectors, or the Frobenius norm; other matrix norms have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
     floating = dtype is None or dtype.is_floating_point
@@ -200,14 +200,14 @@ def _spread(
     *,
     correction: Any = None,
 ) -> Any:
-    """The variance over some axes or its root, and with `with_mean` also the mean."""
-    if isinstance(dim, bool):  # `unbiased` in its place
+    """The variance over some axes, or its square `root`; with `with_mean`, also the mean."""
+    if isinstance(dim, bool):  # `unbiased` was passed in place of `dim`
         dim, unbiased = None, dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
     wide, dims = _wide(ops, x), axes(dim, x.ndim)
     count = prod([x.shape[axis] for axis in dims]) - correction
-    if count <= 0:  # PyTorch warns and returns NaN
+    if count <= 0:  # PyTorch would warn and return NaN
         raise NoRule
     centred = ops.sub(wide, ops.mean(wide, dims, True))
     if root:

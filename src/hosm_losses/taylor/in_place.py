@@ -1,8 +1,8 @@
 r"""Rules for in-place changes: the out-of-place function, followed by a `write`.
 
-PyTorch marks a method that changes its object with a trailing underscore. If the method without it
-has a rule, that rule is used. If it has none, or there is no such method, a copy is changed by
-PyTorch's own method and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
+A trailing underscore in PyTorch marks a method that changes its tensor. If the method without the
+underscore has a rule, that rule is used. If that method has no rule or does not exist, PyTorch's
+own method changes a copy and is differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
 """
 
 from functools import partial
@@ -16,12 +16,12 @@ from hosm_losses.taylor.primitives import WRONG, wrong_in_forward_mode
 from hosm_losses.taylor.registry import HOMES, RULES, Function, TaylorError, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
 
-# Methods that change more than their object's values.
+# Methods that change more than the values of their tensor.
 REFUSED = """
     apply_ detach_ map_ map2_ rename_ resize_ resize_as_ set_ share_memory_ squeeze_ swapaxes_
     swapdims_ t_ transpose_ unsqueeze_
 """
-# Functions that change a list of tensors.
+# Functions that change every tensor of a list.
 LISTS = [name for name in dir(torch) if name.startswith("_foreach") and name.endswith("_")]
 OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 
@@ -31,14 +31,14 @@ def _change_in_place(
 ) -> Tensor:
     """Change x in place through `plain`, the out-of-place function with a rule."""
     start = _as_jet(x, *args, *named.values())
-    # For other types, the change of a copy decides.
+    # If the dtypes differ, PyTorch's own method computes the result, on a copy.
     if plain is None or start.dtype != x.dtype:
         return _change_a_copy(change, x, *args, **named)
     return write_jet(x, call(plain, (start, *args), named))
 
 
 def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    """Change x in place by differentiating the change of a copy."""
+    """Change x in place: differentiate the change of a copy, and write the result to x."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
         copy = x.clone()
@@ -53,7 +53,7 @@ def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Ten
 
 
 def _as_jet(x: Tensor, *others: Any) -> Jet:
-    """A Jet, or a plain tensor as the Jet of a constant."""
+    """Return a Jet unchanged, and a plain tensor as the Jet of a constant."""
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
@@ -84,7 +84,7 @@ def register_changes() -> None:
 def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
     """Return x, which already requires a gradient."""
     if not requires_grad:
-        raise TaylorError("requires_grad_: False would cut the graph of what depends on x.")
+        raise TaylorError("requires_grad_: False would cut the graph of tensors that depend on x.")
     return x
 
 
@@ -101,7 +101,7 @@ def _set_item(x: Any, index: Any, value: Any) -> None:
     start = _as_jet(x, value)
     values: list[Any] = list(value.stack) if isinstance(value, Jet) else [value]
     count = max(len(start.stack), len(values))
-    values += [0] * (count - len(values))  # the derivatives of what does not depend on x
+    values += [0] * (count - len(values))  # a constant has zero derivatives
     parts = [part.clone() for part in extend(start.stack, count)]
     for part, item in zip(parts, values, strict=True):
         part[index] = item

@@ -1,24 +1,24 @@
-r"""A tensor with its derivatives along directions, and a function with its derivatives.
+r"""The Jet, a tensor with its derivatives along directions, and derivatives of functions.
 
 Purpose:
-    A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
-    for each direction; then, depending on `pairs`, second derivatives. PyTorch passes every
+    A Jet stands for x and carries a stack (C, B, *): the value, `firsts` first derivatives (one
+    for each direction) and, depending on `pairs`, second derivatives. PyTorch passes every
     function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule
     computes all components at once: a linear layer is one call on the whole stack.
 
     Second derivatives that are zero everywhere, such as those of the input, are not stored.
 
-    `jet` and `laplacian` are for users, `propagate` is for the engines.
+    `jet` and `laplacian` are for users, and `propagate` is for the engines.
 
 Without a rule:
-    The function is differentiated by `torch.func.jvp`, on its own and with the user's arguments,
-    with the safe primitives active, which is right but slower. Calls that cannot be right raise
-    TaylorError: complex numbers, except those of rotary embeddings, and anything under
-    torch.no_grad, where a custom autograd.Function computes. Operators that PyTorch does not
+    The function is differentiated on its own by `torch.func.jvp`, with the user's arguments and
+    the safe primitives. This is correct but slower. Calls that could give wrong derivatives raise
+    TaylorError: complex numbers outside rotary embeddings, and everything under torch.no_grad,
+    which includes the forward of a custom autograd.Function. Operators that PyTorch does not
     differentiate raise ConstantError. In-place changes are handled in `memory` and `in_place`.
 
-A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, as torch.compile
-would mistake these for plain tensors there.
+A rule may call other rules, and PyTorch functions on stacks. It must not call PyTorch functions on
+Jets, because torch.compile would mistake the Jets for plain tensors.
 """
 
 import math
@@ -61,33 +61,36 @@ from hosm_losses.taylor.registry import (
 )
 from hosm_losses.taylor.stacks import Pairs, collect, components, extend
 
-# The methods of Tensor that are written in Python. torch.compile traces into them instead of
-# calling `__torch_function__`, so Jet has its own, bound to their rules, which it would not find
-# in a dictionary.
+# The methods of Tensor that are written in Python. torch.compile traces into these methods instead
+# of calling `__torch_function__`, so Jet has its own versions. Each is bound to its rule, which
+# torch.compile would not find in a dictionary.
 METHODS = "__iter__ __pow__ __rdiv__ __rsub__ __rtruediv__ norm split unflatten"
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
-SCRIPTED = "network: expected plain Python modules; got one of torch.jit. " + GIVE_THE_SOURCE
-CHANGES = "changes in place what depends on x."
-CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
-NO_GRAD = "called under torch.no_grad on what depends on x."
-COMPLEX = "makes complex numbers of what depends on x."
-ROTARY = "is given complex numbers that depend on x, which are only multiplied by constants."
+SCRIPTED = "network: expected plain Python modules; got a torch.jit module. " + GIVE_THE_SOURCE
+CHANGES = "changes in place a tensor that depends on x."
+CUSTOM = (
+    "called by a custom autograd.Function, such as a full backward hook, on a tensor that depends "
+    "on x."
+)
+NO_GRAD = "called under torch.no_grad on a tensor that depends on x."
+COMPLEX = "makes a tensor that depends on x complex."
+ROTARY = "receives complex numbers that depend on x, which may only be multiplied by constants."
 
 
 class Jet(Tensor):
     """A tensor that carries derivatives of its value."""
 
-    stack: Tensor  # value, first and second derivatives, of shape (C, B, *)
+    stack: Tensor  # the value, first and second derivatives, (C, B, *)
     firsts: int  # the number of first derivatives
-    pairs: Pairs  # which second derivatives there are
-    memory: "list[Any] | None"  # references to all that may share memory, itself among them
-    changed = False  # whether in place inside one of torch's checkpoints
+    pairs: Pairs  # which second derivatives the stack has
+    memory: "list[Any] | None"  # references to itself and to all tensors that may share it
+    changed = False  # whether it was changed in place inside a checkpoint
 
     @staticmethod
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, which may only be complex if `of_complex`."""
+        """Return the Jet of a stack, which may be complex only if `of_complex`."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -106,11 +109,11 @@ class Jet(Tensor):
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
-        """Return the Jet cast to a floating dtype, or the Jet itself if it already has it."""
+        """Return the Jet cast to a floating dtype, or the Jet itself if it has that dtype."""
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
-        """Return the Jet of a stack, or its plain value if it holds integers or masks."""
+        """Return the Jet of a stack, or the plain value if the stack holds integers or masks."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
 
@@ -127,19 +130,19 @@ class Jet(Tensor):
 
 
 class _Opaque(Jet):
-    """A Jet without data, so that code that bypasses `__torch_function__` finds none."""
+    """A Jet without data, so that code that bypasses `__torch_function__` can read none."""
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        raise TaylorError(f"{func}: called past __torch_function__, as by torch.func or C++ code.")
+        raise TaylorError(f"{func}: torch.func or C++ code bypasses __torch_function__.")
 
 
 class _Complex(_Opaque):
-    """A Jet of complex numbers, which rotary embeddings make from pairs: see `OF_COMPLEX`.
+    """A Jet of complex numbers, which rotary embeddings make from real pairs; see `OF_COMPLEX`.
 
-    Hand-written formulas, especially for gradients, only hold for real numbers.
+    Hand-written formulas, especially those for gradients, hold only for real numbers.
     """
 
     def like(self, stack: Tensor) -> Jet:
@@ -156,15 +159,16 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile, whose data are the stack, with the components last, and NaN.
+    """A Jet under torch.compile; its data are the stack, with the components last, and then NaN.
 
-    `q, k, v = qkv` bypasses `__torch_function__` there and takes rows of the data, which have all
-    components but no attributes: see `unpack`. torch.func.vmap inside a network does the same, and
-    would treat the components as elements: the result becomes NaN.
+    Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
+    The rows have all components but no attributes; `unpack` turns them into Jets. torch.func.vmap
+    inside a network also takes rows, but would treat the components as elements. The NaN then
+    makes the result NaN.
     """
 
 
-# Attributes that rules and networks read all the time, in a tenth of the time of
+# Attributes that rules and networks read all the time, ten times as fast as by
 # __torch_function__.
 _ASKED: dict[str, Callable[[Jet], Any]] = {
     "shape": lambda jet: jet.stack.shape[1:],
@@ -178,7 +182,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Make Jets of rows that torch.compile unpacked, in an argument or in a list of them."""
+    """Make Jets of rows that torch.compile unpacked, in an argument or a list of arguments."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -189,7 +193,7 @@ def unpack(x: Any) -> Any:
     if tuple(stack.shape[1:]) in propagation.changed:
         raise TaylorError(memory.UNPACKED)
     row = Jet.make(stack, propagation.firsts, propagation.pairs)
-    memory.share_value(row, stack)  # and is not changed in place
+    memory.share_value(row, stack)  # so that the row is not changed in place
     return row
 
 
@@ -209,7 +213,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         kwargs = {name: unpack(value) for name, value in kwargs.items()}
     if func in CONSTANT:
         shares = CONSTANT[func]
-        # Not with .data, which only detaches from the innermost of nested torch.func levels.
+        # Not .data, which detaches only from the innermost of nested torch.func levels.
         answer = on_values(torch.detach if shares else func, args, kwargs)
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
@@ -224,7 +228,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     rule = _rule_of(func) if compiling else RULES.get(func)
     if rule is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
-        # A property that is a tensor, such as .real, is a function like any other.
+        # A property that returns a tensor, such as .real, is a function like any other.
         return differentiate(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if rule is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
@@ -259,14 +263,14 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             seen[:] = pytree.tree_flatten(func(*new_args, **new_kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
-        # At least one result, even if the function returns no tensor.
+        # Return at least one tensor, even if the function returns none.
         results = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
         floats = [leaf for leaf in results if leaf.is_floating_point()]
         if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
             refuse_constant(func, floats[0])
         return results or (values[0].new_zeros(()),)
 
-    # Copies: torch.func writes to its arguments, which fails if elements share memory.
+    # Copied, because torch.func writes to its arguments, which fails if elements share memory.
     values = tuple(jet.stack[0].clone() for jet in jets)
     derivatives = tuple(
         jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
@@ -286,10 +290,10 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """The stacks of a function's results, by nested torch.func.jvp, in a single evaluation.
+    """The stacks of a function's results, from a single evaluation by nested torch.func.jvp.
 
-    `derivatives` holds, for each value, the stack of its `firsts` first derivatives and, unless
-    zero, its second ones.
+    For each value, `derivatives` contains the stack of its `firsts` first derivatives and, unless
+    they are zero everywhere, its second derivatives.
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -302,7 +306,7 @@ def along(
         value, *parts = _map_directions(partial(inner, values), derivatives)
     else:
         tangents = tuple(derivative[:firsts] for derivative in derivatives)
-        # For a sum, the first direction carries all of it.
+        # If `pairs` is "sum", the first direction carries the whole sum.
         seconds = tuple(extend(derivative[firsts:], firsts) for derivative in derivatives)
         value, *parts = _map_directions(second, tangents, seconds)
         parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])
@@ -311,13 +315,13 @@ def along(
 
 
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
-    """The value and the derivatives of a function for several directions.
+    """The value of a function, and its derivatives along all directions.
 
-    If there are several, vmap is used: all of them then share one dropout mask.
+    Several directions are evaluated by vmap, and then share one dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
-            # PyTorch asks for a view's offset, which is not known for all sizes.
+            # For a view, PyTorch would ask for the offset, which is not known for all sizes.
             args = pytree.tree_map(torch.clone, args)
         if len(args[0][0]) > 1:
             outs: Any = (None, *(0,) * len(args))
@@ -327,13 +331,13 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Write a result to a Jet or a plain tensor in place, in its dtype, and return it."""
+    """Write a result in place to x, a Jet or a plain tensor, cast to the dtype of x; return x."""
     if result.shape != x.shape:
         raise TaylorError(
             f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
-        # A new Jet, as it is swapped with x.
+        # A new Jet, because it is swapped with x.
         memory.to_jet(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
@@ -350,7 +354,7 @@ def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(first, Jet)
 
 
-# An input, or several; and their directions.
+# One or several inputs, and their directions.
 Inputs = Tensor | tuple[Any, ...]
 Directions = Tensor | tuple[Tensor | None, ...]
 
@@ -358,11 +362,12 @@ Directions = Tensor | tuple[Tensor | None, ...]
 def propagate(
     function: Callable[..., object], x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> Tensor:
-    """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
+    """Return the stack (C, B, *) of a function at x (B, *): f, ∂f w for K directions, and `pairs`.
 
-    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one. Raises TaylorError if derivatives cannot be carried. For a tuple of inputs,
-    pass a tuple of directions; an input whose directions are None stays a plain tensor.
+    `pairs` is "none", "squares" (∂²f[w, w] for every direction) or "sum" (their sum, carried as
+    one component). Raises TaylorError if derivatives cannot be carried through the function. For a
+    tuple of inputs, pass a tuple of directions; an input whose directions are None stays a plain
+    tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -372,7 +377,7 @@ def propagate(
     inputs: Any = x if isinstance(x, tuple) else (x,)
     ways: Any = directions if isinstance(directions, tuple) else (directions,)
     count = next(len(w) for w in ways if w is not None)
-    # Joined along the batch, which keeps a channels-last layout.
+    # Joining along the batch keeps a channels-last layout.
     stacks = [
         x if w is None else torch.cat([x, *w.to(x.dtype)]).unflatten(0, (1 + count, len(x)))
         for x, w in zip(inputs, ways, strict=True)
@@ -381,13 +386,13 @@ def propagate(
     propagation = memory.Propagation(count, pairs, [], [], [])
     memory.THREAD.propagations.append(propagation)
     try:
-        # Gradients are off in the forward of a custom Function, which is how it is detected.
+        # Gradients must be on: a custom Function is detected by the fact that it turns them off.
         with torch.enable_grad(), forward_mode_on():
             jets = [
                 stack if w is None else Jet.make(stack, count, pairs)
                 for stack, w in zip(stacks, ways, strict=True)
             ]
-            # A single Jet is handed over: a reference kept here would make it in use when changed.
+            # A single Jet is handed over, as a reference kept here would count as a use.
             result: Any = unpack(function(*jets) if len(jets) > 1 else function(jets.pop()))
             del jets
         stack: Any = getattr(result, "stack", None)
@@ -425,9 +430,9 @@ def jet_among(candidates: Iterable[Any]) -> Jet:
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
-    """The dtype of what PyTorch computes from a and b, which may be Jets."""
+    """The dtype of PyTorch's result for the operands a and b, which may be Jets."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
-    # From empty tensors: torch.compile does not trace torch.result_type.
+    # Computed from empty tensors, because torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
     return torch.add(*empty).dtype
 
@@ -442,7 +447,7 @@ def define_methods() -> None:
 
 def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Jet, *args: Any, **named: Any) -> Any:
-        # Elsewhere by way of the modes that are on.
+        # In eager mode, the function itself is called, so that active modes see the call.
         ask = torch.compiler.is_compiling()
         return call(function, (self, *args), named) if ask else function(self, *args, **named)
 
@@ -469,12 +474,12 @@ def _check_batch(x: object, place: str = "") -> None:
     _check_floats(f"x{place}", x)
     if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(
-            f"x{place}: expected a batch (B, *); got no axes. Give it one by x{place}.reshape(1)."
+            f"x{place}: expected a batch (B, *); got no axes. Add one by x{place}.reshape(1)."
         )
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise unless all batches (B, *) that have directions (K, B, *) have equally many."""
+    """Raise unless all batches (B, *) with directions (K, B, *) have the same B and K."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -497,35 +502,35 @@ def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool)
 def jet(
     function: Function, x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Return f(x), its first derivatives along directions and, on request, second ones.
+    r"""Return f(x), its first derivatives along directions and, on request, second derivatives.
 
-    A single call of the function gives all of them, differentiable with respect to x, the
-    directions and the function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such
-    as those of norms, have their own formulas.
+    The function is called once. All results are differentiable with respect to x, the directions
+    and the function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such as those of
+    norms, come from the library's own formulas.
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network with
             its conditions bound.
-        x: a floating-point batch (B, \*); or a tuple of them, each with its own shape, for a
-            function of as many arguments.
+        x: a floating-point batch (B, \*) or, for a function of several arguments, a tuple of
+            batches, each with its own shape.
         directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
-            of inputs, a tuple: direction k moves all inputs at once. An input whose directions are
-            None is held fixed and may be of any kind, such as labels.
-        pairs: which second derivatives to compute: "none"; "squares", ∂²f[v, v] of every
-            direction; "sum", the sum of those.
+            of inputs, pass a tuple; direction k then moves all inputs at once. An input whose
+            directions are None is held fixed and may be of any kind, such as labels.
+        pairs: which second derivatives to compute: "none", "squares" (∂²f[v, v] for every
+            direction) or "sum" (their sum).
 
     Returns:
-        f (B, \*), first derivatives (K, B, \*), and second ones, which are None for "none",
-        (K, B, \*) for "squares" and (B, \*) for "sum".
+        f (B, \*), first derivatives (K, B, \*), and second derivatives, which are None for
+        "none", (K, B, \*) for "squares" and (B, \*) for "sum".
 
     Raises:
-        TaylorError: if derivatives cannot be carried through the function, with the reason.
-        DerivativeError: if an operator inside it has no derivative in PyTorch, or a hook changes a
-            gradient.
-        TypeError: if x or directions are not floating-point tensors, or not tuples of equal
+        TaylorError: if derivatives cannot be carried through the function; the message says why.
+        DerivativeError: if an operator inside the function has no derivative in PyTorch, or a hook
+            changes a gradient.
+        TypeError: if x or directions are not floating-point tensors, or are not tuples of equal
             length.
-        ValueError: if x has no axes, directions have another shape or different K or B, all
-            directions are None, or `pairs` is unknown.
+        ValueError: if x has no axes, the directions do not have the shape of x, K or B differ
+            between inputs, all directions are None, or `pairs` is unknown.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -568,19 +573,19 @@ def laplacian(
 def laplacian(
     function: Function, x: Tensor, *, gradient: bool = False
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
+    r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
-    It needs a direction for each of the d elements of a sample, and hence d + 2 times the memory
+    It needs one direction for each of the d elements of a sample, and hence d + 2 times the memory
     of the function's value. It raises the same errors as `jet`.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.
-        x: a batch (B, \*), in floating point.
+        x: a floating-point batch (B, \*).
         gradient: whether to return f(x) and ∇f as well, from the same pass.
 
     Returns:
         Δf, in the shape of f(x). With `gradient`, f(x), ∇f and Δf: ∇f has the axes of f(x),
-        followed by those of a sample. If f(x) is one number per sample, ∇f has the shape of x.
+        followed by the axes of a sample. If f(x) is one number per sample, ∇f has the shape of x.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))

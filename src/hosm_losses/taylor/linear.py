@@ -1,16 +1,16 @@
-"""Rules for functions that move or add up elements, and do the same to every component.
+"""Rules for functions that move or add up elements, in every component alike.
 
-Dimensions are negative indices, so that they refer to the same axes of value and stack.
+Dimensions are negative indices, so that they refer to the same axes of a value and of its stack.
 
-The functions that networks call most often have a rule for the whole stack. Others are called on
-one component after another, with the user's own arguments.
+The functions that networks call most often have a rule for the whole stack. The other functions
+are called on one component after another, with the user's own arguments.
 
-Questions and casts:
-    Graph properties of a tensor are answered for the stack, so that tools that watch modules, such
-    as PyTorch's FLOP counter, see the same as on an ordinary tensor. A cast to another floating
+Queries and casts:
+    Queries about a Jet's graph are answered from its stack, so that tools that watch modules, such
+    as PyTorch's FLOP counter, see the same as with an ordinary tensor. A cast to another floating
     dtype casts every component. A cast to integers or to bool has no derivatives, as in PyTorch:
-    its result is a plain tensor, and casting it back restores none. `Jet.make` rejects a cast to
-    complex numbers.
+    its result is a plain tensor, and casting this tensor back restores no derivatives. `Jet.make`
+    rejects a cast to complex numbers.
 """
 
 from collections import OrderedDict
@@ -49,9 +49,9 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register a function of a stack and of arguments whose shapes alone matter.
+    """Register a function of a stack, whose other tensor arguments matter only by their shape.
 
-    Its result is noted as a `view` if PyTorch's result may share the memory of its argument.
+    With `view`, the result is noted as one that may share the memory of the argument.
     """
 
     def register(function: Function) -> None:
@@ -70,7 +70,7 @@ def linear(move: Function, *names: str | Function, view: bool = False) -> None:
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The sizes or dimensions of a method that takes them separately or in a sequence."""
+    """The sizes or dimensions of a method that accepts them separately or in a sequence."""
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         return tuple(sizes[0])
     return sizes
@@ -84,7 +84,7 @@ def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
     return axes(dims, stack.ndim - 1)
 
 
-# ----------------------------------------------------------------------------- views, or perhaps
+# ---------------------------------------------------------------------- views and possible views
 def _reshape(stack: Tensor, *sizes: Any, shape: Any = None) -> Tensor:
     if isinstance((*sizes, None)[0], torch.dtype):
         raise TaylorError("view: another dtype for the same bits has no derivative.")
@@ -145,9 +145,9 @@ VIEWS = {
 }
 
 
-# ---------------------------------------------------------------------------------- new elements
+# ----------------------------------------------------------------------------------- new tensors
 def _reduced(reduce: Function) -> Function:
-    """A sum or a mean over all axes of the value, or over some."""
+    """A sum or a mean over all or some axes of the value, as a function of the stack."""
 
     def reduced(
         stack: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -161,7 +161,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function that treats samples independently, with the components as more samples."""
+    """Apply a function that treats samples independently, with the components as extra samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -182,7 +182,7 @@ linear(_transpose, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttrib
 def _pairs_as_complex(x: Jet) -> Jet:
     if x.ndim == 0:
         raise NoRule
-    # A stack's strides differ from those of the value, for which PyTorch wants the pairs last.
+    # PyTorch wants the pairs last in memory, which may be true of the value but not of its stack.
     stack = torch.view_as_complex(x.stack.contiguous())
     return share(x, Jet.make(stack, x.firsts, x.pairs, of_complex=True))
 
@@ -220,7 +220,7 @@ def _by_components(function: Function, x: Jet, *args: Any, **named: Any) -> Tens
 
 @rule("pad", kind="linear")
 def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    if value:  # of which the derivatives are zero
+    if value:  # padding with a number other than zero
         raise NoRule
     return _by_components(F.pad, x, pad, mode)
 
@@ -258,7 +258,7 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 @rule(torch.where, several=True, kind="linear")
 def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
-    """For each component, the elements of a where a mask holds and those of b elsewhere."""
+    """In each component, the elements of `a` where a mask is True, and of `b` elsewhere."""
     known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
@@ -283,7 +283,7 @@ def _where_of(a: Any, condition: Any, b: Any) -> Jet:
 
 @rule("masked_fill", several=True, kind="linear")
 def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
-    """x with its elements replaced by a number where a mask holds."""
+    """x with its elements replaced by a number where a mask is True."""
     if (isinstance(value, Tensor) and value.ndim) or not x.is_floating_point():
         raise NoRule
     return _where(mask, value, x, x.dtype)
@@ -296,19 +296,19 @@ def _item(x: Jet, index: Any) -> Tensor:
         stack = x.stack[(slice(None), *parts)]
     else:
         stack = torch.stack([component[index] for component in x.stack.unbind()])
-    # A tensor without axes also makes a view.
+    # Indexing by a tensor without axes also makes a view.
     copied = any(isinstance(part, list) or getattr(part, "ndim", 0) for part in parts)
     return x.like(stack) if copied else share(x, x.like(stack))
 
 
 def _slices(part: Any) -> bool:
     """Whether a part of an index is an integer, a slice, a new axis or an ellipsis."""
-    if isinstance(part, bool):  # which makes a new axis, and is read as a mask
+    if isinstance(part, bool):  # a bool makes a new axis, and acts as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
 
 
-# ---------------------------------------------------------------------- questions, casts and hooks
+# ------------------------------------------------------------------------ queries, casts and hooks
 _PROPERTIES = """
     size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
     is_complex is_same_size get_device __hash__ __repr__ result_type
@@ -336,7 +336,7 @@ def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """The node of the stack; without a graph, a node that leads nowhere, never None."""
+    """The node of the stack or, without a graph, a node that leads nowhere; never None."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -354,16 +354,16 @@ def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
 
 @rule("as_strided as_strided_copy as_strided_scatter", several=True)
 def _strided(*_args: Any, **_named: Any) -> Any:
-    raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
+    raise TaylorError("as_strided: its result depends on how the elements lie in memory.")
 
 
 @rule(_CASTS, several=True, with_function=True)
 def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
-    if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
+    if not isinstance(x, Jet):  # a plain tensor cast to the dtype of a Jet
         return on_values(function, (x, *args), named)
     args = tuple(arg.stack if isinstance(arg, Jet) else arg for arg in args)
     named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
-    named.pop("memory_format", None)  # of a value, and not of its stack
+    named.pop("memory_format", None)  # it applies to a value, not to its stack
     cast = function(x.stack, *args, **named)
     if cast is x.stack:
         return x
@@ -372,5 +372,5 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """The cast under torch.compile; elsewhere it is done below autograd, and refused."""
+    """A cast under torch.compile; in eager mode, it happens below autograd and is refused."""
     return x.of(x.stack.to(dtype=dtype, device=device))

@@ -5,15 +5,15 @@ Formula, with X = A⁻¹, computed once, and derivatives along l and twice along
     det A         det A tr(X A_l)              det A (tr(X A_ll) − tr((X A_l)²) + tr(X A_l)²)
     A Y = B       Y_l = X (B_l − A_l Y)        Y_ll = X (B_ll − A_ll Y − 2 A_l Y_l)
     A = L Lᵀ      L_l = L Φ(A_l)               L_ll = L Φ(A_ll − 2 L_l L_lᵀ)
-    with Φ(M) the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, for symmetrised M, as in
+    Φ(M), for symmetrised M, is the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, as in
     PyTorch's gradients. An inverse is the solution for B = 1.
 
-Gradients are those of autograd, through products and an inverse: PyTorch gets all derivatives of
-these right, and those of the values in reverse mode, but not in forward mode: under vmap, jvp of
-grad of slogdet is wrong for all samples but the first.
+Gradients come from autograd through products and an inverse, whose derivatives PyTorch gets right
+at every order. PyTorch also differentiates the values above correctly in reverse mode, but not in
+forward mode: under vmap, the jvp of the grad of slogdet is wrong for all samples but the first.
 
-Digits: a condition number κ costs up to log10 κ of them, and float32 has seven: compute
-near-singular matrices in float64. For an exactly singular one the derivatives of a determinant are
+Precision: a condition number κ costs up to log10 κ digits, and float32 has seven, so use float64
+for nearly singular matrices. For an exactly singular matrix, the derivatives of a determinant are
 NaN, and PyTorch raises an error for an inverse or a solution.
 
 Source:
@@ -43,7 +43,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
     """The first and second derivatives of log|det A|."""
     value, tangents, seconds = _components(A.stack, A)
     with without_autocast(value.device.type):
-        # Without checking for one, which would synchronise an accelerator.
+        # inv_ex instead of inv, whose check for errors would synchronise an accelerator.
         inverse, info = torch.linalg.inv_ex(value)
         inverse = inverse.where(info[..., None, None] == 0, torch.nan)
         products = inverse @ tangents
@@ -55,7 +55,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
 @rule("slogdet", kind="stack", with_function=True)
 def _slogdet(function: Function, A: Jet) -> Any:
     sign, value = answer = function(A.stack[0])
-    # A named tuple, whose type differs between torch.slogdet and torch.linalg.slogdet.
+    # A named tuple; its type differs between torch.slogdet and torch.linalg.slogdet.
     return type(answer)((sign, A.like(torch.cat([value[None], *_of_log_determinant(A)]))))
 
 
@@ -74,10 +74,10 @@ def _det(A: Jet) -> Jet:
 
 
 # --------------------------------------------------------------------------------------- solutions
-@rule(torch.linalg.solve, several=True, kind="stack")  # torch.solve is of an older PyTorch
+@rule(torch.linalg.solve, several=True, kind="stack")  # torch.solve belongs to older PyTorch
 def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
     vector = B.ndim == 1 or B.shape == A.shape[:-1]
-    if A.ndim < 2 or (vector and not left):  # for PyTorch to refuse
+    if A.ndim < 2 or (vector and not left):  # left for PyTorch to refuse
         raise NoRule
     a, b = (x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in (A, B))
     b = b.unsqueeze(-1) if vector else b
@@ -89,7 +89,7 @@ def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
 
 
 def _solution(A: Tensor, B: Tensor, jet: Jet) -> Tensor:
-    """Return the stack of Y in A Y = B, from stacks one of which may hold only the value."""
+    """Return the stack of Y in A Y = B; one of the stacks A and B may hold only a value."""
     inverse = torch.linalg.inv(A[:1])
     if len(A) == 1:
         return inverse @ B

@@ -1,29 +1,30 @@
 r"""Tensors that may share the memory of a Jet, and tensors kept for a backward pass.
 
 Changes in place:
-    A Jet that is changed in place gets a new stack, and no stack is ever written to. So autograd
-    keeps its saved tensors, and a change costs as much as the out-of-place function. In PyTorch,
-    every tensor that shares the memory, such as a view, sees the change; here, none would. The
-    change is therefore rejected while another tensor that may share the memory is in use: a view,
-    the result of a reshape, or a detached tensor. Under torch.compile, which has no weak
+    A Jet that is changed in place gets a new stack, and no stack is ever written to. So autograd's
+    saved tensors stay valid, and a change costs as much as the out-of-place function. In PyTorch,
+    every tensor that shares the memory, such as a view, sees the change; with Jets, none would.
+    The change is therefore rejected while another tensor that may share the memory is in use: a
+    view, the result of a reshape, or a detached tensor. Under torch.compile, which has no weak
     references, every tensor ever taken from a Jet counts as in use.
 
-    A detached tensor shares the memory of a stack and must not be changed, as a Jet made by a
-    reshape may or may not have a copy of that memory. The versions of all detached tensors are
-    checked when the function returns.
+    A detached tensor shares the memory of a stack and must not be changed, because a Jet made by a
+    reshape may or may not have its own copy of that memory. The versions of all detached tensors
+    are checked when the function returns.
 
     A plain tensor that receives values depending on x, as in `out[:, :2] = x`, becomes a Jet until
     the function returns.
 
 Recomputation:
-    Autograd keeps what every operator of a composition needs. An elementwise rule consists of a
-    handful of operators on tensors as large as the activations; keeping all of that would take
-    several times the memory of the network itself. `with_recomputation` keeps the arguments of a
-    rule, or its result, and evaluates it again when a gradient is needed. The gradient is again
-    such a function, of the arguments and the cotangents, and so on to any order.
+    Autograd keeps every tensor that an operator of a composition needs. An elementwise rule
+    consists of a handful of operators on tensors as large as the activations; keeping all of these
+    tensors would take several times the memory of the network itself. `with_recomputation` keeps
+    only the arguments of a rule, or its result, and evaluates the rule again when a gradient is
+    needed. The gradient is evaluated in the same way, as a function of the arguments and the
+    cotangents, and so on to any order.
 
-    Under torch.compile and the transforms of torch.func, the function is evaluated directly, as
-    these decide themselves what to keep.
+    Under torch.compile and the transforms of torch.func, the function is evaluated directly,
+    because these decide for themselves what to keep.
 """
 
 import threading
@@ -54,10 +55,10 @@ CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that "
     "changes an argument in place. Put .clone() before the change."
 )
-IN_USE = "a change in place of a tensor that a view in use may share. Put .clone() before it."
+IN_USE = "a change in place of memory that a view in use may share. Put .clone() before it."
 UNPACKED = (
-    "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
-    "in place. Write q, k, v = qkv.unbind(0)."
+    "torch.compile unpacks a tensor, as in q, k, v = qkv, and a tensor of such a shape was "
+    "changed in place. Write q, k, v = qkv.unbind(0)."
 )
 # Functions without a rule that may return their argument, or a view of it.
 _VIEWS = """
@@ -76,8 +77,8 @@ class Propagation(NamedTuple):
 
     firsts: int
     pairs: Pairs
-    jets: "list[weakref.ref[Any]]"  # all that were made
-    detached: list[tuple[Tensor, int]]  # from Jets, with their versions
+    jets: "list[weakref.ref[Any]]"  # all Jets that were made
+    detached: list[tuple[Tensor, int]]  # tensors detached from Jets, with their versions
     changed: list[tuple[int, ...]]  # under torch.compile, the row shapes of changed tensors
 
 
@@ -86,7 +87,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.propagations: list[Propagation] = []
-        # Plain tensors that became Jets, as weak references, and their former values.
+        # Weak references to plain tensors that became Jets, and their former values.
         self.became_jets: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 
@@ -104,19 +105,19 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """A weak reference or, under torch.compile, which has none, a strong one."""
+    """A weak reference; under torch.compile, which has no weak references, a strong one."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
 def share(source: Any, result: Any) -> Any:
-    """Note that the Jet `result` may share memory with the Jet `source`; return it."""
+    """Note that the Jet `result` may share memory with the Jet `source`; return the result."""
     share_value(source, result)
     result.memory = source.memory
     return result
 
 
 def share_value(source: Any, value: Tensor) -> None:
-    """Note that a tensor, such as the plain one of .detach(), may share memory with a Jet."""
+    """Note that a tensor, such as the result of .detach(), may share memory with a Jet."""
     if source.memory is None:
         source.memory = [_reference(source)]
     source.memory.append(_reference(value))
@@ -131,7 +132,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Replace the stack of a Jet that does not share memory, for a change in place."""
+    """Change a Jet in place by giving it a new stack; raises an error if it may share memory."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -145,17 +146,17 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn the Jets that are still alive into plain tensors, as the function may keep them.
+    """Turn Jets that are still alive into plain tensors, because the function may keep them.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
     jets = alive(propagation.jets)
     for jet in jets:
-        jet.memory = None  # weak references, which prevent a swap of tensors
+        jet.memory = None  # weak references would prevent a swap of tensors
     propagation.jets.clear()
-    # Older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
+    # Older PyTorch would swap even a tensor that a checkpoint saved, and crash on recomputation.
     for jet in jets if TELLS_HOOKS else ():
-        with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
+        with suppress(RuntimeError):  # a Jet that a checkpoint saved is still needed as a Jet
             swap(jet, jet.stack[0])
     for value, version in propagation.detached:
         if versions([value]) != [version]:
@@ -163,9 +164,9 @@ def end(propagation: Propagation) -> None:
 
 
 def to_tensor(count: int, finished: bool) -> None:
-    """Make tensors that became Jets plain again, with their new values, except the first `count`.
+    """Make all but the first `count` tensors that became Jets plain again, with their new values.
 
-    If the call has not finished, they lose their new values.
+    If the call has not finished, the new values are discarded.
     """
     while len(THREAD.became_jets) > count:
         reference, plain = THREAD.became_jets.pop()
@@ -182,14 +183,14 @@ def to_tensor(count: int, finished: bool) -> None:
 
 def to_jet(tensor: Tensor, jet: Any) -> None:
     """Make a plain tensor a Jet in place."""
-    refused = "a plain tensor that shares memory receives values that depend on x in place."
+    refused = "values that depend on x are written in place to a plain tensor that shares memory."
     leaf = tensor.requires_grad and tensor.is_leaf
     if torch.compiler.is_compiling() or leaf or tensor._base is not None:
         raise TaylorError(refused)
     for propagation in THREAD.propagations[-1:]:
         propagation.jets[:] = [made for made in propagation.jets if made() is not jet]
     try:
-        if has_alias(tensor):  # which is not known under torch.func
+        if has_alias(tensor):  # under torch.func, this cannot be known
             raise TaylorError(refused)
         swap(tensor, jet)
     except RuntimeError as error:
@@ -215,14 +216,14 @@ def with_recomputation(
     Args:
         function: a function of the tensors, without side effects, that returns one tensor.
         tensors: its arguments.
-        pullbacks: the first takes the tensors and a cotangent and returns the gradients of
-            `function` with respect to all tensors, with None for a tensor that is None. Its first
-            argument says which gradients are needed; it may return None for the others. The second
-            belongs to the first result of the first, and so on. Beyond the last, autograd finds
-            the gradients.
-        again: the same function for repeated differentiation, for example by a transform;
+        pullbacks: the first pullback takes the tensors and a cotangent, and returns the gradients
+            of `function` with respect to all tensors, with None for a tensor that is None. The
+            first argument of a pullback says which gradients are needed; any other gradient may be
+            None. The second pullback differentiates the first result of the first pullback, and so
+            on. Beyond the last pullback, autograd computes the gradients.
+        again: a version of the function for repeated differentiation, for example by a transform;
             `function` if None.
-        by_result: whether the result is kept instead of the arguments, and passed to the
+        by_result: whether the result, instead of the arguments, is kept and passed to the
             pullbacks.
 
     Example:
@@ -250,7 +251,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
-        saved = ctx.saved_tensors  # once, as a checkpoint allows
+        saved = ctx.saved_tensors  # a checkpoint allows reading them only once
         needed = needed_gradients(ctx, saved)
         places = [place for place, c in enumerate(cotangents) if c is not None]
         function, again, pullbacks, _ = ctx.functions
@@ -272,9 +273,9 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Which tensors, the last arguments of a Function, need gradients in this backward pass.
 
-    A backward pass to x alone needs no gradients of the weights, but a Function is not told so.
+    A backward pass to x alone needs no gradients in the weights, which a Function is not told.
     """
-    nodes = iter(ctx.next_functions)  # of those that are tensors
+    nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []
     for tensor, requires_grad in zip(tensors, ctx.needs_input_grad[-len(tensors) :], strict=True):
         node = None if tensor is None else next(nodes)[0]
@@ -287,7 +288,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """The needed gradients among those that a pullback returns."""
+    """The needed gradients out of all that a pullback returns."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -298,11 +299,11 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """The needed gradients of tensors and of the cotangents of results at some places."""
+    """The needed gradients with respect to the tensors, from cotangents of some of the results."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Without their own graph, as one of the tensors may be made from another.
+        # Detached, because one of the tensors may have been computed from another.
         points: list[Any] = [
             tensor
             if tensor is None or (tracked and (tensor.requires_grad or not need))
@@ -312,7 +313,7 @@ def _by_autograd(
         results = _as_tuple((again if tracked else function)(*points))
         wanted = list(compress(points, needed))
         outputs = [(results[place], c) for place, c in zip(places, cotangents, strict=True)]
-        # Without those that depend on nothing, such as the gradient in a bias.
+        # Leave out results that depend on no tensor, such as the gradient in a bias.
         outputs = [(output, c) for output, c in outputs if output.requires_grad]
         if not outputs:
             return tuple(map(torch.zeros_like, wanted))

@@ -3,8 +3,8 @@ r"""Norms over rows, and their gradients.
 Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm: c = x), and
 ρ = (⟨c c⟩ + eps)^(−1/2):
     y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
-    The first three derivatives of y along rows z, w and v that are already multiplied by ρ, with
-    capitals for the parts along y, Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
+    The first three derivatives of y are taken along rows z, w and v, already multiplied by ρ.
+    Capitals are the parts along y, as in Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
     J z = z − y Z
     second(z, w) = −(Z w + W z + y {z w})
     third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
@@ -15,13 +15,13 @@ Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
-    Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
+    Gradients of the gradients in x and x_l, for their cotangents p and q_l, without y_ll:
     in a      J p
     in b_l    J q_l + second(p, c_l)
     in x_l    second(p, b_l)
     in x      second(p, a) + Σ_l [second(q_l, b_l) + third(p, b_l, c_l)]
 
-Autograd with recomputation of the formula would read and write the activations 1.6 times as often.
+Autograd, with recomputation of the formula, would read and write activations 1.6 times as often.
 """
 
 import math
@@ -52,19 +52,19 @@ Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 class Rows(NamedTuple):
     """The rows that a norm is taken over."""
 
-    shape: tuple[int, ...]  # to which the value is reshaped
-    dims: tuple[int, ...]  # of the shape, counted from the back, that make up a row
-    weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
+    shape: tuple[int, ...]  # the shape to which the value is reshaped
+    dims: tuple[int, ...]  # the dimensions of a row, counted from the back
+    weights: tuple[int, ...]  # the shape in which weight and bias broadcast
     eps: float  # added to the variance
     centred: bool = True  # whether the mean is subtracted
 
     @property
     def length(self) -> int:
-        """The elements of a row."""
+        """The number of elements in a row."""
         return math.prod([self.shape[dim] for dim in self.dims])
 
     def reshape(self, stack: Tensor) -> Tensor:
-        """A stack in this shape, in at least float32."""
+        """A stack reshaped to `shape`, in at least float32."""
         return at_least_float32(stack).reshape(len(stack), *self.shape)
 
     def total(self, x: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class Rows(NamedTuple):
         return x.mean(self.dims, keepdim=True)
 
     def standardize(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """A stack without its means, times ρ, whose first component is y; and ρ of each row."""
+        """The centred stack times ρ, whose first component is y, and the ρ of each row."""
         centred = self.reshape(stack)
         if self.centred:
-            # Not times 1/N, which is rounded, as equal numbers must give exactly zero.
+            # Divided by N, not multiplied by a rounded 1/N: equal numbers must give exactly zero.
             centred = centred - self.total(centred) / self.length
         value = centred[:1]
         rho = torch.rsqrt(self.mean(value * value) + self.eps)
@@ -90,12 +90,12 @@ class Rows(NamedTuple):
         return x if weight is None else x * weight.reshape(self.weights)
 
     def scale_cotangents(self, cotangents: Tensor, rho: Tensor, weight: Some = None) -> Tensor:
-        """A stack times the weight and ρ, minus its mean if the norm subtracts that."""
+        """A stack times the weight and ρ, minus its mean if the norm subtracts the mean."""
         scaled = cotangents * self.multiply(rho, weight)
         return scaled.sub_(self.mean(scaled)) if self.centred else scaled
 
     def reduce_to(self, weight: Some, gradient: Tensor) -> Some:
-        """The gradient in a weight or bias, from the gradient in its product with ones."""
+        """Reduce a gradient to the shape of a weight or bias that was broadcast."""
         if weight is None:
             return None
         return gradient.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
@@ -108,13 +108,13 @@ class _Stack(NamedTuple):
     along: Tensor
 
     def split(self, *sizes: int) -> "list[_Stack]":
-        """Its parts, with so many components each."""
+        """Split the stack into parts with the given numbers of components."""
         z, along = self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)
         return list(map(_Stack, z, along))
 
 
 class _Derivatives:
-    """J, −second and −third of some rows; the last two as lists of terms."""
+    """J, −second and −third at given rows, the last two as lists of terms."""
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows, self.value = rows, value
@@ -143,7 +143,7 @@ class _Derivatives:
         return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
     def of_seconds(self, firsts: _Stack, seconds: Tensor, pairs: Pairs) -> Tensor:
-        """y_ll: second(c_l, c_l), and J of second derivatives if there are any."""
+        """y_ll: second(c_l, c_l), plus J c_ll if there are second derivatives."""
         second = collect(-2 * firsts.along * firsts.z, pairs)
         along = collect(self.product(firsts, firsts), pairs)
         if len(seconds):
@@ -157,7 +157,7 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place: each to its component, or all of them to a stack of one."""
+    """Add terms to a stack in place: each to its component, or all to a single component."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
@@ -182,7 +182,7 @@ class Norm(NamedTuple):
         value, tangents, seconds = components(scaled, self.firsts)
         norm = _Derivatives(rows, value)
         c = norm.stack(tangents)
-        # Nothing is subtracted from the value, so that no copy joins it to the derivatives.
+        # Zero is subtracted from the value: joining value and derivatives would need a copy.
         along = torch.cat([torch.zeros_like(rho), c.along])
         output = norm.jacobian(_Stack(scaled[: len(along)], along))
         if self.pairs != "none":
@@ -231,9 +231,9 @@ class Norm(NamedTuple):
         cotangent: Tensor,
         again: Tensor,
     ) -> tuple[Some, ...]:
-        """The gradients of the first result of `pull_back` in its arguments.
+        """The gradients of the first result of `pull_back` with respect to its arguments.
 
-        It assumes that there are no second derivatives.
+        This method assumes that there are no second derivatives.
         """
         rows, sizes = self.rows, (1, self.firsts)
         scaled, rho = rows.standardize(stack)
@@ -244,7 +244,7 @@ class Norm(NamedTuple):
         pq = norm.stack(rows.scale_cotangents(rows.reshape(again), rho))
         (a, b), (p, q) = ab.split(*sizes), pq.split(*sizes)
         pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
-        # second(p, a), second(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
+        # Join second(p, a), second(q_l, b_l) and third(p, b_l, c_l) into one term per stack.
         of_ab = torch.cat([p.along, q.along + pc])
         of_pq = torch.cat([a.along + total(bc), b.along])
         third = total(_third_along(p.along, b.along, c.along, pb, pc, bc))
@@ -263,7 +263,7 @@ class Norm(NamedTuple):
 # ------------------------------------------------------------------------------------ the norms
 def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Any:
     if len(rows.dims) == len(rows.shape):
-        raise NoRule  # where a row is not a part of a sample
+        raise NoRule  # a row is not part of a single sample
     norm = Norm(rows, x.firsts, x.pairs)
     pullbacks = [norm.pull_back, norm.pull_back_again] if x.pairs == "none" else [norm.pull_back]
     return x.like(with_recomputation(norm.evaluate, x.stack, weight, bias, pullbacks=pullbacks))
@@ -272,7 +272,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
     """The norm, from operators that PyTorch differentiates correctly, in at least float32."""
     centred = at_least_float32(x).reshape(rows.shape)
-    # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
+    # Sums, divided afterwards: the gradient of a sum is a view, but a mean's gradient is a copy.
     if rows.centred:
         centred = centred - rows.total(centred) / rows.length
     variance = rows.total(centred * centred) / rows.length
@@ -282,7 +282,7 @@ def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = Non
 
 
 ON_JETS.norm, ON_TENSORS.norm = _norm_of_jet, _norm_of_tensor
-# Whether the eps that PyTorch adds by itself for a short type is that of float32.
+# Whether PyTorch's default eps for a 16-bit dtype is the eps of float32.
 _WIDE = bool(F.rms_norm(torch.full((1, 1), 2**-8, dtype=torch.bfloat16, device="cpu"), (1,)) > 0.5)
 
 

@@ -3,17 +3,17 @@ r"""Rules for elementwise functions, such as activations, and for arithmetic.
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
-A new activation is a generator of a and its first three derivatives at x, registered under every
-name by which networks call it; see `_tanh`. Gradients follow from the same four values, and only
-the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
-name them; see `_silu`.
+A new activation is a generator that yields a and its first three derivatives at x, registered
+under every name by which networks call it; see `_tanh`. Gradients are computed from the same
+four values, and only the stack is kept for this. If PyTorch has operators for a and for a'(x) x_l,
+the activation can name them; see `_silu`.
 
 Formula of softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    The dtype of a result is the one that PyTorch gives for the values: a tensor without axes does
-    not widen one with axes, although its stack has an axis.
+    A result has the dtype that PyTorch gives for the values: a tensor without axes does not widen
+    the dtype of a tensor with axes, even though every stack has an axis.
 """
 
 import math
@@ -39,14 +39,14 @@ class Operators(NamedTuple):
     """PyTorch's own operators for a function and for its first derivative."""
 
     value: Function  # of x
-    slope: Function  # of a tensor and x: the derivative at x times that
+    slope: Function  # of a tensor and x: the tensor times the derivative at x
 
 
 class Pointwise(NamedTuple):
     """An elementwise function on stacks, with its gradients."""
 
     series: Series  # yields the function and its first three derivatives at x
-    operators: Operators | None  # with which the series yields the derivatives alone
+    operators: Operators | None  # if not None, the series yields only derivatives
     firsts: int
     pairs: Pairs
 
@@ -72,15 +72,15 @@ class Pointwise(NamedTuple):
         return torch.cat(parts).to(stack.dtype)
 
     def evaluate_by_operators(self, stack: Tensor) -> Tensor:
-        """The same by PyTorch's operators for a(x) and a'(x) x_l, without second derivatives."""
+        """The value and first derivatives, by PyTorch's operators for a(x) and a'(x) x_l."""
         assert self.operators is not None
         x, tangents, _ = components(at_least_float32(stack), self.firsts)
-        # Expanded, as oneDNN's gelu_backward does not accept shapes that broadcast.
+        # Expanded, because oneDNN's gelu_backward does not accept shapes that broadcast.
         slopes = self.operators.slope(tangents, x.expand_as(tangents))
         return torch.cat([self.operators.value(x), slopes]).to(stack.dtype)
 
     def pull_back(self, _needed: Needed, stack: Tensor, cotangent: Tensor) -> tuple[Tensor]:
-        """The first derivative times the cotangents, plus the terms of the second and third."""
+        """The first derivative times the cotangents, plus terms with higher derivatives."""
         dtype, firsts = stack.dtype, self.firsts
         stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
         x, along = stack.split_with_sizes((1, len(stack) - 1))
@@ -99,9 +99,9 @@ class Pointwise(NamedTuple):
     def pull_back_again(
         self, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of the result of `pull_back` in the stack and the cotangent.
+        """The gradients of the result of `pull_back` with respect to the stack and the cotangent.
 
-        This assumes that there are no second derivatives.
+        This method assumes that there are no second derivatives.
         """
         dtype = stack.dtype
         stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
@@ -120,9 +120,9 @@ class Pointwise(NamedTuple):
 
 
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
-    """The function of a Jet, whose `series` yields it and its first three derivatives at x.
+    """Apply a function to a Jet; `series` yields it and its first three derivatives at x.
 
-    With `operators`, it yields only the derivatives.
+    With `operators`, `series` yields only the derivatives.
     """
     rule = Pointwise(series, operators, jet.firsts, jet.pairs)
     if jet.pairs != "none":
@@ -138,16 +138,16 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
 
 
 def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Function:
-    """A function of tensors, with further arguments after them."""
+    """Return a function of tensors alone, which passes further arguments after the tensors."""
     return (lambda *tensors: function(*tensors, *args, **named)) if args or named else function
 
 
 def pointwise(
     *names: str | Function, operators: Operators | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the generator of a function and its derivatives, with that function's arguments.
+    """Register a generator that takes a function's arguments and yields it and its derivatives.
 
-    The `operators` take those arguments too; see `apply`.
+    The `operators` take these arguments as well; see `apply`.
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,16 +176,16 @@ def _silu(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise(F.mish, operators=Operators(F.mish, torch.ops.aten.mish_backward.default))
 def _mish(x: Tensor) -> Iterator[Tensor]:
-    # x t, of t = tanh(softplus(x)).
+    # x t, where t = tanh(softplus(x)).
     t, s = torch.tanh(F.softplus(x)), torch.sigmoid(x)
     product, complement = s * t, 1 - s
-    t1 = torch.addcmul(s, product, t, value=-1)  # derivatives of t
+    t1 = torch.addcmul(s, product, t, value=-1)  # t1, t2 and t3 are derivatives of t
     yield torch.addcmul(t, x, t1)
     ratio = torch.sub(complement, product, alpha=2)
     t2 = t1 * ratio
     yield torch.addcmul(2 * t1, x, t2)
     q = s * complement
-    bend = torch.addcmul(torch.addcmul(q, q, t, value=2), s, t1, value=2)  # −1 times that of ratio
+    bend = torch.addcmul(torch.addcmul(q, q, t, value=2), s, t1, value=2)  # −1 times ratio's slope
     t3 = torch.addcmul(t2 * ratio, t1, bend, value=-1)
     yield torch.addcmul(3 * t2, x, t3)
 
@@ -213,7 +213,7 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise("gelu", operators=Operators(F.gelu, torch.ops.aten.gelu_backward.default))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
-    # x S(x), of a share S between 0 and 1.
+    # x S(x), with a share S between 0 and 1.
     square = x * x
     if approximate == "none":
         share = 0.5 + 0.5 * torch.erf(x * math.sqrt(0.5))
@@ -224,11 +224,11 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
         return
     if approximate != "tanh":
         raise NoRule
-    # S is the logistic function of w, twice what the tanh is taken of.
+    # S is the logistic function of w, which is twice the argument of the tanh.
     scale, cube = 2 * math.sqrt(2 / math.pi), 0.044715
     w = x * (scale * cube * square + scale)
     share = torch.sigmoid(w)
-    w1 = 3 * scale * cube * square + scale  # derivatives of w
+    w1 = 3 * scale * cube * square + scale  # w1 and w2 are derivatives of w
     complement = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
     q = share * complement
     s1 = q * w1
@@ -263,7 +263,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """The rule is needed, as PyTorch's own operator has no second derivative, not even zero."""
+    """PyTorch's own operator has no second derivative, not even zero, so a rule is needed."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -298,7 +298,7 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
         # Not 0 · x^-1, which is NaN at 0.
         derivative = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
         if factor and order > max(exponent, 0):
-            # Near zero, it may be out of range, and its factor may be zero.
+            # Near zero, the derivative may overflow, and may then be multiplied by zero.
             derivative = torch.where(x == 0, derivative, derivative.clamp(-largest, largest))
         yield derivative
         factor *= exponent - order
@@ -311,7 +311,7 @@ def _log(x: Tensor) -> Iterator[Tensor]:
 
 
 def _slope_of_softplus(along: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    # Either may be a tensor of one number.
+    # beta and threshold may be tensors of one number.
     return torch.ops.aten.softplus_backward.default(along, x, float(beta), float(threshold))
 
 
@@ -319,7 +319,7 @@ def _slope_of_softplus(along: Tensor, x: Tensor, beta: float = 1, threshold: flo
 def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Iterator[Tensor]:
     scaled = beta * x
     s = torch.sigmoid(scaled)
-    straight_on = scaled > threshold  # where PyTorch takes x itself
+    straight_on = scaled > threshold  # where PyTorch returns x itself
     yield s.masked_fill(straight_on, 1.0)
     q = (beta * s * torch.sigmoid(-scaled)).masked_fill(straight_on, 0.0)
     yield q
@@ -352,7 +352,7 @@ def _operands(a: Any, b: Any) -> int:
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """The type of what PyTorch computes from a and b, without asking where both have it."""
+    """The dtype of PyTorch's result for a and b; no query is made if both have the same dtype."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
@@ -360,14 +360,14 @@ def _type(a: Any, b: Any) -> torch.dtype:
 
 @rule("add __add__ __radd__", several=True, kind="linear")
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    """a + alpha · b, with at least one Jet."""
+    """a + alpha · b, where at least one of a and b is a Jet."""
     ndim, dtype = _operands(a, b), _type(a, b)
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     if isinstance(plain, Jet) or ndim_of(plain):
         first, second = stacks_of((a, b))
         total = torch.add(align(first, ndim), align(second, ndim), alpha=alpha)
         return jet.like(total.to(dtype))
-    # As a stack, a number would be rounded to a dtype, and a tensor without axes, which may be on
+    # In a stack, a number would be rounded to a dtype, and a tensor without axes, which may be on
     # another device, would get an axis.
     stack = align(jet.stack, ndim)
     if alpha != 1:
@@ -387,7 +387,7 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
 
 @rule("mul multiply __mul__ __rmul__", several=True, kind="bilinear")
 def multiply(a: Any, b: Any) -> Jet:
-    """a b, with at least one Jet."""
+    """The product a b, where at least one of a and b is a Jet."""
     ndim = _operands(a, b)
     if a is b:
         return apply(partial(power, exponent=2), a)
@@ -417,7 +417,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """The stack of y = a / b, without powers of 1/b, which may be out of range where y is not.
 
-    The derivatives follow from those of a = y b, as in y_l = (a_l − y b_l) / b.
+    The derivatives follow from a = y b: for example, y_l = (a_l − y b_l) / b.
     """
     (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
         components(at_least_float32(stack), min(firsts, len(stack) - 1)) for stack in (a, b)
@@ -437,7 +437,7 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 def _pow(x: Any, exponent: Any) -> Jet:
     constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
     if constant and not exponent.requires_grad:
-        # PyTorch's forward derivative of this is NaN for negative x.
+        # PyTorch's forward-mode derivative of this power is NaN for negative x.
         raise TaylorError("pow: a tensor as exponent. Use numbers as exponents, as in x**2.")
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule

@@ -2,26 +2,26 @@ r"""The few operators whose derivatives PyTorch gets wrong, replaced or rejected
 
 Purpose:
     PyTorch 2.6 to 2.13 do not differentiate layer norm, batch norm (in training) and instance norm
-    correctly more than twice: the parameter gradient of a loss on a directional derivative, and at
-    order three sometimes the derivative itself, is silently off by several to more than a hundred
-    percent. Later versions may raise an error there, as the pull requests below do. Group norm,
-    attention and the gated linear unit fail with an error on common inputs. When composed of
-    means, products and softmax, each is right in every mode.
+    correctly more than twice. The parameter gradient of a loss on a directional derivative, and at
+    order three sometimes the derivative itself, is silently off by between several and more than a
+    hundred percent. Later versions may raise an error instead, as the pull requests below do.
+    Group norm, attention and the gated linear unit fail with an error on common inputs. When
+    composed of means, products and softmax, each of these operators is right in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
-    loss evaluates the network, and only in its thread. Nothing is patched. An activation
-    checkpoint evaluates its part of the network again in the backward pass, when the mode is off:
-    `recomputable` turns it on again there.
+    loss evaluates the network, and only in the loss's thread. Nothing is patched. An activation
+    checkpoint evaluates its part of the network again in the backward pass, when the mode is off;
+    `recomputable` turns the mode on again for this.
 
 Refused:
-    A few operators whose forward derivatives PyTorch does not differentiate correctly, where one
-    is needed; and in both engines operators that it does not differentiate at all, such as
-    torch.special.bessel_j0.
+    A few operators are refused where their forward-mode derivative is needed, because PyTorch does
+    not differentiate this derivative correctly. Both engines also refuse operators that PyTorch
+    does not differentiate at all, such as torch.special.bessel_j0.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
-    documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
+    documentation of `torch.overrides`, and of `context_fn` in `torch.utils.checkpoint`.
 """
 
 import threading
@@ -58,19 +58,19 @@ from hosm_losses.taylor.registry import (
 
 
 def _operators_named(names: str) -> set[Any]:
-    """The functions and methods of PyTorch with these names, and the operators below them."""
+    """PyTorch's functions and methods of these names, and the operators that implement them."""
     return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
 
 
 # Operators with a forward-mode formula that PyTorch does not differentiate correctly: cumprod if a
-# factor is zero, and those of the second row if they are differentiated twice.
+# factor is zero, and the operators from eigh on if they are differentiated twice.
 _FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
     "cosine_similarity "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
-# And these where they multiply.
+# These operators are wrong only if they reduce by a product.
 _PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch does not differentiate its forward-mode derivative correctly. Write it with other "
@@ -81,10 +81,10 @@ _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", 
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
+    """Whether a function's forward-mode derivative in PyTorch is wrong, or has a wrong gradient.
 
-    For a package's own operator, made by `torch.library.custom_op`, PyTorch takes this derivative
-    to be zero.
+    PyTorch treats the forward-mode derivative of an operator as zero if a package defines the
+    operator with `torch.library.custom_op`.
     """
     if of_a_package(function):
         return True
@@ -94,9 +94,9 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 
 
 def refuse_constant(function: Any, result: Tensor) -> None:
-    """Raise if a result has no derivative though an argument of the function has one.
+    """Raise if a result has no derivative although an argument of the function has one.
 
-    The result may be constant on purpose: a new tensor, a random draw, or a detached tensor.
+    A result may be constant on purpose: a new tensor, a random draw, or a detached tensor.
     """
     if not result.is_floating_point() or function in CONSTANT:
         return
@@ -114,8 +114,8 @@ def refuse_constant(function: Any, result: Tensor) -> None:
 # ---------------------------------------------------------------------------------------- the mode
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "
-    "two or three; got torch's own, which recomputes with other operators. Use the other "
-    "(diffusers: "
+    "two or three; got torch's checkpoint, which recomputes with other operators. Use "
+    "hosm_losses.checkpoint (diffusers: "
     "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
     "or checkpoint around the loss module."
 )
@@ -125,14 +125,14 @@ _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
-    """Torch's own checkpoint is inside the network, around an operator it cannot recompute."""
+    """Torch's own checkpoint inside the network surrounds an operator it cannot recompute."""
 
 
 class _Thread(threading.local):
     """Thread-local state."""
 
     def __init__(self) -> None:
-        # Not of the class: torch.compile guards what there is, and none is to be added later.
+        # Set here, not on the class: torch.compile guards attributes, and none may come later.
         self.modes: tuple[_SafePrimitives, ...] = ()
 
 
@@ -143,7 +143,7 @@ class _SafePrimitives(TorchFunctionMode):
     def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.table = table
-        self.outer_hook: object = None  # the checkpoint's hook that surrounds the mode
+        self.outer_hook: object = None  # the hook of a checkpoint around the mode
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -181,10 +181,10 @@ class _SafePrimitives(TorchFunctionMode):
 
 
 def _refuse_foreign_checkpoint() -> None:
-    """Raise if torch's own checkpoint surrounds an operator it cannot recompute as the loss did.
+    """Raise if torch's own checkpoint would recompute an operator differently from the loss.
 
-    Such an operator is a primitive. A checkpoint that was active before the mode is ours, or
-    surrounds the loss: it enters the mode again and is right.
+    These are the operators that have a primitive. A checkpoint that was active before the mode is
+    `hosm_losses.checkpoint`, or surrounds the loss; its recomputation enters the mode again.
     """
     if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
@@ -195,20 +195,20 @@ def safe_primitives(
 ) -> AbstractContextManager[Any]:
     """Return a context manager in which this thread uses the primitives, if `enabled`.
 
-    These may be only those that the first derivative of one sample needs.
+    With `of_one_sample`, only the primitives for a first derivative of one sample are used.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
-    """Return a context manager without primitives that rejects operators without a derivative."""
+    """Return a context manager that only rejects operators without a derivative in PyTorch."""
     return _SafePrimitives({})
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has.
+    """Call torch's non-reentrant checkpoint; it recomputes with primitives if this call uses them.
 
-    The first computation enters the mode again, inside the hooks that save its tensors.
+    The first computation also enters the mode again, inside the hooks that save its tensors.
     """
     tables = [mode.table for mode in _thread.modes]
 
@@ -222,26 +222,26 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 # ---------------------------------------------------------------------------------- the primitives
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
-    """Add to batch norm's count of batches: torch.func forbids the in-place method, not out=."""
+    """Add to batch norm's batch counter: torch.func forbids the in-place method, but not out=."""
     if counter.is_floating_point():
         return counter.add_(other, alpha=alpha)
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """By softplus, as the second derivative of PyTorch's own is NaN above 88 in float32."""
+    """Computed by softplus: PyTorch's own second derivative is NaN above 88 in float32."""
     result = input * torch.tanh(F.softplus(input))
     return input.copy_(result) if inplace else result
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """As a slice of one, as the gradient of PyTorch's own operator through a vmap is wrong."""
+    """Written as a slice of length one: PyTorch's own gradient through vmap is wrong."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """By a mask, as PyTorch's own through a vmap is wrong if only the value differs."""
+    """Computed by a mask: PyTorch's index_fill is wrong in vmap if only the value is batched."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 
@@ -252,7 +252,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> Tensor:
 
 NORMS = (
     "network: expected F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm; got one of "
-    "the functions below them, such as torch.native_layer_norm, which PyTorch 2.6 to 2.13 "
+    "the functions behind them, such as torch.native_layer_norm, which PyTorch 2.6 to 2.13 "
     "differentiate incorrectly."
 )
 NOT_A_NUMBER = (
@@ -277,11 +277,11 @@ def complete_primitives() -> None:
     for names, primitive in primitives.items():
         for function in functions_named(names):
             PRIMITIVES[function] = primitive
-    # As torch.export programs call them, with the arguments of the torch functions.
+    # torch.export programs call the aten operators, with the torch functions' arguments.
     for function, primitive in list(PRIMITIVES.items()):
         if not function.__name__.endswith("_"):
             PRIMITIVES.update(dict.fromkeys(operators(function.__name__), primitive))
     PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), refuse_norms))
-    # PyTorch gets even the first derivative wrong: for one sample, in channels_last on the CPU.
+    # For one sample in channels_last on the CPU, PyTorch gets even the first derivative wrong.
     for function in *functions_named("instance_norm"), *operators("instance_norm"):
         OF_ONE[function] = PRIMITIVES[function]

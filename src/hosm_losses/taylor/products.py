@@ -2,23 +2,24 @@ r"""Rules for products that are linear in both factors: matrix products, layers 
 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
-    A plain tensor has no derivatives, so a product with one multiplies the whole stack.
-    A layer of weights is one call on a larger batch; the bias only belongs to the value.
+    A plain tensor has no derivatives, so a plain factor multiplies the whole stack. A linear or
+    convolutional layer is one call on a larger batch; its bias is added only to the value.
 
 Gradients, for a cotangent c:
-    ⟨c, a·b⟩ is linear in each of the three. A gradient in one is linear in the other two, and so
-    are its own gradients: with p in its place, ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three
-    functions give all derivatives of any order, and only their arguments are kept.
+    The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form in one of these is
+    linear in the other two, and gradients of this gradient come from the same form, with p in the
+    place of a: ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three functions give all derivatives of
+    any order, and only their arguments are kept.
 
-Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotangents C_k of Y:
+Formula of Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
-    over the same terms (i, j, k, f): f A_i B_j is a part of Y_k.
-    Each sum is accumulated in place. As a sum of separate products, it would read and write the
-    larger matrices, such as the weights of attention, three times for each product.
+    All three sums are over the same terms (i, j, k, f), where f A_i B_j is a part of Y_k. Each sum
+    is accumulated in place. A sum of separate products would read and write the larger matrices,
+    such as the weights of attention, three times for each product.
 
-In a gradient, PyTorch computes a convolution's weight gradient by a convolution whose kernel is
-the cotangent, as large as the image. This costs up to three times as much as the gradient of the
-first pass, which a form uses for both.
+When PyTorch differentiates the gradient of a convolution, it computes the weight gradient by a
+convolution whose kernel is the cotangent, which is as large as the image. This costs up to three
+times as much as the method that a first backward pass uses. A `Form` always uses the cheaper one.
 """
 
 from collections.abc import Callable, Iterable
@@ -51,7 +52,7 @@ def ndim_of(x: Any) -> int:
 
 
 def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
-    """A product that is linear in both stacks, which broadcast over their first axis."""
+    """A product that is linear in both stacks, and broadcasts over their first axis."""
     if not isinstance(b, Jet):
         return a.like(product(align(a.stack, ndim), b))
     if not isinstance(a, Jet):
@@ -60,7 +61,7 @@ def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], nd
     firsts, pairs = a.firsts, a.pairs
     a_value, a_tangents, _ = components(first, firsts)
     b_value, b_tangents, _ = components(second, firsts)
-    # All of a with the value of b; then what the derivatives of b contribute.
+    # The whole stack of a times the value of b, then the contributions of b's derivatives.
     value, tangents, seconds = components(product(first, b_value), firsts)
     added = product(a_value, second[1:])
     tangents = tangents + added[:firsts]
@@ -86,7 +87,7 @@ class Form(NamedTuple):
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors or parameters, not of another subclass."""
+    """Whether all of these are plain tensors or parameters, and none is of another subclass."""
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
@@ -97,7 +98,7 @@ def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of a form in one of its three arguments, from the others."""
+    """The gradient of a form in one of its three arguments, from the other two."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
@@ -111,8 +112,8 @@ class _Gradient(torch.autograd.Function):
         needed = needed_gradients(ctx, others)
         others.insert(ctx.place, cotangents[0])
         needed.insert(ctx.place, False)
-        # If gradients are off, there may be a transform around, under which no Function is
-        # applied.
+        # If gradients are off, a transform may surround this call, and a Function cannot be
+        # applied under it.
         evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluate_form
         gradients = [
             evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
@@ -130,7 +131,7 @@ def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- layers of weights
 class _AddInPlace(torch.autograd.Function):
-    """Add a bias to the first rows of a layer's output in place, without a copy of the others."""
+    """Add a bias to the first rows of a layer's output in place, without a copy of other rows."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
@@ -149,7 +150,7 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """Add the bias to the first rows of a layer's output, in place where that is allowed."""
     if bias is None:
         return output
-    # A selective checkpoint may keep the output for its recomputation, as it is without a bias.
+    # A selective checkpoint may keep the output, still without a bias, for its recomputation.
     if is_traced() or selective_checkpoint():
         return torch.cat([(output[:rows] + bias).to(output.dtype), output[rows:]])
     return _AddInPlace.apply(output, bias, rows)  # pyright: ignore[reportReturnType]
@@ -157,13 +158,13 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 
 @rule(F.linear, kind="bilinear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
-    """The layer of a weight and a bias."""
-    if weight.ndim != 2 or x.stack.ndim < 2:  # of a number
+    """A linear layer with a weight and a bias."""
+    if weight.ndim != 2 or x.stack.ndim < 2:  # x or the weight has too few axes
         raise NoRule
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
 
-# In the order in which `_convolution_form` takes them; and in those of PyTorch's arguments.
+# Options in the order of `_convolution_form`, and names in the orders of PyTorch's arguments.
 OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 NAMES = ("stride", "padding", "dilation", "groups")
 NAMES_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
@@ -178,10 +179,10 @@ TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpo
 def _convolution(
     function: Function, x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any
 ) -> Jet:
-    if x.ndim != weight.ndim:  # as of one sample
+    if x.ndim != weight.ndim:  # for example a single sample
         raise NoRule
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
-    transposed = function in TRANSPOSED  # torch.compile knows no name of it
+    transposed = function in TRANSPOSED  # torch.compile cannot read a name
     positional = zip(NAMES_TRANSPOSED if transposed else NAMES, args, strict=False)
     options: dict[str, Any] = OPTIONS | dict(positional) | named
     if len(options) > len(OPTIONS):  # a name that PyTorch does not know
@@ -201,7 +202,7 @@ def _convolution(
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """The gradients of a convolution.
 
-    The weight is kept in its own dtype, and multiplied in that of autocast if it is on now.
+    The weight is kept in its own dtype, and multiplied in autocast's dtype if autocast is on now.
     """
     *sizes, groups = settings
     stride, padding, output_padding, dilation = (
@@ -213,7 +214,7 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
     cast = autocast_type(weight)
 
     def vjp_in_input(weight: Tensor, cotangent: Tensor) -> Tensor:
-        # Only the shape of a tensor without strides is used.
+        # A tensor with strides of zero, because only its shape is used.
         samples, weight = cotangent.new_empty_strided(shapes[0], flat), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
 
@@ -228,11 +229,12 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
 
 
 # --------------------------------------------------------------------------------------- matrices
-# Of directions. Every term of a form is a call, and more directions have more terms.
+# Forms are used for at most this many directions: each direction adds terms, and each term is a
+# call.
 MOST = 2
 
 
-# A part of a component k of a product: a factor times components i and j of its factors.
+# A part of component k of a product: a factor times component i of the left, j of the right.
 _Term = tuple[int, int, int, int]  # i, j, k, factor
 
 
@@ -246,7 +248,7 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
 
 
 def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The stack of sums of products of two stacks of batches of matrices."""
+    """Multiply the matrices of two stacks, and sum the products for each component."""
     lefts, rights, sums = left.unbind(), right.unbind(), dict[int, Tensor]()
     for i, j, k, factor in terms:
         if k in sums:
@@ -257,15 +259,15 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The same stack, with matrices stored column by column."""
+    """The stack of `_sums`, with matrices stored column by column."""
     return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
-    """The product of stacks such as (C, N, m, k) and (C, N, k, n).
+    """The form of a product of stacks such as (C, N, m, k) and (C, N, k, n).
 
-    A gradient is stored in the memory order of its factor. In any other order, the operators that
-    combine it with other gradients, such as those of a softmax, take three times as long.
+    A gradient is stored in the memory order of its factor. In any other order, operators that
+    combine this gradient with others, as in the backward of a softmax, take three times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -281,19 +283,19 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Indices of batch, rows, sum and columns; None if it is not a product of matrices."""
+    """The indices of batch, rows, sum and columns; None if this is not a product of matrices."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
     columns = "".join(index for index in result if index not in left)
     forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
     if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
-        return None  # as where an index comes twice
+        return None  # for example if an index occurs twice
     return batch, rows, inner, columns
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices as products of matrices; None if `product_rule` is needed."""
+    """A sum over indices, computed as products of matrices; None if it needs `product_rule`."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
@@ -302,7 +304,7 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
     if any(sizes.setdefault(i, size) != size for i, size in zip(right, b.shape, strict=True)):
         return None
     batch, rows, inner, columns = groups
-    # It is the last axis in memory as well, in the other order.
+    # In the other order, the last axis of the result is also the last axis in memory.
     if rows and result[-1] == rows[-1]:
         return _contract(right, left, result, b, a)
     x, y = in_autocast(a.stack), in_autocast(b.stack)
@@ -337,7 +339,7 @@ def matmul(a: Any, b: Any) -> Jet:
 
 @rule("mm bmm", several=True, kind="bilinear")
 def of_matrices(a: Any, b: Any) -> Jet:
-    """The product of matrices, or of two equally large batches of them."""
+    """The product of two matrices, or of two equally large batches of matrices."""
     if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
         raise NoRule
     return matmul(a, b)
@@ -347,7 +349,7 @@ rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:
-    """An equation with letters for the axes that "..." stands for, as many in every factor."""
+    """An equation with "..." replaced by letters, for the same number of axes in every factor."""
     terms = equation.partition("->")[0].replace(" ", "").split(",")
     counts = {
         ndim_of(factor) - len(term) + 3
@@ -364,7 +366,7 @@ def _without_dots(equation: str, factors: Iterable[Any]) -> str:
 def _einsum(equation: Any, *operands: Any) -> Jet:
     listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
     factors: Any = operands[0] if listed else operands
-    # Neither the form without a string nor one whose result is implied.
+    # There is no rule for calls without an equation, or for equations without "->".
     if not isinstance(equation, str) or "->" not in equation or len(factors) > 2:
         raise NoRule
     equation = _without_dots(equation, factors)

@@ -1,15 +1,15 @@
-r"""Which PyTorch function has which rule; the engine's errors; hooks inside a network.
+r"""The rules of PyTorch functions, the engine's errors, and hooks inside a network.
 
 Kinds of rules:
     linear      the same function of every component of a stack, `linear(function, name, …)`
     bilinear    a product of two factors, `product_rule(a, b, product, ndim)`
-    pointwise   a function of one number, by its first three derivatives; see `pointwise`
-    composite   a few other functions; one body serves Jets and plain tensors
+    pointwise   an elementwise function, from its first three derivatives; see `pointwise`
+    composite   a few other functions, in one body for Jets and plain tensors
     stack       a function of Jets that computes with their stacks
     other       a property of a tensor, an in-place change, or an error
 
-A rule is written with the arguments that networks pass. A call with other arguments, or one for
-which it raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
+A rule accepts the arguments that networks usually pass. A call with other arguments, or a call for
+which the rule raises `NoRule`, goes to PyTorch's own function with exactly the same arguments; see
 `hosm_losses.taylor.jets`.
 
 Hooks on tensors and modules inside a network may look at gradients but not change them.
@@ -34,11 +34,11 @@ class DerivativeError(ValueError):
 
 
 class ConstantError(DerivativeError):
-    """An operator without a derivative in PyTorch; either engine would take it for a constant."""
+    """An operator without a derivative in PyTorch, which either engine would treat as constant."""
 
 
 class TaylorError(RuntimeError):
-    """A function that the Taylor engine cannot differentiate, but reverse mode may."""
+    """A function that the Taylor engine cannot differentiate, although reverse mode might."""
 
 
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
@@ -49,7 +49,7 @@ class NoRule(Exception):  # noqa: N818 - it never reaches a user
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Synonyms of argument names: NumPy's, which PyTorch also accepts, and that of a norm.
+# Synonyms of argument names: NumPy's, which PyTorch also accepts, and the `ord` of norms.
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim", "ord": "p"}
 HOMES = (torch, Tensor, F, torch.linalg)
 
@@ -65,11 +65,11 @@ class Rule:
 
     function: Function
     kind: Kind
-    several: bool  # whether other arguments than the first may be Jets
-    names: tuple[str, ...]  # of its arguments, positional ones first
-    most: int | None  # how many may be positional; None for any number
-    needed: tuple[str, ...]  # the names of those without a default
-    anything: bool  # whether it takes other names as well
+    several: bool  # whether arguments other than the first may be Jets
+    names: tuple[str, ...]  # the names of its arguments, positional ones first
+    most: int | None  # how many arguments may be positional; None for any number
+    needed: tuple[str, ...]  # the names of arguments without a default
+    anything: bool  # whether it accepts other keyword arguments as well
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The arguments as passed to the rule; None if the rule does not accept them."""
@@ -92,24 +92,24 @@ class Rule:
 
 
 RULES: dict[Function, Rule] = {}
-# Replacements of operators in reverse mode, see `primitives`: for functions differentiated in x,
-# and for a first derivative of one sample.
+# Replacements of operators in reverse mode (see `primitives`): for derivatives in general, and for
+# the first derivative of a single sample.
 PRIMITIVES: dict[Function, Function] = {}
 OF_ONE: dict[Function, Function] = {}
-# Functions that are constant in x or read a property: evaluated on the value. A dictionary, as
-# torch.compile does not find functions in a set. The value says whether the function detaches, so
-# that its result shares memory.
+# Functions that are constant in x or read a property, and so are evaluated on the value. This is a
+# dictionary because torch.compile does not find functions in a set. An entry is True if the
+# function detaches, so that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
 # Functions that accept a Jet of complex numbers together with constants; filled in `linear`.
 OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions among the arguments, and the PyTorch functions and methods they name."""
+    """The functions among `names`, and the PyTorch functions and methods named by its strings."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
-    # A type such as torch.float is none, and some names are those of one function.
+    # A dtype such as torch.float is no function, and several names may mean the same function.
     return list(dict.fromkeys(function for function in functions if callable(function)))
 
 
@@ -119,10 +119,10 @@ def rule(
     kind: Kind = "other",
     with_function: bool = False,
 ) -> Callable[[Function], Function]:
-    """Register a rule for PyTorch functions, with the same arguments as theirs.
+    """Register a rule for PyTorch functions; the rule takes the same arguments as the functions.
 
-    The Jet is the first argument, unless `several` says that any may be one. A rule
-    `with_function` takes the function that was called before its arguments.
+    Only the first argument is a Jet, unless `several` says that any argument may be a Jet. With
+    `with_function`, the rule takes the called function as an extra first argument.
     """
 
     def register(function: Function) -> Function:
@@ -152,7 +152,7 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """A dimension of a value as a negative index, which means the same dimension of the stack."""
+    """A dimension of a value as a negative index, which is also correct for the stack."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
@@ -163,15 +163,15 @@ def axes(dim: Any, ndim: int) -> tuple[int, ...]:
     if dim is None:
         dim = tuple(range(ndim))
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
-    if not dims:  # which PyTorch reads in different ways
+    if not dims:  # PyTorch's functions differ in what an empty tuple means
         raise NoRule
     return tuple(axis(dim, ndim) for dim in dims)
 
 
 # ------------------------------------------------------------------------------------------- hooks
 CHANGING_HOOK = (
-    "network: expected hooks that only look at gradients; got one that changes them inside it, "
-    "and so the loss. Change gradients of the parameters after loss.backward()."
+    "network: expected hooks that only look at gradients; got a hook that changes gradients "
+    "inside the network, and so the loss. Change parameter gradients after loss.backward()."
 )
 
 
@@ -180,19 +180,19 @@ class ChangedGradientError(DerivativeError):
 
 
 class ScriptedError(DerivativeError):
-    """A part of torch.jit; another engine would not see the norms inside it either."""
+    """A network has a torch.jit part, and no engine can see the norms inside it."""
 
 
 GIVE_THE_SOURCE = (
-    "Inside it PyTorch 2.6 to 2.13 silently get higher derivatives of norms wrong. Use the module "
-    "that it was compiled from."
+    "Inside it, PyTorch 2.6 to 2.13 silently get higher derivatives of norms wrong. "
+    "Use the module that it was compiled from."
 )
 # Errors that no other engine can avoid.
 FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    """Raise if a module's hooks returned different gradients from those they received."""
+    """Raise if a module's hooks returned gradients that differ from the ones they received."""
     for after, before in zip(returned, incoming, strict=True):
         if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
             raise ChangedGradientError(CHANGING_HOOK)
@@ -202,7 +202,7 @@ def guard_hook(hook: Callable[[Any], Any]) -> Callable[[Tensor | None], None]:
     """Return a hook that raises if `hook` changes a gradient."""
 
     def guarded(gradient: Tensor | None) -> None:
-        incoming = [] if gradient is None else [gradient]  # None for an output that is not used
+        incoming = [] if gradient is None else [gradient]  # None if the output is not used
         before = versions(incoming)
         returned = hook(gradient)
         same = returned is None or returned is gradient

@@ -1,29 +1,29 @@
-"""Stacks (C, B, *): a value, its first derivatives along directions, and any second ones."""
+"""Stacks (C, B, *) of a value, its first derivatives and, if any, its second derivatives."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Which second derivatives there are: none; that of each direction with itself; the sum of those.
+# The second derivatives in a stack: none, one along each direction twice, or the sum of these.
 Pairs = Literal["none", "squares", "sum"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Cast a tensor in a shorter dtype to float32; return any other unchanged."""
+    """Cast a tensor in half precision to float32; return any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The value, first and second derivatives of a stack; there may be no second ones."""
-    # The gradient of a split is one stack; slices would each give a stack, most of it zero.
+    """Split a stack into value, first and second derivatives; the last part may be empty."""
+    # The gradient of a split is one stack, while each slice would give a stack of mostly zeros.
     sizes = 1, firsts, stack.shape[0] - 1 - firsts
     value, tangents, seconds = stack.split_with_sizes(sizes)
     return value, tangents, seconds
 
 
 def collect(squares: Tensor, pairs: Pairs) -> Tensor:
-    """The squares of first derivatives needed by second ones: all of them, or their sum."""
+    """Return the squares that second derivatives need: either all of them or their sum."""
     return squares.sum(0, keepdim=True) if pairs == "sum" else squares
 
 
@@ -43,15 +43,15 @@ def align(stack: Tensor, ndim: int) -> Tensor:
 
 
 def total(stack: Tensor) -> Tensor:
-    """The sum of all components, as a stack of one."""
+    """The sum of all components, as a stack with one component."""
     return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
 
 
 def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
-    """Add the products of two stacks to a third in place, all of them to a stack of one.
+    """Add the products of two stacks to `whole` in place; a single component receives them all.
 
-    If the left has several components, the right may have one, and if the stack has several,
-    either may have one.
+    If `left` has several components, `right` may still have a single component. If `whole` has
+    several components, either `left` or `right` may have a single component.
     """
     if len(whole) > 1 or len(left) == len(right) == 1:
         whole.addcmul_(left, right, value=value)
