@@ -2,10 +2,10 @@
 
 - `gap`: `likelihood_gap`, the errors of all orders by noise level, and both likelihoods.
 - `wrapping`: `check_wrapping`, which evaluates a trained network under other wrappings.
-- `check`: `check_derivatives`, and the remedies.
-- `values`: conditions on values without which derivatives are meaningless.
-- `differences`: comparison of derivatives with finite differences, and search for jumps.
-- `localize`: the module at fault.
+- `check`: `check_derivatives`, and the remedies for the faults it finds.
+- `values`: conditions on the network's values, without which its derivatives are meaningless.
+- `differences`: the comparison of derivatives with finite differences, and the search for jumps.
+- `localize`: the search for the module at fault.
 """
 
 from hosm_losses.diagnostics.check import DerivativeReport as DerivativeReport

@@ -1,9 +1,10 @@
-"""A start-up check that the derivatives of a network are right.
+"""A start-up check that the derivatives of a network are correct.
 
-An operator may have wrong higher derivatives without an error: a custom autograd.Function whose
-backward drops the graph, a kernel whose forward derivative drops the parameters, or a detach. The
-derivatives of a copy of the network are compared with finite differences of its values. The loss
-itself cannot be checked this way: its detached parts make its gradient differ from its slope.
+An operator may have wrong higher derivatives without raising an error. Examples are a custom
+autograd.Function whose backward drops the graph, a kernel whose forward derivative drops the
+parameters, and a detach. The check compares the derivatives of a copy of the network with finite
+differences of the copy's values. A loss itself cannot be checked this way, because its detached
+parts make its gradient differ from the slope of its values.
 """
 
 import functools
@@ -55,14 +56,14 @@ FINITE = (
     "all derivatives are finite on paper, try another `engine`."
 )
 ROUNDING = (
-    "Derivatives disagree with differences in float32 but agree in a float64 copy: this is "
-    "rounding next to large values. Divide the data by their standard deviation."
+    "Derivatives disagree with finite differences in float32 but agree in a float64 copy: this "
+    "is rounding error next to large values. Divide the data by their standard deviation."
 )
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
     "nn.SiLU, nn.GELU or nn.Softplus, and average pooling instead of max pooling; or train with "
-    "order one, or two if only second derivatives jump. A factor under .detach() that oscillates "
-    "fast looks the same: remove the .detach()."
+    "order one, or with order two if only second derivatives jump. A factor under .detach() that "
+    "oscillates fast looks the same: remove the .detach()."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -75,8 +76,8 @@ FUSED = (
 # Keyed by a substring of a Function's lower-case name.
 REMEDIES = {
     "checkpoint": (
-        "This activation checkpoint recomputes outside the graph, so that second derivatives are "
-        f"lost. Use hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
+        "This activation checkpoint recomputes outside the graph, which loses second "
+        f"derivatives. Use hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
     ),
     "attentionop": (
         "EDM's attention operator is right in reverse mode, with engine='auto' or 'reverse'. The "
@@ -93,10 +94,10 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """The result of `check_derivatives`: the right orders and the engine; prints as a verdict.
+    """The result of `check_derivatives`; it prints as a verdict.
 
     Attributes:
-        orders: the orders whose values and derivatives are right, (1, 2) or (1, 2, 3).
+        orders: the orders whose values and derivatives are correct, (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
         advice: sentences about what was not checked or is slow.
     """
@@ -123,9 +124,9 @@ def check_derivatives(
 ) -> DerivativeReport:
     """Raise an error that names the module at fault if a derivative of the network is wrong.
 
-    Otherwise, return a report, which prints the orders that are right, the engine, and advice.
+    Otherwise, return a report, which prints the correct orders, the engine and advice.
 
-    It checks for the following faults, which a loss cannot notice, in this order:
+    The check looks for the following faults, which a loss cannot notice, in this order:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
@@ -135,29 +136,31 @@ def check_derivatives(
       derivatives that jump, as in ELU networks;
     - derivatives with respect to x and to the parameters that disagree with finite differences.
 
-    In float32, the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
-    float64 copy to find smaller faults. The page on derivatives lists what it cannot find.
+    In the derivatives of the whole network, the check accepts relative errors of up to 1 % in
+    float32, and of up to 1e-6 in float64. Check a float64 copy to find smaller faults. The page on
+    derivatives lists the faults that the check cannot find.
 
-    It works on a copy of the network and forks the random number generators, so nothing changes.
+    The check works on a copy of the network and forks the random number generators, so your
+    network and the generators stay unchanged.
     If the network is not an nn.Module, only derivatives with respect to x are checked. Call it
     once before training, on a small batch, on one device.
 
     Args:
-        model: the score model, in the mode it will be trained in.
-        x0: a small batch of data (B, *). Two samples are enough; a single one cannot reveal
+        model: the score model, in the mode that training will use.
+        x0: a small batch of data (B, *). Two samples are enough; a single sample cannot reveal
             effects between samples.
-        order: the order it will be trained with, 2 or 3.
-        t: times (B,) as the losses take them; spread over the schedule if None.
-        engine: the engine it will be trained with.
+        order: the order of the loss that training will use, 2 or 3.
+        t: times (B,), as in the losses; spread over the schedule if None.
+        engine: the engine that training will use.
         model_kwargs: keyword arguments of the network.
 
     Returns:
         The report.
 
     Raises:
-        DerivativeError: if one of these faults is found, or a derivative cannot be computed.
+        DerivativeError: if one of these faults is found, or if a derivative cannot be computed.
         TypeError: if an argument has the wrong type or half precision (check a float32 copy), or
-            the network is wrapped (for DataParallel, pass model.module).
+            if the network is wrapped (for DataParallel, pass model.module).
         ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
@@ -218,12 +221,12 @@ def _report(
     if reason is not None:
         advice.append(
             f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode "
-            "takes its place, which is slower, and third='laplacian' is an error."
+            "replaces it, which is slower, and third='laplacian' is an error."
         )
     if samples < 2:
         advice.append("One sample cannot show effects between samples: check two.")
     if not isinstance(network, nn.Module):
-        advice.append("Gradients in parameters were not checked: the network is not an nn.Module.")
+        advice.append("Parameter gradients were not checked: the network is not an nn.Module.")
     if precision == torch.float32:
         advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")
     return DerivativeReport(tuple(range(1, order + 1)), engine, tuple(advice))
@@ -231,7 +234,7 @@ def _report(
 
 def _copy_model(model: ScoreModel) -> ScoreModel:
     try:
-        # copy.deepcopy itself refuses a function, which may refer to modules.
+        # copy.deepcopy would refuse a function, because it may refer to modules.
         copied = model._deep_copy({})
     except Exception as error:
         sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
@@ -241,7 +244,7 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
         text = error_message("network", expected, model.network, remedy, got=got)
         raise TypeError(text) from error
     if not isinstance(copied.network, nn.Module) and copied.network is model.network:
-        # A function is not copied, but what is remembered about this one must not outlive the
+        # A function is not copied, but anything cached about this function must not outlive the
         # check.
         copied.network = functools.partial(copied.network)
     return copied
@@ -252,7 +255,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
     Return whether the network has a fault that its float64 copy does not have.
     """
-    # As in the losses, only the network is differentiated, without a prediction's term in x.
+    # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound
     fault = attempt(check, field, x)
     # In float32, a faulty Function may affect the network's output too little to be noticed.
@@ -285,7 +288,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Whether a network in float32 has no fault in float64."""
+    """Whether a float32 network has no fault in a float64 copy."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64
@@ -312,7 +315,7 @@ def _remedy(functions: list[str]) -> str:
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
-    """Times (B,) evenly spread in log σ̂, away from both ends; whole indices of a table."""
+    """Times (B,) evenly spread in log σ̂, away from both ends; integers if the time is an index."""
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
     return model.schedule._training_time(low + (high - low) * (0.3 + 0.5 * place))

@@ -1,19 +1,26 @@
 r"""Faults of a field: derivatives that disagree with finite differences of its values, or jumps.
 
 Formula:
-    `Agreement` compares ⟨D, b⟩ with a difference of ⟨f, b⟩ along w, ⟨G, c⟩ with one of ⟨w, D⟩
-    along c, and the gradients of ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩ with differences of themselves, by
+    `Agreement` compares ⟨D, b⟩ with the finite difference of ⟨f, b⟩ along w, and ⟨G, c⟩ with the
+    finite difference of ⟨w, D⟩ along c. `Agreement` also compares the gradients of ⟨f, a⟩, ⟨D, b⟩
+    and ⟨G, c⟩ with finite differences of these three forms. The finite difference is
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), of order four in h.
 
-    `Smoothness` compares p(b) − p(a) with ∫ p′ ds by Gauss and Legendre's rule, along x + s w for
-    −½ ≤ s ≤ ½: p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′. A network of ReLUs has
-    second derivatives of zero wherever they exist, differences with small steps agree, and the
-    term of third order trains nothing. A line on which something is missing is halved repeatedly,
-    keeping the half where the trapezoidal rule misses more: what it misses is the same over any
-    distance h if p jumps, ∝ h if p′ jumps, and ∝ h³ if neither has a kink. So the search ends at a
-    jump, with one evaluation per halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and
-    b, stays half the jump. Elsewhere it is ∝ h², or ∝ h at a kink of p. So |x|³ passes: its G has
-    a kink but is differentiated only once, and nothing is missed.
+    `Smoothness` compares p(b) − p(a) with ∫ p′ ds by the Gauss-Legendre rule. The comparison
+    runs along the line x + s w for −½ ≤ s ≤ ½, and considers
+        p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
+    ReLU networks need this comparison: their second derivatives are zero wherever they exist, so
+    differences with small steps agree, although the third-order term trains nothing.
+
+    If the integral misses part of p(b) − p(a), the line is halved repeatedly, keeping the half
+    where the trapezoidal rule misses more. Over a distance h, the trapezoidal rule misses the same
+    amount for any h if p jumps, an amount ∝ h if p′ jumps, and an amount ∝ h³ if neither p nor p′
+    has a kink.
+
+    The search therefore ends at a jump, with one evaluation per halving. At a jump, the bend
+    |p(m) − (p(a) + p(b))/2|, with m between a and b, stays half the jump. Elsewhere, the bend is
+    ∝ h², or ∝ h at a kink of p. Hence |x|³ passes: its G has a kink, but G is differentiated only
+    once, and the integral misses nothing.
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), for checks against finite differences.
@@ -32,28 +39,29 @@ from torch import Tensor, nn
 from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
-# By the network's precision: the relative error that counts as wrong, and the step relative to the
-# size of the varied tensor.
+# By the network's precision: the relative error above which a derivative is wrong, and the step
+# relative to the size of the varied tensor.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
-# Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless;
-# the smallest steps cross hardly any kink. In float32, those would only show rounding errors.
+# Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless,
+# and the smallest steps cross hardly any kink. In float32, such small steps would only show
+# rounding errors.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
 # Sizes of directions in x that are also tried if x is smaller.
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
-# Faults by the derivative of f that jumps.
+# Names of the faults, by the order of the derivative of f that jumps.
 JUMPS = ("values that jump", "a first derivative that jumps", "a second derivative that jumps")
-# Lengths of the lines, in sizes of x.
+# Lengths of the lines, in multiples of the size of x.
 LENGTHS = (1, 1, 2, 4)
-# Where a line is evaluated, and the weights of all but its ends.
+# Places at which a line is evaluated, and the weights of all places but the two ends.
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(5)
 NODES, WEIGHTS = (-0.5, *(_PLACES / 2).tolist(), 0.5), _WEIGHTS / 2
 HALVINGS = {torch.float32: 14, torch.float64: 24}
 # SHARE: the fraction of the change that may be missing over all lines. SMOOTH: the fraction that
-# may be missing, or a bend, on one line. HALF: the least fraction of the largest of three bends
-# that the next bend has at a jump.
+# may be missing, or that a bend may have, on one line. HALF: at a jump, a bend is at least this
+# fraction of the largest of the three bends before it.
 SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
 # Rounding as a fraction of the tolerance.
 ROUNDING = 1e-3
@@ -75,20 +83,20 @@ class Check:
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """f, D and at order three G at x along w, (B, *), after seeding the generators."""
+        """Seed the generators; return f, D and, at order three, G at x along w, (B, *)."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
 
 
 class Agreement(Check):
-    """Comparison of a field's derivatives with differences."""
+    """Comparison of a field's derivatives with finite differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
         """Name a derivative that disagrees at every step size; return None if all agree."""
         fault = None
         # If x is small compared with the length over which the field curves, differences of values
-        # drown in rounding errors: longer directions in x, up to 1, exceed them.
+        # drown in rounding errors. Longer directions in x, up to a size of 1, avoid this.
         size = size_of(x)
         scales = [size, *(scale for scale in LONGER if scale > size)]
         # A curved field needs a smaller step; a wrong derivative agrees at no step.
@@ -100,7 +108,7 @@ class Agreement(Check):
 
     def _disagreement(self, field: Network, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
-        # A new direction in every draw: along a single one, a derivative may happen to vanish.
+        # Every draw has a new direction: along a single one, a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
         analytic, numeric = torch.tensor(draws, dtype=torch.float64, device="cpu").unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
@@ -122,7 +130,7 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, from derivatives and from differences."""
+        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, by derivatives and by differences."""
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -134,7 +142,7 @@ class Agreement(Check):
             if tensor is table.weight and table.padding_idx is not None:
                 direction[table.padding_idx] = 0
 
-        # Before the differences are taken, as they write to tensors that the graph has saved.
+        # Slopes come before differences, which write to tensors that the graph has saved.
         forms, gradients_of_forms = self._slopes(field, varied, w, covectors)
         slopes = [
             sum(
@@ -166,7 +174,7 @@ class Agreement(Check):
         """The forms, and the gradient of each form with respect to every varied tensor."""
         x = varied[0]
         forms = self._forms(field, x, w, covectors)
-        # As in training, x requires no gradient while those in the parameters are computed.
+        # As in training, x requires no gradient while parameter gradients are computed.
         in_training = self._forms(field, x.detach(), w, covectors)
         return forms, [
             [*gradients(form, varied[:1]), *gradients(trained, varied[1:])]
@@ -189,7 +197,7 @@ def _difference(
     directions: Sequence[Tensor],
     step: float,
 ) -> Tensor:
-    """Difference quotient of a function of `varied`, which it restores, along `directions`."""
+    """Difference quotient of a function of `varied` along `directions`; `varied` is restored."""
     start = [v.detach().clone() for v in varied]
 
     @torch.no_grad()
@@ -207,7 +215,7 @@ def _difference(
 
 
 class Smoothness(Check):
-    """Search for jumps in values, in first derivatives, and at order three in second ones."""
+    """Search for jumps in values, first derivatives and, at order three, second derivatives."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
         """Name what jumps; return None if nothing does."""
@@ -239,7 +247,7 @@ class Smoothness(Check):
         return line
 
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
-        """The first of `levels` that jumps, searched where the rule for p[lower] misses most."""
+        """Return the first of `levels` to jump; search where the rule for p[lower] misses most."""
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
         if missing[lower] <= least[lower]:
@@ -263,7 +271,7 @@ class Smoothness(Check):
 
 
 def _integrate(line: Line) -> np.ndarray:
-    """For every p: the Gauss-Legendre rule's error for p′, the change, and the largest |p|."""
+    """Return for every p the Gauss-Legendre error of p′, the change of p, and the largest |p|."""
     nodes = np.array([line(s) for s in NODES])
     missing, change = np.zeros(3), np.ptp(nodes, axis=0)
     missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])
@@ -280,7 +288,7 @@ def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def reseed(x: Tensor, seed: int = 0) -> None:
-    """Seed the generators that a network draws from on the device of x, but no other device's."""
+    """Seed the generators that a network on the device of x draws from, but no others."""
     torch.default_generator.manual_seed(seed)
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -290,6 +298,6 @@ def reseed(x: Tensor, seed: int = 0) -> None:
 
 
 def size_of(tensor: Tensor) -> float:
-    """Root mean square; 1 if it vanishes."""
+    """Root mean square of a tensor; 1 if it vanishes."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0

@@ -1,7 +1,7 @@
-r"""The gap between the likelihood of a model's SDE and that of its ODE, by noise level.
+r"""The gap between the likelihoods of a model's SDE and of its ODE, by noise level.
 
-Formula, at x_t = α x₀ + σ ε, with f = σ s of the model, f* of the reference, u = log σ̂, and
-p = p_t^ODE the density of the model's own ODE:
+Formula, at x_t = α x₀ + σ ε, with f = σ s for the model, f* for the reference, u = log σ̂, and
+p = p_t^ODE for the density of the model's own ODE:
     first        E‖f − f*‖²                            reduced by order one
     trace        E (tr A − tr A*)², A = σ ∂f/∂x        by order two
     second       E‖A − A*‖²_F                          by order two
@@ -11,10 +11,11 @@ p = p_t^ODE the density of the model's own ODE:
     own score    E‖σ ∇log p − f‖²                      between the ODE's score and the model's
 
     J_SM = ∫ first du,   J_Fisher = ∫ fisher du,   J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du
-    KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE, and at most J_SM for the
-    SDE. The integrals are Gauss-Legendre sums over the nodes.
+    KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE. For the SDE, this
+    difference of KL divergences is at most J_SM. The integrals are Gauss-Legendre sums over the
+    nodes.
 
-    ∇log p is minus the gradient of `ode_nll`, started at the node's noise level.
+    ∇log p is minus the gradient of `ode_nll`, where the ODE starts at the node's noise level.
 
 Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
@@ -61,7 +62,7 @@ class GapEstimate:
 
     Attributes:
         value: the mean.
-        error: its standard error; NaN for a single sample.
+        error: the standard error of the mean; NaN for a single sample.
         samples: the number of samples in the mean, excluding those whose path failed.
     """
 
@@ -78,8 +79,8 @@ class GapReport:
         log_sigma_hat: the nodes u.
         curves: the estimates at the nodes, by name.
         numbers: estimates in nats, by name.
-        evaluations: how often the network was evaluated for each sample.
-        samples: the number of samples, failed ones included.
+        evaluations: the number of network evaluations for each sample.
+        samples: the number of samples, including failed samples.
 
     Without a reference, or with ode_score=False, some curves and numbers are absent.
     """
@@ -95,13 +96,13 @@ class GapReport:
         return asdict(self)
 
     def __repr__(self) -> str:
-        """The numbers, without the curves."""
+        """Return the numbers, without the curves."""
         numbers = "".join(f", {name} {number.value:.4g}" for name, number in self.numbers.items())
         levels = len(self.log_sigma_hat)
         return f"GapReport({self.samples} samples, {levels} noise levels{numbers})"
 
     def __str__(self) -> str:
-        """The curves at the nodes, then the numbers."""
+        """Return the curves at the nodes, then the numbers."""
         lines = ["".join(f"{name:>12}" for name in ("log σ̂", *self.curves))]
         for row, level in enumerate(self.log_sigma_hat):
             cells = "".join(f"{curve[row].value:12.4g}" for curve in self.curves.values())
@@ -127,28 +128,29 @@ def likelihood_gap(
 ) -> GapReport:
     """Measure how a model's ODE and SDE differ in likelihood, and which order causes the gap.
 
-    All derivatives are exact, along d directions, so d should be small. Samples whose path fails
-    are counted and excluded from the averages that depend on the path. Call `model.eval()` first
-    if the network has dropout or batch norm; its buffers are left unchanged. The cost per sample
-    is in `evaluations`; most of it is due to the gradient of the ODE's density, which stores a
-    graph of its evaluations, at most steps + 8.
+    All derivatives are exact and computed along d directions, so d should be small. Samples whose
+    path fails are counted and excluded from the averages that depend on the path. Call
+    `model.eval()` first if the network has dropout or batch norm; its buffers are left unchanged.
+    The report's `evaluations` is the cost per sample. Most of this cost is due to the gradient of
+    the ODE's density, which stores a graph of at most steps + 8 evaluations.
 
     Args:
         model: the score model.
         x0: clean data (B, *).
-        reference: the true score as a `ScoreModel`, the atoms (N, *) of a finite data set, or a
-            better model; the curves are then differences from it. Without a reference, some curves
-            and numbers are absent.
+        reference: the true score as a `ScoreModel`, a better model, or the atoms (N, *) of a
+            finite data set. The curves are then differences from the reference. Without a
+            reference, some curves and numbers are absent.
         nodes: the number of noise levels, at least 2.
-        steps: the steps of `ode_nll`.
-        ode_score: whether the score of the ODE's own density is computed.
+        steps: the number of steps of `ode_nll`.
+        ode_score: whether to compute the score of the ODE's own density.
         progress: whether to show a progress bar.
         generator: the source of randomness, on the device of x0; the global one if None.
         model_kwargs: keyword arguments of the networks.
 
     Returns:
-        The report. `ode nll` and `sde bound` are those of x0, both corrected for the start at
-        t_min. `solver error of ode nll` estimates how much more steps would change it.
+        The report. The numbers `ode nll` and `sde bound` refer to x0, and both are corrected for
+        the start at t_min. `solver error of ode nll` estimates how much `ode nll` would change
+        with more steps.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -189,7 +191,7 @@ def likelihood_gap(
         stack.enter_context(outside_inference_mode())
         advance = stack.enter_context(progress_bar(progress, count, "node"))
         at_nodes: list[dict[str, Tensor]] = []
-        evaluations = 72  # of the bound
+        evaluations = 72  # for the bound
         for level in levels:
             x, t = _perturb(model, data, level, source)
             score, calls = _ode_score(model, x, t, steps, kwargs) if ode_score else (None, 0)
@@ -200,7 +202,7 @@ def likelihood_gap(
         evaluations += int(solved.nfe[0])
         bound = variational_nll(model, data, **options).nll
     difference = bound - solved.nll
-    nonfinite = ~torch.isfinite(difference)  # the same samples for all of them
+    nonfinite = ~torch.isfinite(difference)  # all numbers exclude the same samples
     numbers = {
         "ode nll": solved.nll.masked_fill(nonfinite, math.nan),
         "sde bound": bound.masked_fill(nonfinite, math.nan),
@@ -226,7 +228,7 @@ def likelihood_gap(
 def _perturb(
     model: ScoreModel, data: Tensor, level: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """A draw of x_t (B, *) at a noise level u, and t (B,)."""
+    """Draw x_t (B, *) at a noise level u, and return it with t (B,)."""
     schedule = model.schedule
     t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
     t = schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
@@ -244,7 +246,7 @@ def at_node(
     score: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is the ODE's σ ∇log p."""
+    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is σ ∇log p of the ODE."""
     f, jacobian, third = _orders(model, x, t, kwargs)
     values: dict[str, Tensor] = {}
     if score is not None:
@@ -270,7 +272,7 @@ def at_node(
 def _orders(
     model: ScoreModel, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
+    """Return f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
         bound = bind_model(model, len(t), kwargs, t)
@@ -283,7 +285,7 @@ def _orders(
 def _ode_score(
     model: ScoreModel, x: Tensor, t: Tensor, steps: int, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, int]:
-    """σ ∇log p_t of the model's ODE at x (B, *), t the same for all, and the evaluations."""
+    """Return σ ∇log p_t of the model's ODE at x (B, *), for equal t, and the evaluation count."""
     later = copy.copy(model)
     later.schedule = _starting_at(model.schedule, float(t[0]))
     point = x.detach().requires_grad_()
@@ -299,7 +301,7 @@ def _starting_at(schedule: Schedule, t_min: float) -> Schedule:
     """Return a copy of a schedule that starts at a later time."""
     later = copy.copy(schedule)
     for name, value in (("t_min", t_min), ("_starts_at_data", False)):
-        object.__setattr__(later, name, value)  # a frozen dataclass perhaps
+        object.__setattr__(later, name, value)  # it may be a frozen dataclass
     return later
 
 
@@ -311,11 +313,11 @@ def _reference(
         return None
     if isinstance(reference, ScoreModel):
         if (reference.subspace is None) != (model.subspace is None):
-            expected, got = "a model on the subspace of the other", "one of the two without any"
+            expected, got = "a model on the subspace of `model`, if any", "a subspace in only one"
             raise ValueError(error_message("reference", expected, reference, got=got))
         if not _same(reference.schedule, schedule):
             expected = f"a model under the schedule {schedule!r}"
-            got = f"one under {reference.schedule!r}, with another range, alpha or sigma"
+            got = f"a model under {reference.schedule!r}, whose range, alpha or sigma differs"
             raise ValueError(error_message("reference", expected, reference, got=got))
         return reference
     atoms = check_sample_batch("reference", reference).to(data)

@@ -2,8 +2,8 @@ r"""Search for the faulty part of a network: the innermost module that shows the
 
 Formula:
     A module is evaluated with the arguments that it received in the network. For any returned
-    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field with the shape of x,
-    whose D and G contain all first and second derivatives.
+    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field with the shape of x.
+    The D and G of this field contain all first and second derivatives.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ class Call:
 
     @property
     def where(self) -> str:
-        """The module, in words."""
+        """The name and the class of the module, in words."""
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
@@ -47,7 +47,7 @@ def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
 
 
 def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
-    """Record the calls of a network's modules at x, in the order in which they ended."""
+    """Record the calls of a network's modules at x, in the order in which they finished."""
     network: object = bound.model.network
     calls: list[Call] = []
     entered: list[dict[int | str, Any]] = []
@@ -73,7 +73,7 @@ def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
 
 
 def _copy(value: Any) -> Any:
-    """Copy the tensors of a value, as the network may write to them later."""
+    """Copy the tensors of a value, because the network may write to them later."""
     try:
         return map_tensors(value, lambda tensor: tensor.detach().clone())
     except TypeError:
@@ -86,7 +86,7 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe a field's fault, or a derivative that cannot be computed."""
+    """Describe a field's fault, or a derivative that cannot be computed; None without a fault."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -102,14 +102,14 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one of its arguments, with the others as in the network."""
+    """A module as a function of one argument, with its other arguments as in the network."""
 
     call: Call
     place: int | str
     primitives: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate the module at x, contracted to the shape of x."""
+        """Evaluate the module at x, and contract its output to the shape of x."""
         arguments = {**self.call.arguments, self.place: x}
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
@@ -123,7 +123,7 @@ class Part:
 
     @property
     def x(self) -> Tensor:
-        """The argument as in the network."""
+        """The argument that the module received in the network."""
         return self.call.arguments[self.place]
 
     @property
@@ -133,7 +133,7 @@ class Part:
 
     @property
     def native(self) -> "Part":
-        """The same with PyTorch's own operators."""
+        """The same part with PyTorch's own operators."""
         return replace(self, primitives=False)
 
     def repeat(self, count: int) -> "Part":
@@ -146,8 +146,9 @@ def find_culprit(
 ) -> tuple[Part, str] | None:
     """Return the innermost module that has a fault by itself, and the fault.
 
-    `opaque` says that the network as a whole shows no fault: then only modules around a custom
-    Function are tried, and a module that cannot be differentiated by itself is not reported.
+    `opaque` says that the network as a whole shows no fault. In this case, only modules around a
+    custom Function are tried, and a module that cannot be differentiated by itself is not
+    reported.
     """
     parts = _parts(calls, primitives)
     for part in _around_functions(parts) if opaque else parts:

@@ -1,12 +1,12 @@
 """Conditions on a network's values, without which its derivatives cannot be checked.
 
 - The output is finite and depends only on the arguments and the seed.
-- Samples do not affect each other. The test replaces all samples but one, with their times, so
-  that the batch size and a dropout mask stay the same.
-- Outputs follow their samples. The test permutes the samples, or repeats one of them, with all
-  tensors that are taken to belong to them; repetition is needed because a set that all samples
-  share is unchanged by a permutation. The test is skipped if the network draws random numbers,
-  which depend on the position in the batch.
+- Samples do not affect each other. The test replaces all samples but one, together with their
+  times, so that the batch size and any dropout mask stay the same.
+- Outputs follow their samples. The test permutes the samples, or repeats one of them, together
+  with all tensors that are assumed to belong to the samples. Repetition is needed because a
+  permutation does not change a set that all samples share. The test is skipped if the network
+  draws random numbers, because these depend on the position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -82,7 +82,7 @@ def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
 
 
 class _Dtypes(TorchFunctionMode):
-    """Collects dtypes while it is on."""
+    """Collects the dtypes of tensors while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """The least precise dtype of anything that depends on x or on a trained parameter."""
+    """The least precise dtype of any tensor that depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -186,12 +186,13 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
         if all_follow(shared):
             raise DerivativeError(
                 f"{' and '.join(shared)}: expected a tensor with a row for each sample, as its "
-                f"first dimension is the batch size, {len(x)}; got one of which samples use other "
-                "rows. If all samples share it, mark it: hosm_losses.Shared(tensor)."
+                f"first dimension is the batch size, {len(x)}; got one in which samples use rows "
+                "other than their own. If all samples share it, mark it: "
+                "hosm_losses.Shared(tensor)."
             )
     raise DerivativeError(
         "network: expected outputs that follow their samples when the batch is permuted or one "
-        "sample is repeated; got others. Something depends on the position in the batch: the "
-        "network, state that it keeps from an earlier call, or a tensor of model_kwargs that "
-        "belongs to the samples but is not split or is marked Shared."
+        "sample is repeated; got different outputs. Something depends on the position in the "
+        "batch: the network, state that it keeps from an earlier call, or a tensor of "
+        "model_kwargs that belongs to the samples but is not split or is marked Shared."
     )

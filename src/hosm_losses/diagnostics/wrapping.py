@@ -1,24 +1,25 @@
 r"""Check that a network is wrapped as it was trained: schedule, time, prediction, data units.
 
 Formula:
-    Data c x₀ + b under another schedule are x = α (c x₀ + b) + σ ε. With σ/α = c σ̂, that is x₀ +
-    σ̂ ε in other units, so the best prediction of ε is the same: at one noise level u = log σ̂ of
-    x₀, and with one ε, the losses of all wrappings can be compared.
+    Under another schedule, data c x₀ + b become x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, x is
+    x₀ + σ̂ ε in other units, so the best prediction of ε is the same. The losses of all wrappings
+    can therefore be compared at the same noise level u = log σ̂ of x₀ and with the same ε.
 
     linear    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε), with the mean m and the covariance C of the data,
               has the loss ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the eigenvalues λ of C
 
-    Losses are compared as multiples of ℓ(u), so that every level counts equally. A prediction is
-    p · output + q x, so one call of the network serves every kind of prediction and both signs.
+    Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
+    is p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
     All candidates are ranked with one draw of noise. The model's own wrapping and the best three
-    are then measured again with eight fresh draws, which decide: a schedule that shifts a
-    likelihood by a third of a nat may change the loss by only two per cent.
+    are then measured again with eight fresh draws, which decide. So many draws are needed because
+    a schedule that shifts a likelihood by a third of a nat may change the loss by only two per
+    cent.
 
-The candidates are the ways in which networks are commonly trained. Under a table, the network gets
-an index into 1000 entries, or into as many as the model's own table has. score_sde passes 999 t
-under VP, and σ or its logarithm under VE; EDM passes log σ / 4 inside its preconditioning; flows
-run time from data to noise or the reverse, in diffusers up to 1000.
+The candidates are the ways in which networks are commonly trained. With a table as schedule, the
+network receives an index into 1000 entries, or into the entries of the model's own table. As
+time, score_sde passes 999 t under VP, and σ or its logarithm under VE. EDM passes log σ / 4 inside
+its preconditioning. In flows, time runs from data to noise or in reverse, in diffusers up to 1000.
 """
 
 import copy
@@ -57,17 +58,17 @@ from hosm_losses.schedules import (
 )
 
 LEAST_SAMPLES, LEVELS = 16, 12
-SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which networks differ
-MARGIN, ERRORS = 0.1, 2.0  # losses differ beyond this fraction and these standard errors
+SMALLEST, LARGEST = 0.02, 0.99  # networks differ if the linear loss is between these limits
+MARGIN, ERRORS = 0.1, 2.0  # losses differ by this fraction and these standard errors
 WORSE = 0.25  # a network is not trained if it is worse than linear at this fraction of levels
-REPEATED, DRAWS = 3, 8  # candidates that are measured again, and fresh draws of noise for them
+REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
 STEP = 7  # shift of the levels from draw to draw; coprime to 8, 9, 10, 11 and 12 levels
-FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws distinguish losses
-CLIP = 10.0  # of a sample's multiple of ℓ, so that outliers do not dominate a mean
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # the same limits with the fresh draws
+CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # the fraction of a loss within which the least change is preferred
 REFINED = 3  # schedules and times that are tried with other units of the data
 KINDS = ("epsilon", "score", "x0", "v", "velocity")
-LEAST_STEPS = 100  # with fewer the betas of the known tables would not stay below 1
+LEAST_STEPS = 100  # with fewer steps, betas of the known tables would exceed 1
 OWN = "your schedule"
 Times = dict[str, Any]
 
@@ -83,7 +84,7 @@ class WrappingCandidate:
         negated: whether the output has to be negated.
         units: the data to pass, as an expression in x0; "x0" for unchanged data.
         loss: the mean squared error of ε̂ per element under this wrapping.
-        own_loss: the same for the model as you wrapped it, at the same noise levels.
+        own_loss: the mean squared error under your own wrapping, at the same noise levels.
     """
 
     schedule: str
@@ -106,18 +107,20 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; it prints as a table and a verdict.
 
-    Losses are means over the final draws of noise. In the table, "worse" marks the levels that the
-    verdict counts.
+    Losses are means over the final draws of noise. In the table, "worse" marks the levels at which
+    the network is worse than the linear predictor; the verdict counts these levels.
 
     Attributes:
         ok: True if no candidate fits better and the network beats the best linear predictor.
         best: the candidate that fits better; None if there is none.
-        undecided: whether `best` is better, but not by 10 % and two standard errors.
-        gain: how much better, as a fraction of the loss of your wrapping; 0 without `best`.
+        undecided: whether `best` fits better, but not by both 10 % and two standard errors.
+        gain: how much better `best` fits, as a fraction of the loss under your wrapping; 0 if
+            `best` is None.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
-        losses: the mean squared error of ε̂ at each level, as the model is wrapped.
-        linear: the same for the best linear predictor.
-        best_losses: the same for `best`; NaN outside its schedule; None without `best`.
+        losses: the mean squared error of ε̂ at each level, under your wrapping.
+        linear: the mean squared error of the best linear predictor at each level.
+        best_losses: the mean squared error of `best` at each level, NaN outside the schedule of
+            `best`; None if `best` is None.
         is_worse: for each level, whether the network is worse than the linear predictor there, by
             10 % and two standard errors.
         calls: the number of calls to the network.
@@ -144,11 +147,11 @@ class WrappingReport:
         return asdict(self) | {"worse": self.worse}
 
     def __repr__(self) -> str:
-        """The verdict, without the losses."""
+        """Return the verdict, without the losses."""
         return f"WrappingReport({self._verdict()})"
 
     def __str__(self) -> str:
-        """The losses by noise level, then the verdict."""
+        """Return the losses by noise level, then the verdict."""
         columns = {"log σ/α": self.log_sigma_hat, "yours": self.losses, "linear": self.linear}
         if self.best_losses is not None:
             columns["best"] = self.best_losses
@@ -173,7 +176,7 @@ class WrappingReport:
 
 
 class Units(NamedTuple):
-    """Data scale · x0 + shift, and their code."""
+    """Data in the units scale · x0 + shift, and this expression as code."""
 
     text: str = "x0"
     scale: float = 1.0
@@ -185,9 +188,9 @@ AS_THEY_ARE = Units()
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The inputs of a network, noised data and a time, both also as code.
+    """The inputs of a network, which are noised data and a time, with the code for both.
 
-    Instances compare by identity, as a user's schedule may have no hash.
+    Instances compare by identity, because a user's schedule may not be hashable.
     """
 
     schedule: Schedule
@@ -198,14 +201,14 @@ class Inputs:
 
 
 class Read(NamedTuple):
-    """A candidate: the inputs of the network, and how its output is read."""
+    """A candidate: the inputs of the network, and how to read the network's output."""
 
     inputs: Inputs
     kind: str
     sign: int
 
     def text(self) -> tuple[str, ...]:
-        """Its parts as code, in the order of `WrappingCandidate`."""
+        """Return the parts of the candidate as code, in the order of `WrappingCandidate`."""
         inputs = self.inputs
         sign = str(self.sign)
         return inputs.schedule_text, self.kind, inputs.time_text, sign, inputs.units.text
@@ -218,17 +221,17 @@ def check_wrapping(
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> WrappingReport:
-    """Compare the wrapping of a trained network with others under which it may have been trained.
+    """Compare the wrapping of a trained network with others that its training may have used.
 
-    If the schedule, the time, the kind or sign of the prediction, or the units of the data differ
-    from those in the network's training, no error is raised: losses and likelihoods are just
-    wrong. The candidates combine the common schedules and times, every kind of prediction with
-    both signs, and the usual units of data. All are measured at the same noise levels with the
-    same noise. Only a trained network can be checked.
+    A wrapping consists of the schedule, the time, the kind and sign of the prediction, and the
+    units of the data. If any of these differs from the network's training, no error is raised:
+    losses and likelihoods are just wrong. The candidates combine the common schedules and times,
+    every kind of prediction with both signs, and the usual units of data. All candidates are
+    measured at the same noise levels with the same noise. Only a trained network can be checked.
 
-    The network is called at most 182 times, usually about 100, without gradients and each time on
-    all of x0. The states of the network and of the global random generators are left unchanged.
-    Call `model.eval()` first if the network has dropout or batch norm.
+    The network is called at most 182 times, usually about 100 times, without gradients and each
+    time on all of x0. The states of the network and of the global random generators are left
+    unchanged. Call `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
@@ -239,17 +242,17 @@ def check_wrapping(
 
     Returns:
         The report. `ok` is False if a candidate, which is then `best`, beats both your wrapping
-        and the best linear predictor. If it does so by 10 % and two standard errors, it is the
-        answer; by half a per cent and four standard errors, the report is `undecided`. `ok` is
-        also False if the network is worse than the linear predictor at a quarter of the noise
-        levels: then it is not trained, or no candidate fits.
+        and the best linear predictor. If `best` fits better by 10 % and two standard errors, use
+        `best`. If `best` fits better only by half a per cent and four standard errors, the
+        report is `undecided`. `ok` is also False if the network is worse than the linear predictor
+        at a quarter of the noise levels: then the network is not trained, or no candidate fits.
 
     Raises:
         DerivativeError: if a tensor of `model_kwargs` is as long as the batch but is not per
             sample: mark it as `Shared`.
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if a shape or device is invalid, there are too few samples, or the data are so
-            small or large that the schedule has no noise level of their size.
+        ValueError: if a shape or device is invalid, if there are too few samples, or if the data
+            are so small or large that the schedule has no noise level of their size.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -296,13 +299,13 @@ class _Linear:
             variances, self.basis = torch.linalg.eigh(covariance)
             self.variances, self.centred = variances.clamp(min=0), self.centred @ self.basis
         self.dimensions, self.share = flat.shape[1], torch.ones_like(self.variances)
-        if subspace is not None:  # on it an element of the noise has variance P_ii
+        if subspace is not None:  # where an element of the noise has variance P_ii
             self.dimensions = subspace.dimensions
             if self.basis is None:
                 self.share = subspace.diagonal.flatten()
 
     def expected(self, levels: Tensor) -> Tensor:
-        """ℓ(u), of the shape of the levels."""
+        """ℓ(u), in the shape of the levels."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
         share = self.variances / sum_of_both
         # P_ii < 1 subtracts (1 − P_ii) times the noise's part, the square of λ/(λ + σ̂²).
@@ -332,9 +335,10 @@ class _Linear:
 
 
 class _Search:
-    """The losses of candidates, (draws, B), on one batch of data.
+    """The losses (draws, B) of candidates on one batch of data.
 
-    Each sample gets a different level in each draw, so that samples differ little in their levels.
+    Each sample gets a different level in each draw, so that all samples have similar sets of
+    levels.
     """
 
     def __init__(
@@ -379,7 +383,7 @@ class _Search:
         self.losses: dict[Read, Tensor] = {}
 
     def _try(self, inputs: Inputs) -> None:
-        with suppress(Exception):  # a network may refuse what it was not made for
+        with suppress(Exception):  # a network may refuse inputs that it was not made for
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
@@ -394,8 +398,8 @@ class _Search:
     def _call(self, inputs: Inputs, noise: Tensor, level: Tensor) -> dict[Read, Tensor]:
         """Losses (B,) for every kind and sign, from one call of the network.
 
-        They are NaN at levels outside the schedule. The new wrapping is not checked: its faults
-        show in its loss.
+        The losses are NaN at levels outside the schedule. The new wrapping is not checked, because
+        its faults show in its loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
         level = level + math.log(units.scale)
@@ -422,7 +426,7 @@ class _Search:
         return losses
 
     def _by_level(self, losses: Tensor) -> Tensor:
-        """Means at the levels, (…, draws, B) to (…, L)."""
+        """Return the means at the levels (…, L) of losses (…, draws, B)."""
         parts = [losses[..., self.place == place].mean(-1) for place in range(len(self.levels))]
         return torch.stack(parts, -1)
 
@@ -430,9 +434,9 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """How much worse a candidate is than the best at each of its levels, on average.
+        """How much worse each candidate is than the best one at a level, on average over levels.
 
-        It is infinite for a candidate whose schedule does not cover half of the levels.
+        The score is infinite for a candidate whose schedule does not cover half of the levels.
         """
         means = self._by_level(self._multiples(torch.stack(list(self.losses.values()))))
         scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
@@ -444,8 +448,8 @@ class _Search:
     ) -> tuple[float, float, float]:
         """Mean difference of two losses, its standard error, and the mean of the first loss.
 
-        If a place is given, only at that level. A sample's draws are averaged, as they are not
-        independent.
+        If `place` is given, only the level at this place counts. The draws of a sample are
+        averaged, because they are not independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         left_out = (losses + reference).isnan()
@@ -458,13 +462,13 @@ class _Search:
         return float(difference.mean()), error, float(losses[~left_out].mean())
 
     def _is_worse(self, losses: Tensor) -> list[bool]:
-        """For each level, whether the losses are worse there than the linear predictor's."""
+        """For each level, whether the losses are worse than the linear predictor's losses."""
         levels = range(len(self.levels))
         compared = (self._excess(losses, self.linear, place) for place in levels)
         return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
 
     def _is_trained(self, read: Read) -> bool:
-        """Whether a candidate predicts well, though perhaps by q x alone."""
+        """Whether a candidate predicts well, even if only through its term q x."""
         return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
@@ -489,7 +493,7 @@ class _Search:
         return list(chosen)[:REPEATED]
 
     def _beats_linear(self, read: Read) -> bool:
-        """Whether a candidate is better than the linear predictor, which takes training."""
+        """Whether a candidate beats the linear predictor; only a trained network can."""
         excess, error, _ = self._excess(self.linear, self.losses[read])
         return excess > ERRORS * error
 
@@ -503,7 +507,7 @@ class _Search:
                 clear.append(read)
             elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
                 slight.append(read)
-        # A hardly trained network fits best where its part in the prediction is smallest.
+        # A hardly trained network fits best if its output contributes least to the prediction.
         best = next(filter(self._beats_linear, [*clear, *slight]), None)
         candidate, best_losses, share = None, None, 0.0
         if best is not None:
@@ -553,7 +557,7 @@ def own_inputs(model: ScoreModel) -> Inputs:
 
 
 def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
-    """Yield inputs that the network may have had in training, with the data as they are."""
+    """Yield inputs that the network may have had in training, with unchanged units of data."""
     own = model.schedule
     steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
     steps = steps if steps >= LEAST_STEPS else 1000
@@ -569,7 +573,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield the code of schedules, the schedules, and alternatives to their time."""
+    """Yield known schedules, each as code and as an object, with alternatives to its time."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}
@@ -593,7 +597,7 @@ def _own_times(own: Schedule, steps: int) -> Times:
         return _share(steps) | {f"lambda t: {last:g} - t": lambda t: last - t}
     factors: Times = {f"{steps - 1}": steps - 1.0, f"{steps}": float(steps)}
     times = factors | _back(steps) if own.t_max <= 1 else {"torch.log": torch.log}
-    explodes = float(own.alpha(torch.tensor(own.t_max))) == 1  # VE: elsewhere σ is no time
+    explodes = float(own.alpha(torch.tensor(own.t_max))) == 1  # VE, the only kind with σ as time
     return times | (_of_sigma("schedule", own) if explodes else {})
 
 
@@ -612,7 +616,7 @@ def _of_sigma(text: str, schedule: Schedule) -> Times:
 
 
 def all_units(data: Tensor) -> Iterator[Units]:
-    """Yield other units of the data: bytes, centred bytes, unit variance, EDM's and latents'."""
+    """Yield other data units: bytes, centred bytes, unit variance, EDM's units, latents' units."""
     yield Units("2 * x0 - 1", 2.0, -1.0)
     yield Units("(x0 + 1) / 2", 0.5, 0.5)
     yield Units("x0 / 255", 1 / 255)

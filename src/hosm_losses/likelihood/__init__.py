@@ -3,15 +3,16 @@
 - `ode`: `ode_nll`, the log-density along the ODE, and `ode_sample`, the paths from noise to data.
 - `variational`: `variational_nll`.
 - `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
-- `multistep`: the fixed grid that the batch shares, its steps, and probes for a standard error.
-- `adaptive`: a step size for each sample.
-- `paths`: the evaluation at a node: slope, divergence and prior.
+- `multistep`: the fixed grid that the batch shares, the choice of its steps, and the number of
+  probes for a standard error.
+- `adaptive`: the solver with a step size for each sample.
+- `paths`: the evaluation of slope and divergence at a node, and of the prior.
 - `divergence`: the estimators of a divergence.
 - `coordinates`: the coordinates in which the paths are solved.
 - `job`: the checked arguments of a call, its batches, and the result.
 - `checkpoints`: evaluations whose activations are recomputed in the backward pass.
-- `dequantize`: `Uniform`, `TruncatedNormal`, and one density from several draws.
-- `watch`: networks whose output is random.
+- `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of draws into one density.
+- `watch`: checks for networks whose output is random.
 - `distribution`: `ODEDistribution`.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
 """

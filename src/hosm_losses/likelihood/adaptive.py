@@ -1,14 +1,14 @@
 r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
 
 Purpose:
-    A solver of dy/ds = f(s, y). It needs a smooth integrand, so the probes, and hence their error,
-    stay the same along a path.
+    This solver solves dy/ds = f(s, y). The method needs a smooth integrand, so the probes of a
+    sample, and hence their error, stay the same along its path.
 
 Formula:
-    The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
-    accepted if its error is at most 1 in the caller's norm, and the next one is h · min(5,
-    max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived are no longer
-    evaluated.
+    The method is the Runge-Kutta pair 5(4) of Tsitouras, whose last stage is the first stage of
+    the next step. A step of size h is accepted if its error is at most 1 in the caller's norm. The
+    size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5 is the order.
+    Samples that have reached the end of the span are no longer evaluated.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -48,18 +48,18 @@ ERROR = (
     -0.1447110071732629, 0.5823571654525552, -0.45808210592918697, 1 / 66,
 )
 # fmt: on
-ORDER = 5  # the error of a step goes as h⁵
+ORDER = 5  # the error of a step is proportional to h⁵
 FIRST_STEP = 0.003
 MAX_EVALUATIONS = 10_000
 STATE_TOLERANCE = 0.03
-FINER = 10  # of the second solution
-# Signs of kinks: the factor by which evaluations grow at a tenth of the tolerance, and the part of
-# them that is rejected. Sharp densities show only the first, up to 1.85, smooth networks only the
-# second.
+FINER = 10  # the second solution divides the tolerance by this number
+# Two signs of kinks: the factor by which the number of evaluations grows at a tenth of the
+# tolerance, and the fraction of the evaluations spent on rejected steps. Sharp densities show only
+# the first sign, with factors up to 1.85; smooth networks show only the second.
 KINK_COST, KINK_REJECTED = 1.45, 0.3
 MINIMUM_PATHS = 4
-# Coefficients of t/2 − 1 in powers of 1/ν, where t is the Student quantile that matches the normal
-# quantile 2.
+# Coefficients of t/2 − 1 in powers of 1/ν, where t is the quantile of Student's law that
+# corresponds to the normal quantile 2.
 STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
 SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
@@ -67,10 +67,10 @@ SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 class AdaptiveSolution(NamedTuple):
     """Solutions of dy/ds = f at the end of the span, with their cost and error."""
 
-    state: Tensor  # y at the end, (B, m); if it failed, at the last accepted step
-    evaluations: Tensor  # calls of f in which the sample took part, (B,), int64
+    state: Tensor  # y at the end, (B, m), or at the last accepted step after a failure
+    evaluations: Tensor  # calls of f that included the sample, (B,), int64
     error: Tensor  # sum of the errors of the accepted steps, (B,)
-    cause: Tensor  # the `Cause` for which it failed, (B,), or 0
+    cause: Tensor  # the `Cause` of a failure, (B,); 0 without a failure
     rejected: Tensor  # fraction of the evaluations spent on rejected steps, (B,)
 
 
@@ -81,13 +81,14 @@ def adaptive(
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     max_evaluations: int,
 ) -> AdaptiveSolution:
-    """Solve from y (B, m) at the start of the span to its larger end, never going outside it.
+    """Solve from y (B, m) at the start of the span to its larger end, without leaving the span.
 
-    `slope` returns dy/ds, a covector and the cause of a non-finite value (else 0) at (s, y, rows),
-    for the rows (n,) of the batch that have not arrived, with s of shape (n,) and y of shape (n,
-    m). `judge` takes the errors (n, m) of a step and the covector at its end. It returns the error
-    relative to the tolerance, accepted up to 1, and the error to be summed, both (n,). A sample
-    fails at `max_evaluations`.
+    `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if there
+    is none). `rows` (n,) are the rows of the batch that have not reached the end; s has the shape
+    (n,), and y has the shape (n, m). `judge` takes the errors (n, m) of a step and the covector at
+    the end of the step. `judge` returns two numbers per row: the error relative to the tolerance,
+    which is accepted up to 1, and the error in nats, which is summed over steps. A sample fails if
+    it needs more than `max_evaluations`.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -118,7 +119,7 @@ def adaptive(
             new = y + h[:, None] * combine(coefficients, stages)
             stage, covector, why = slope(torch.clamp(s + node * h, max=end), new, rows)
             stages.append(stage)
-            reason = torch.where(reason == 0, why, reason)  # of the first stage that has one
+            reason = torch.where(reason == 0, why, reason)  # the first of the causes
         size, error_in_nats = judge((h[:, None] * combine(ERROR, stages)).detach(), covector)
         finite = torch.isfinite(size) & torch.isfinite(new.detach()).all(1)
         accepted = finite & (size <= 1)
@@ -137,12 +138,12 @@ def adaptive(
 
 
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
-    """Solve from the start of a span, at either end, with a step size for each sample.
+    """Solve along a span, in either direction, with a separate step size for each sample.
 
-    The answer is a second solution, at a tenth of the tolerance. Its `solver_error` is the larger
-    of two estimates: the difference between the two solutions, and the sum of its steps' errors.
-    If the path seems to have kinks, where the steps' errors are unreliable, it is three times
-    that.
+    The ODE is solved twice. The answer is the second solution, which uses a tenth of the
+    tolerance. `solver_error` is the larger of two estimates: the difference between the two
+    solutions, and the sum of the second solution's step errors. If the path seems to have kinks,
+    step errors are unreliable, and `solver_error` is tripled.
     """
     refuse_vmap("Adaptive")
     if paths.divergence.target is not None:
@@ -185,7 +186,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     return ODESolution(
         end,
         integrals.mean(1),
-        nfe=evaluations + (span[1] < span[0]),  # one in `_difference_of_ends`
+        nfe=evaluations + (span[1] < span[0]),  # one more in `_difference_of_ends`
         products=evaluations * paths.divergence.products,
         standard_error=standard_error,
         solver_error=solver_error.clamp(min=rounding(paths.dtype)),
@@ -209,16 +210,16 @@ def _difference_of_ends(paths: Paths, end: Tensor, coarse_end: Tensor, span: Spa
 def _solve(
     paths: Paths, z: Tensor, span: Span, probes: Tensor | None, tolerance: float
 ) -> AdaptiveSolution:
-    """Solve with steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation.
+    """Solve with steps in r = σ̂/(σ̂ + s), where s is the data's standard deviation.
 
-    Both ends are finite in r. A step is accepted if its error is at most `tolerance` nats in the
-    integral, at most `tolerance` nats in the log-density through the state, and at most 0.03 times
-    `tolerance` in the state, as a root mean square.
+    Hence du = dr/(r (1 − r)), and both ends of the span are finite in r. A step is accepted if its
+    error is at most `tolerance` nats in the integral, at most `tolerance` nats in the log-density
+    due to the state, and at most 0.03 times `tolerance` in the state, as a root mean square.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
-    sign = 1.0 if high > low else -1.0  # the solver goes up: in −r if r decreases
+    sign = 1.0 if high > low else -1.0  # the solver only goes up: in −r if r decreases
 
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal active
@@ -257,6 +258,7 @@ def _solve(
 def student_factor(freedom: int) -> float:
     """The factor that makes ±2 standard errors with ν degrees of freedom cover 95.45 %.
 
-    Without it, they cover 86 % for ν = 3, where the expansion is too small by 0.2 %.
+    Without this factor, ±2 standard errors cover 86 % for ν = 3. At ν = 3, the expansion of
+    the factor is too small by 0.2 %.
     """
     return 1 + sum(term / freedom**power for power, term in enumerate(STUDENT, 1))

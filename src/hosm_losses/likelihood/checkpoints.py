@@ -1,9 +1,9 @@
 """Evaluations of a network whose backward pass evaluates the network again.
 
 Purpose:
-    Around a function that itself computes a gradient, torch's checkpoint keeps everything that
-    this gradient did not use. Here, no activations are stored: the backward pass recomputes them,
-    for one evaluation at a time. Values and gradients are unchanged.
+    If a function computes a gradient itself, torch's checkpoint around it keeps every tensor that
+    this gradient did not use. This module stores no activations: the backward pass recomputes
+    them, one evaluation at a time. Values and gradients are unchanged.
 """
 
 import weakref
@@ -22,14 +22,14 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the one recomputed last holds activations."""
+    """The evaluations of one call; only the last recomputed evaluation stores activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Whether to recompute a new evaluation: not if it is inside such an evaluation."""
+        """Whether a new evaluation is to be recomputed; evaluations inside another one are not."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
@@ -40,7 +40,8 @@ class RecomputedEvaluations:
         except RuntimeError as error:
             if HOOKS_IN_TRANSFORM not in str(error):
                 raise
-            self.refused = True  # by torch.func inside the network: all activations are kept
+            # torch.func inside the network refuses hooks: all activations are kept.
+            self.refused = True
             evaluation.before.restore()
             return function()
         evaluation.saved_count = len(saved)
@@ -49,7 +50,7 @@ class RecomputedEvaluations:
 
 
 class RecomputedEvaluation:
-    """One evaluation: the state needed to repeat it, and the tensors of its repetition."""
+    """One evaluation, the state needed to repeat it, and the tensors saved by its repetition."""
 
     def __init__(
         self, evaluations: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
@@ -65,7 +66,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return function() and the tensors its graph saved; the graph holds their indices."""
+        """Return function(), whose graph stores indices, and the tensors behind these indices."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:
@@ -73,7 +74,8 @@ class RecomputedEvaluation:
             return len(saved) - 1
 
         def unpack(index: int) -> Tensor:
-            # A gradient computed inside the function finds them; a later backward pass does not.
+            # A gradient computed inside the function finds the tensors; a later backward pass
+            # has to recompute them.
             return saved[index] if index in saved else self.recompute(index)
 
         self.evaluations.is_inside = True
@@ -84,7 +86,7 @@ class RecomputedEvaluation:
             self.evaluations.is_inside = False
 
     def recompute(self, index: int) -> Tensor:
-        """Return a saved tensor for the backward pass, which needs each of them once."""
+        """Return a saved tensor for the backward pass, which needs each tensor once."""
         if index not in self.recomputed:
             latest = self.evaluations.latest()
             if latest is not None:
@@ -98,7 +100,7 @@ class RecomputedEvaluation:
             if len(self.recomputed) != self.saved_count:
                 raise DerivativeError(
                     "network: expected the backward pass to repeat the evaluation; got one that "
-                    f"saves {len(self.recomputed)} tensors in place of {self.saved_count}. Do not "
+                    f"saves {len(self.recomputed)} tensors instead of {self.saved_count}. Do not "
                     "change the network between the likelihood and its gradient."
                 )
         return self.recomputed.pop(index)

@@ -11,17 +11,17 @@ from torch import Tensor
 from hosm_losses._checks import expand_right, sum_elements
 from hosm_losses.schedules import Schedule
 
-Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
+Span = tuple[float, float]  # u = log σ̂ at the start of a path and at its end
 
 
 class NoiseLevel(NamedTuple):
-    """α, σ and the scale at some u; all but t are expanded to multiply a batch."""
+    """α, σ and the scale c at some u; all fields but t broadcast against a batch."""
 
     t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
     alpha: Tensor
     sigma: Tensor
     sigma_hat: Tensor  # σ/α
-    scale: Tensor  # c, by element where the data's std is
+    scale: Tensor  # c, per element if the data's std is per element
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Coordinates:
     mean: Tensor  # of the data, broadcast to (1, *)
     std: Tensor  # of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
-    start: float | None = None  # log σ̂ of the data end, if not at t_min
-    dimensions: int | None = None  # of the subspace of the data; None without a subspace
-    share: Tensor | None = None  # the diagonal of the projection to it, (1, *)
+    start: float | None = None  # log σ̂ at the data end; None for t_min
+    dimensions: int | None = None  # dimension of the data's subspace; None without one
+    share: Tensor | None = None  # diagonal of the projection onto the subspace, (1, *)
 
     @property
     def span(self) -> Span:
@@ -45,9 +45,9 @@ class Coordinates:
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
         """Return a function that maps slices of a grid u (n,) to their noise levels.
 
-        A slice of length one gives the level of a whole batch, and one of length B a level for
-        each sample. The schedule is evaluated once for the grid. The scale, which is as large as a
-        sample, is computed only for the slice.
+        A slice of length one gives one level for the whole batch, and a slice of length B gives
+        one level for each sample. The schedule is evaluated once for the whole grid. The scale is
+        as large as a sample, so it is computed only for the slice.
         """
         t = self.schedule.time(log_sigma_hat)
         alpha, sigma = self.schedule(t)
@@ -90,7 +90,7 @@ class Coordinates:
         return level.sigma.reshape(-1) * divergence - sum_elements(shrinking, 1)
 
     def trace(self, diagonal: Tensor) -> Tensor:
-        """Σ_i h_i of a diagonal (n, *), or in a subspace Σ_i P_ii h_i, (n,)."""
+        """The trace Σ_i h_i (n,) of a diagonal h (n, *), or Σ_i P_ii h_i in a subspace."""
         return sum_elements(diagonal if self.share is None else self.share * diagonal, 1)
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
@@ -98,13 +98,13 @@ class Coordinates:
         return self.trace((level.alpha * level.scale).log())
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-density (B,) at x of Gaussian data with this mean and std, diffused to a level."""
+        """Log-density (B,) at x of Gaussian data with this mean and std at a noise level."""
         normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """The log-density's gradient in z, if the model's score is that of its ODE."""
+        """The log-density's gradient in z, if the model's score equals the score of its ODE."""
         return -(level.scale / level.sigma_hat) * noise
 
 

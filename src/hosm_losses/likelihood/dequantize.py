@@ -3,15 +3,17 @@ r"""Dequantization of integer images, and the combination of several draws into 
 Formula:
     Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of u,
     x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
-    Here −log p is that of x; `bits_per_dim` accounts for the width of a cell.
+    Here p is the density of x; `bits_per_dim` accounts for the width of a cell.
 
-    For a network trained on the levels themselves, y = first + w k, the density at small noise
-    consists of normal peaks with standard deviation σ̂ around them. At the t where half a cell,
-    w/2, is τ = 3 deviations, these peaks spread the levels: with u from the normal distribution
-    truncated to [−τ, τ],
-    x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)],
-    Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per element; for a
-    density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
+    If a network was trained on the levels themselves, y = first + w k, its density at small noise
+    consists of normal peaks around the levels, with standard deviation σ̂. At the time t where
+    half a cell, w/2, equals τ = 3 standard deviations, noise spreads each level over its cell. The
+    noise u comes from the normal distribution truncated to [−τ, τ], and Z = erf(τ/√2) is the mass
+    of the normal distribution on this interval:
+    x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)].
+    For normal peaks, the bound is off by −log Z, which is 0.0027 nats per element. For a density
+    that is smooth over a cell, the bound is off by log 2τ minus the entropy of u, which is 0.39
+    nats.
 
 Source:
     Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
@@ -47,12 +49,13 @@ class Uniform:
     """Uniform dequantization of uint8 images: x = −1 + 2 (k + u)/256 with u uniform on [0, 1).
 
     Args:
-        draws: K draws of u, and of the noise if `clean`, whose densities are averaged for a
-            tighter bound, at K times the cost; more than one draw requires divergence="exact".
+        draws: the number K of draws of u, and of the noise if `clean` is True. The densities of
+            the draws are averaged, which tightens the bound at K times the cost. More than one
+            draw requires divergence="exact".
 
     Raises:
         TypeError: if `draws` is not a whole number.
-        ValueError: if it is below 1.
+        ValueError: if `draws` is below 1.
 
     Example:
         >>> Uniform()
@@ -71,13 +74,13 @@ class Uniform:
         return Quantization(LEVELS, -1.0, 1.0)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates that start where `draw` puts the points: at t_min."""
+        """Return coordinates that start at t_min, where `draw` puts the points."""
         return coordinates
 
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x in the cells; their nll needs no correction."""
+        """Draw points x in the cells, and return None, as their nll needs no correction."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
@@ -86,20 +89,21 @@ class Uniform:
 class TruncatedNormal:
     """Dequantization of uint8 images with the noise that the network was trained with.
 
-    For networks trained on the levels themselves, x = first + (last − first) k/255, without added
-    uniform noise. The likelihood starts at the t where half a cell is three σ̂, and the noise of
-    that t, truncated to the cell, spreads each level. Such a network has never seen the noise of
-    `Uniform`; for a network trained with that noise the bound of `Uniform` is tighter, by 0.56
-    bits per dimension. Only `ode_nll` without `clean` accepts it.
+    `TruncatedNormal` is meant for networks trained on the levels themselves,
+    x = first + (last − first) k/255, without added uniform noise. The likelihood starts at the
+    time t where half a cell equals three σ̂. The noise at this time, truncated to the cell, spreads
+    each level over its cell. A network trained on the levels themselves has never seen the noise
+    that `Uniform` adds. For a network trained with uniform noise, `Uniform` gives the tighter
+    bound, by 0.56 bits per dimension. Only `ode_nll` with clean=False accepts `TruncatedNormal`.
 
     Args:
-        draws: K draws of the noise, as in `Uniform`.
+        draws: the number K of draws of the noise, as in `Uniform`.
         first: the value of level 0 in training.
         last: the value of level 255 in training.
 
     Raises:
-        TypeError: if `draws` is not a whole number, or an end of the range not a number.
-        ValueError: if `draws` is below 1, or the range is empty.
+        TypeError: if `draws` is not a whole number, or if `first` or `last` is not a number.
+        ValueError: if `draws` is below 1, or if `last` is not above `first`.
 
     Example:
         >>> TruncatedNormal()
@@ -129,27 +133,30 @@ class TruncatedNormal:
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates from where σ̂ is a sixth of a cell; ValueError if below t_min."""
+        """Return coordinates that start where σ̂ is a sixth of a cell.
+
+        A ValueError is raised if the schedule does not reach such a small σ̂.
+        """
         sigma_hat = self._cell / (2 * HALF_CELL)
         lowest = math.exp(coordinates.span[0])
         if lowest > sigma_hat:
             raise ValueError(
                 f"dequantization: expected a schedule that starts at σ/α of {sigma_hat:.3g} or "
                 f"less, a sixth of a cell, with TruncatedNormal; got {coordinates.schedule!r}, "
-                f"which starts at {lowest:.3g}. Lower its t_min if the network was trained there, "
-                "or take Uniform()."
+                f"which starts at {lowest:.3g}. Lower its t_min if the network was trained at "
+                "such small noise, or use Uniform()."
             )
         return replace(coordinates, start=math.log(sigma_hat))
 
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x_t in the cells at the start, with the correction (B,) to their nll."""
+        """Draw points x_t in the cells at the start, and the correction (B,) to their nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
         data = self.first + self._cell * levels
-        # −log p_t − log σ is that of x_t/α but for log σ̂, which is the cell over 2 τ.
+        # −log p_t − log σ is the nll of x_t/α minus log σ̂, and σ̂ is the cell over 2 τ.
         constant = math.log(2 * HALF_CELL / math.sqrt(2 * math.pi) / mass) - start.alpha.log()
         return start.alpha * data + start.sigma * u, sum_elements(constant - u.square() / 2, 1)
 
@@ -158,14 +165,14 @@ Dequantization = Uniform | TruncatedNormal
 
 
 def check_dequantization(value: object, *, clean: bool = False) -> None:
-    """Raise unless this is None or a dequantization that `clean` allows."""
+    """Raise unless `value` is None or a dequantization that `clean` allows."""
     if not (value is None or isinstance(value, Dequantization)):
         expected = "Uniform(...), TruncatedNormal(...) or None"
         raise TypeError(error_message("dequantization", expected, value))
     if clean and isinstance(value, TruncatedNormal):
         expected = "Uniform(...) or None for clean data, at t = 0"
         remedy = (
-            "TruncatedNormal has the noise of its start already: use ode_nll with clean=False."
+            "TruncatedNormal already adds the noise at its start: use ode_nll with clean=False."
         )
         raise ValueError(error_message("dequantization", expected, value, remedy, got=repr(value)))
 
@@ -173,8 +180,8 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
     """Raise ValueError for several draws of u with random probes.
 
-    With 7 nats of noise in log p, such as that of Hutchinson's estimator, 20 draws seem to gain 11
-    nats.
+    If log p has 7 nats of noise, for example from Hutchinson's estimator, 20 draws seem to gain
+    11 nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -185,7 +192,7 @@ def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
 
 
 def check_images(x: object) -> None:
-    """Raise unless x is uint8 (B, *)."""
+    """Raise unless x is a uint8 tensor (B, *)."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
@@ -195,7 +202,7 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform random numbers for levels, in the precision of sums."""
+    """Uniform random numbers in the shape of `levels`, in the precision used for sums."""
     dtype, device = accumulator(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 
@@ -203,8 +210,8 @@ def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
     """Return −log of the mean density over K draws of u, from one result per draw.
 
-    `latent` is that of the first draw, nfe is the sum, and errors are averaged with the densities
-    as weights.
+    `latent` comes from the first draw, `nfe` is summed over draws, and solver errors are averaged
+    with the densities as weights.
     """
     first = replace(draws[0], quantization=quantization)
     if len(draws) == 1:
@@ -214,7 +221,7 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
         return torch.stack([getattr(draw, name) for draw in draws])
 
     log_density, prior_error = -stacked("nll"), None
-    if first.prior_error is not None:  # of the mean density
+    if first.prior_error is not None:  # the error for the mean density
         corrected = log_density.detach() + stacked("prior_error")
         prior_error = corrected.logsumexp(0) - log_density.detach().logsumexp(0)
     weight = torch.softmax(log_density.detach(), 0)

@@ -1,9 +1,9 @@
 """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
 Purpose:
-    `log_prob` is −nll from `ode_nll`, and samples are those of `ode_sample`; both are at the
-    schedule's t_min. A condition of the network belongs to the batch of distributions unless it is
-    marked `Shared`: nothing is inferred from its length.
+    `log_prob` is −nll from `ode_nll`, and samples come from `ode_sample`; both refer to points at
+    the schedule's t_min. A tensor that conditions the network has one entry per distribution of
+    the batch, unless it is marked `Shared`: nothing is inferred from the tensor's length.
 
 Source:
     Rozet et al., zuko (software), for `rsample_and_log_prob`.
@@ -30,20 +30,20 @@ class ODEDistribution(Distribution):
     """The density of a model's probability-flow ODE, for points at t_min.
 
     `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
-    checks its arguments. Gradients follow `torch.is_grad_enabled()`. A failed path raises
+    checks its arguments. Results carry a graph if `torch.is_grad_enabled()`. A failed path raises
     ValueError.
 
     Args:
         model: the score model.
         event_shape: the shape of a sample.
         solver: as in `ode_nll`.
-        divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
-        model_kwargs: keyword arguments of the network. The shape of every tensor among them begins
-            with `batch_shape`, except for tensors marked `Shared`. Real floating-point tensors are
-            cast to the dtype of x: that of the value, or for samples that of the network's first
-            parameter.
+        divergence: as in `ode_nll`; with "exact", `log_prob` is deterministic.
+        model_kwargs: keyword arguments of the network. The shape of every tensor in `model_kwargs`
+            begins with `batch_shape`, unless the tensor is marked `Shared`. Real floating-point
+            tensors are cast to the dtype of x, which is the dtype of the value in `log_prob`, and
+            the dtype of the network's first parameter in sampling.
         batch_shape: the shape of the batch of distributions, one for each condition.
-        batch_size: samples solved at a time, all if None.
+        batch_size: the number of samples solved at a time; None for all.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -117,16 +117,16 @@ class ODEDistribution(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """An error that says how to estimate it."""
+        """Not available in closed form; the error message says how to estimate the mean."""
         raise NotImplementedError(_no_closed_form("mean", "q.sample((1000,)).mean(0)"))
 
     @property
     def variance(self) -> Tensor:
-        """An error that says how to estimate it."""
+        """Not available in closed form; the error message says how to estimate the variance."""
         raise NotImplementedError(_no_closed_form("variance", "q.sample((1000,)).var(0)"))
 
     def entropy(self) -> Tensor:
-        """Raise an error that says how to estimate it."""
+        """Raise an error that says how to estimate the entropy from samples."""
         estimate = "-q.rsample_and_log_prob((1000,))[1].mean(0)"
         raise NotImplementedError(_no_closed_form("entropy", estimate))
 
@@ -160,7 +160,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options for solving rows (outer,) in this dtype."""
+        """Return the options to solve the ODE for rows (outer,) in this dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])
@@ -171,13 +171,13 @@ class ODEDistribution(Distribution):
         return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
 
     def _repeated(self, outer: torch.Size) -> dict[str, Any]:
-        """Return the conditions of each distribution, for a shape that ends in the batch_shape."""
+        """Return `model_kwargs` expanded to a shape that ends in the batch_shape."""
         batch = self.batch_shape
 
         def repeated(path: str, tensor: Tensor) -> Tensor:
             if tensor.shape[: len(batch)] != batch:
                 expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
-                remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
+                remedy = "Mark a tensor that all distributions share: hosm_losses.Shared(tensor)."
                 raise ValueError(error_message(path, expected, tensor, remedy))
             return tensor.expand(outer + tensor.shape[len(batch) :])
 
@@ -190,7 +190,7 @@ def _no_closed_form(name: str, estimate: str) -> str:
 
 
 def _all_good(result: Any) -> Any:
-    """Return `result` unless a sample failed."""
+    """Return `result`; raise ValueError if a sample failed."""
     failures = result.failures()
     if failures:
         row, why = next(iter(failures.items()))

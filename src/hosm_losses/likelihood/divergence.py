@@ -1,10 +1,10 @@
-r"""Estimators of a network's divergence, and the choice of one.
+r"""Estimators of a network's divergence, and the choice between them.
 
 Formula:
     exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
     hutchinson   ∇·f = E[vᵀ ∂f/∂x v], the mean of K probes with variance Var[vᵀ ∂f/∂x v]/K
-    With the network's prediction, ε̂ = p · prediction + q x: ∇·ε̂ follows from vᵀ ∂prediction/∂x v
-    and ‖v‖². The forward pass is shared; each direction costs one vector-Jacobian product.
+    Since ε̂ = p · prediction + q x, ∇·ε̂ follows from vᵀ ∂prediction/∂x v and ‖v‖². All directions
+    share one forward pass, and each direction costs one vector-Jacobian product.
 
 Source:
     Grathwohl et al., arXiv 1810.01367, for the estimator in a likelihood.
@@ -31,22 +31,26 @@ from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.model import BoundModel, apply_affine
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
 
-# Largest size of a sample for which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
+# Largest number of elements for which "auto" means "exact". At d = 8, one probe has an error of
+# 0.6 nats.
 EXACT_UP_TO = 16
-PILOTS = 4  # probes at a node from which `ToStandardError` sets the count
+PILOTS = 4  # first probes at a node, from which `ToStandardError` computes the number needed
 # A user's function: (x, t, **model_kwargs), as the network gets them, → (prediction, its
 # divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
 Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
-"""How the divergence of the ODE is computed; a callable (x, t) → (ε̂, divergence) knows its own."""
+"""How the divergence of the ODE is computed.
+
+A callable (x, t) → (prediction, its divergence) computes both itself.
+"""
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Base class of the estimators, which does not itself estimate anything."""
+    """Base class of the estimators; it estimates no divergence itself."""
 
-    products: int = 0  # with the Jacobian, for one divergence
-    is_random: bool = False  # whether estimates scatter, so that a likelihood has a standard error
+    products: int = 0  # products with the Jacobian for one divergence
+    is_random: bool = False  # whether estimates are random, so that there is a standard error
     differentiates: bool = False  # whether the network is differentiated
     target: ToStandardError | None = None  # if set, estimates are pilots and more probes follow
 
@@ -68,14 +72,14 @@ NO_DIVERGENCE = Estimator()
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """The trace over all unit vectors, in chunks."""
+    """The exact trace, summed over all unit vectors in chunks."""
 
     differentiates: bool = True
-    dimensions: int = 0  # d, or those of the subspace
+    dimensions: int = 0  # d, or the dimension of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
-        """f and ∇·f."""
-        # Outside a model's subspace, its Jacobian is zero.
+        """Return f and ∇·f."""
+        # The model's Jacobian is zero outside its subspace.
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
         trace = forms.to(accumulator(x)).sum(0, keepdim=True)
         return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
@@ -86,10 +90,10 @@ class OfFunction(Estimator):
     """The divergence that a user's function returns."""
 
     function: Function | None = None
-    dimensions: int = 0  # d, or those of the subspace
+    dimensions: int = 0  # d, or the dimension of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
-        """f and ∇·f."""
+        """Return f and ∇·f."""
         *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
         function: Any = self.function
         returned = function(*arguments, **kwargs)
@@ -120,7 +124,7 @@ class RandomProbes(Estimator):
     def estimate(
         self, model: BoundModel, x: Tensor, probes: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
-        """f and vᵀ ∂f/∂x v."""
+        """Return f and vᵀ ∂f/∂x v."""
         assert probes is not None
         prediction, forms = quadratic_forms(model, x, [probes])
         squares = sum_elements(probes.square())
@@ -133,9 +137,12 @@ class ForwardProbes(RandomProbes):
     def estimate(
         self, model: BoundModel, x: Tensor, probes: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
-        """f and vᵀ ∂f/∂x v; DerivativeError if the engine cannot differentiate the network."""
+        """Return f and vᵀ ∂f/∂x v.
+
+        A DerivativeError is raised if the engine cannot differentiate the network.
+        """
         assert probes is not None
-        # The engine always makes a graph. It saves nothing here unless a gradient is wanted.
+        # The engine always builds a graph, which saves nothing unless a gradient is wanted.
         empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
         try:
             with nullcontext() if torch.is_grad_enabled() else empty:
@@ -150,13 +157,13 @@ class ForwardProbes(RandomProbes):
 
 
 def _refuse_a_pass_back(_: object) -> Tensor:
-    raise DerivativeError("It takes a gradient itself.")
+    raise DerivativeError("The network computes a gradient itself.")
 
 
 def _of_f(
     model: BoundModel, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """f and ∇·f by the prediction, vᵀ ∂prediction/∂x v and ‖v‖², (K, B), or their sums over v."""
+    """Return f and ∇·f from vᵀ ∂prediction/∂x v and ‖v‖² (K, B), or from their sums over v."""
     p, q = model.model.affine(model.t, x)
     p_rows = None if p is None else p.flatten()
     q_rows = None if q is None else q.flatten()
@@ -164,7 +171,7 @@ def _of_f(
 
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
-    """Raise unless this is a divergence, or None if that is allowed."""
+    """Raise unless `divergence` is a divergence, or None if `optional`."""
     known = isinstance(divergence, Hutchinson | ToStandardError)
     known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)
@@ -177,7 +184,7 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
 def resolve_divergence(
     divergence: Divergence | None, x: Tensor, dimensions: int | None = None
 ) -> Estimator:
-    """Return the estimator for samples like those of x (B, *); `dimensions` are of a subspace."""
+    """Return the estimator for samples like x (B, *), on a subspace if `dimensions` is given."""
     d = x[0].numel()
     own = d if dimensions is None else dimensions
     if divergence is None:

@@ -3,7 +3,8 @@ r"""The checked arguments that all likelihoods share, their batches, and the com
 Failures:
     A sample fails if its nll is not finite in the network's dtype (at least float32), if its path
     did not reach the end, or if its solver error is above both 1000 nats and 0.1 nats per element
-    (0.14 bits per dimension), where the first-order estimate is meaningless.
+    (0.14 bits per dimension). The first-order estimate of such a large solver error is
+    meaningless.
 """
 
 import math
@@ -52,14 +53,14 @@ from hosm_losses.model import ScoreModel, Subspace, bind_model, check_commutes, 
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
-MISMATCH = 1e-3  # nats per element
-SCALED = 0.05  # deviation of α(t_min) from 1
+MISMATCH = 1e-3  # the largest mismatch of the prior without a warning, in nats per element
+SCALED = 0.05  # the largest deviation of α(t_min) from 1 without a warning
 
 
 class Job:
-    """The arguments that `ode_nll`, `ode_sample` and `variational_nll` share, checked.
+    """The checked arguments that `ode_nll`, `ode_sample` and `variational_nll` share.
 
-    A likelihood evaluates them in three steps:
+    A likelihood is computed from a job in three steps:
 
         with job.running() as paths:
             results = [solve(batch) for batch in job.batches(paths)]
@@ -94,7 +95,7 @@ class Job:
         self.subspace = None
         if self.model.subspace is not None:
             if dequantization is not None:
-                expected = "None with a subspace, which the noise on the levels would leave"
+                expected = "None with a subspace, as the noise on the levels would leave it"
                 raise ValueError(error_message("dequantization", expected, dequantization))
             self.subspace = self.model.subspace_of(name, x)
         dimensions = None if self.subspace is None else self.subspace.dimensions
@@ -168,7 +169,8 @@ class Job:
     def result(self, results: Sequence[NLLResult]) -> NLLResult:
         """Join the results of all batches, and average over draws.
 
-        After an interrupt, only complete draws count, or part of the first draw.
+        After an interrupt, only complete draws count. If no draw is complete, the finished part of
+        the first draw counts.
         """
         batches = math.ceil(len(self.x) / self.size)
         results = results[: len(results) // batches * batches] or results
@@ -185,18 +187,18 @@ def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
     carrier.result = result
     done = 0 if result is None else len(result.nfe)
     interrupt.add_note(
-        f"The first {done} samples are done: `.result` of this exception has them, in a notebook "
-        "sys.last_value.result."
+        f"The first {done} samples are done: they are in `.result` of this exception. In a "
+        "notebook, read sys.last_value.result."
     )
 
 
 def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace) -> Coordinates:
-    """Return the coordinates of data in a subspace; std and projection have to commute."""
+    """Return the coordinates of data in a subspace; std and projection must commute."""
     mean, std = coordinates.mean.contiguous(), coordinates.std
     check_commutes(model.project, std)
-    is_one_number = std.untyped_storage().nbytes() == std.element_size()  # which is expanded
+    is_one_number = std.untyped_storage().nbytes() == std.element_size()  # expanded
     if not (subspace.is_known or is_one_number):
-        expected = "one number on a subspace of so many elements that is no mask"
+        expected = "one number, as samples are large and their subspace is not a mask"
         raise ValueError(error_message("data_std", expected, std))
     share, dimensions = subspace.diagonal.to(std)[None], subspace.dimensions
     variance = (share * std.square()).sum() / dimensions
@@ -206,12 +208,12 @@ def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the checked log-density of a prior for samples like those of x."""
+    """Return the checked log-density of a prior for samples like those in x."""
     if isinstance(prior, Distribution):
         if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
             got = f"event_shape {tuple(prior.event_shape)}, batch_shape {tuple(prior.batch_shape)}"
-            remedy = "torch.distributions.Independent makes one of a batch."
+            remedy = "torch.distributions.Independent turns a batch into one distribution."
             raise ValueError(error_message("log_prior", expected, prior, remedy, got=got))
         return prior.log_prob
     if not (prior is None or callable(prior)):
@@ -221,7 +223,7 @@ def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
-    """Warn on the CPU if α(t_min) is far from 1, or if q at t_max is far from the prior."""
+    """On the CPU, warn if α(t_min) is far from 1, or if q at t_max is far from the prior."""
     schedule, mean = coordinates.schedule, coordinates.mean
     if not can_read_values(mean):
         return
@@ -231,10 +233,10 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     if start and schedule._starts_at_data and abs(alpha_start - 1) > SCALED:
         warn(
             f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha_start:g}. x and "
-            "its density belong to a point at t_min, α times the data: pass α x to ode_nll and "
-            "subtract d log α from its nll, or set clean=True; divide samples by α."
+            "its density belong to a point at t_min, which is α times the data: pass α x to "
+            "ode_nll and subtract d log α from its nll, or set clean=True. Divide samples by α."
         )
-    # The KL divergence of q at t_max from the prior, with both Gaussian.
+    # The KL divergence of q at t_max from the prior, if both are Gaussian.
     std = schedule.prior_std
     variance = ((alpha * coordinates.std).square() + sigma.square()) / std**2
     shift = sum_elements((alpha * mean / std).square(), 1)
@@ -243,16 +245,18 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
         warn(
             f"schedule: expected one that ends in its prior, N(0, {std:g}²); got {schedule!r}, "
             f"which ends {divergence:.2g} nats per sample away from it for data with this "
-            "data_mean and data_std: likelihoods and samples are off by that much. Check its "
-            "numbers, or set log_prior and draw the latents of ode_sample from it."
+            "data_mean and data_std: likelihoods and samples are off by that much. Check the "
+            "schedule's numbers, or set log_prior and draw the latents of ode_sample from that "
+            "prior."
         )
 
 
 def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
-    The nll has to be finite in the dtype of the latent, which is that of the network. The cause is
-    the one already in the result, or that of the first condition (B,) that holds.
+    The nll has to be finite in the dtype of the latent, which is the network's dtype. A cause that
+    is already in the result stays; otherwise, the first condition (B,) that holds determines the
+    cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

@@ -1,51 +1,84 @@
-r"""A solver on a grid that the batch shares, with fresh probes at each node.
+r"""A solver on a grid that the whole batch shares, with fresh probes at each node.
 
-It solves dy/du = f(u, y), with a quadrature along the path of q, which may be noisy: in high
-dimensions, the probes' error is far larger than the solver's, and that of fresh probes averages
-out.
+This solver solves dy/du = f(u, y) and integrates q along the path. The integrand q may be noisy:
+in high dimensions, the error of the random probes is far larger than the solver's error. Every
+node draws fresh probes, so the errors of the probes average out along the path.
+
+Grid:
+    The nodes are u(i/n), uniform in s = i/n, and the step in s is h = 1/n. The density of the
+    nodes in u = log σ̂ is an equal mixture of two laws, both restricted to the span:
+
+    - the uniform law;
+    - the logistic law of scale WIDTH around the log of the root mean square of data_std.
 
 Formula:
-    The nodes are u(i/n), s = i/n uniform. Their density in u = log σ̂ is an equal mixture of the
-    uniform law and the logistic law of scale WIDTH around the log of the root mean square of
-    data_std, both on the span. In s, h = 1/n,
+    The predictor of Adams and Bashforth gives ŷ, and the corrector of Adams and Moulton gives y:
         ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
-        y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720,
-    by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, the only
-    evaluation of the node. The first steps have lower orders, starting with Euler's. Node 1 is
-    evaluated again, at y₁, and y₄ is computed anew by Boole's rule, of order six,
-        y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
-    If a path starts at a σ̂ near the data's size, z moves from the start: two steps of the
-    classical Runge-Kutta method come first, and node 3, the first predicted one, is evaluated
-    again. ∫ q ds is computed by the trapezoid rule with Gregory's end corrections up to fourth
-    differences, of order six.
+        y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720.
+    f_i is the slope dy/ds at ŷ_i, and every node but one is evaluated only there. ∫ q ds is
+    computed by the trapezoid rule with Gregory's end corrections up to fourth differences, which
+    has order six.
 
-Errors:
-    With g the gradient of the answer in y, ∇⁵ the fifth backward difference and c_i = y_i − ŷ_i,
-    the step to node i changes the answer by
-        e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i,
-    the next term of the corrector, and what follows from f and q at ŷ_i: dg/ds = −(∂f/∂y)ᵀ g − ∇q.
-    The path's error is estimated by p = max_{j≤k} |Σ_{i=j}^k e_i|, the largest sum over a stretch
-    of the path, with the covector of the node for g. That is the network's score: near the data it
-    is wrong by its own error over σ̂, which makes (g_i − g_{i−1})ᵀ c_i far too large. The changes
-    Δf and Δq from the first to the second evaluation of node 1 give what (g₁ − g₀)ᵀ c₁ should be:
-        ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
-    1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out, since
-    y₁ is corrected; the terms of c₂ and c₃ are multiplied by ρ. As σ̂ grows the score errs less:
-    later terms are multiplied by max(r, ρ), and r rises from 0.15 at node 4 to 1 within an eighth
-    of the path. The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the
-    integrals over every node and every second one, which may be small by chance, and the norm of
-    the seventh differences of q along the path, which sees kinks and what the nodes do not
-    resolve: a jump J at a random place errs by h J/√12 in root mean square, and has ‖∇⁷q‖ = 30 J.
-    A companion is the path with half the steps and the same probes. Let D be the difference of
-    both answers, with ∫ taken over every second node in both. The path's error is then |D|/8 or
-    more. From a latent to data it is |D|/12: both answers start from the same latent, and no
-    covector from the data end, where the score is worst, enters. Where D is not finite, p is used.
-    The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
+Start:
+    - The first steps have lower orders; the very first predictor is Euler's method.
+    - Node 1 is evaluated a second time, at the corrected state y₁.
+    - y₄ is computed anew by Boole's rule, which has order six:
+          y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
+    - If a path starts at a σ̂ near the data's size, z moves from the start. The path then begins
+      with two steps of the classical Runge-Kutta method, and node 3, the first predicted node, is
+      evaluated twice in place of node 1.
+
+Error of the path:
+    Let g be the gradient of the answer (the log-density) in y, let ∇⁵ be the fifth backward
+    difference, and let c_i = y_i − ŷ_i be the correction. The error of the step to node i changes
+    the answer by
+        e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i.
+    The first part of e_i is the next term of the corrector. The second part arises because f and q
+    are evaluated at ŷ_i; it follows from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated
+    by the largest sum of the e_i over a stretch of the path,
+        p = max_{j≤k} |Σ_{i=j}^k e_i|.
+
+    In this estimate, the covector of each node, which is the network's score, replaces g. Near the
+    data, the network's score is wrong by the network's error divided by σ̂, which makes the second
+    part of e_i far too large. The second parts of all e_i are therefore reduced:
+
+    - Let Δf and Δq be the changes of f and q from the first to the second evaluation of node 1.
+      Δf and Δq show how large (g₁ − g₀)ᵀ c₁ should be, and yield the factor
+          ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
+      which is 1 for 0/0. The numerator uses g₁ from the second evaluation, and the denominator
+      uses g₁ from the first.
+    - e₁ is left out, because node 1 is evaluated again at the corrected y₁.
+    - The second parts of e₂ and e₃ are multiplied by ρ.
+    - The score's error decreases as σ̂ grows. The second parts of later e_i are therefore
+      multiplied by max(r, ρ), where r rises from 0.15 at node 4 to 1 within an eighth of the path.
+    - After a Runge-Kutta start, ρ is 1, and the errors of the steps up to node 3 are left out.
+
+Error of the integral:
+    The error of ∫ q ds is estimated by max(d/15, h ‖∇⁷q‖/30).
+
+    - d is the difference between the integral over every node and the integral over every second
+      node. By chance, d may be small.
+    - ‖∇⁷q‖ is the norm of the seventh differences of q along the path. The norm detects kinks and
+      everything else that the nodes do not resolve. A jump J of q at a random place causes an
+      error with a root mean square of h J/√12, and yields ‖∇⁷q‖ = 30 J.
+
+    If a node has a single probe, the variance of q_i is estimated from three neighbouring nodes as
+    (q_{i−1} − 2 q_i + q_{i+1})²/6.
+
+Companion:
+    A companion is a second solution with half the steps and the same probes. Let D be the
+    difference between the two answers, where both answers integrate q over every second node of
+    the finer grid. The path's error is then estimated as follows:
+
+    - From data to a latent, the estimate is max(p, |D|/8).
+    - From a latent to data, the estimate is |D|/12: both answers start from the same latent, and
+      no covector from the data end, where the score is worst, enters the estimate.
+    - If D is not finite, the estimate is p.
 
 Why a stretch:
-    e_i changes sign along the path. The whole sum is then small, but only if g_i is the true
-    gradient of the answer, which requires a network without error. If the path amplifies an error
-    a hundredfold, no sum of local errors shows it; a companion does.
+    The e_i change sign along the path. The sum of the e_i over the whole path is then small, but
+    only if g_i is the true gradient of the answer, which requires a network without error. If the
+    path amplifies an error a hundredfold, no sum of local errors shows it, but a companion does.
 
 Source:
     Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.1, III.1, III.9;
@@ -69,7 +102,7 @@ from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson
 
-WIDTH = 1.0  # of the logistic law
+WIDTH = 1.0  # scale of the logistic law
 BASHFORTH = (  # orders one to four
     (1.0,),
     (3 / 2, -1 / 2),
@@ -84,12 +117,13 @@ MOULTON = (  # orders two to five
 )
 BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
-GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
+GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # coefficients of the differences at either end
 BISECTIONS = 60
-KNOWN_ORDER = 16  # steps from which the difference of two integrals is assumed to have an order
-RUNGE_KUTTA = 2  # steps from a start in the middle
+# With fewer steps, the order is unknown, and the difference of two integrals is the estimate.
+KNOWN_ORDER = 16
+RUNGE_KUTTA = 2  # number of such steps if a path starts in the middle
 MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is in the middle
-LEAST_SHARE = 0.15  # of ρ at node 4; it rises to 1 over an eighth of the path
+LEAST_SHARE = 0.15  # r at node 4; r rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
 # The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
 GRIDS = (32, 64, 128, 256, 512, 1024)
@@ -98,14 +132,14 @@ GRIDS = (32, 64, 128, 256, 512, 1024)
 class NodeValue(NamedTuple):
     """The evaluation at one node of the fixed grid; slope and integrand are per unit of s."""
 
-    slope: Tensor  # dy/ds, of the shape of y
+    slope: Tensor  # dy/ds, in the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
-    variance: Tensor | None  # of q as an estimate, (B,), from several probes
+    variance: Tensor | None  # variance of the estimate q, (B,), from several probes
     covector: Tensor  # estimate of the gradient of the answer in y
 
 
 def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
-    """u and du/ds of the mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
+    """Return u and du/ds (n,) of the mesh at s in [0, 1]; `centre` is for the logistic law."""
     start, end = span
     low, high = torch.full_like(s, start), torch.full_like(s, end)
     logistic_start = torch.sigmoid((low - centre) / WIDTH)
@@ -132,7 +166,7 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 class AdamsSolver:
-    """The state of the multistep method; `y` is the prediction for the next node, then the end."""
+    """The state of the multistep method; `y` is the predicted next state or the final state."""
 
     def __init__(self, y: Tensor, h: float, steps: int, runge_kutta: int = 0) -> None:
         self.h, self.steps, self.runge_kutta = h, steps, runge_kutta
@@ -144,7 +178,7 @@ class AdamsSolver:
         self.variances: list[Tensor] = []
 
     def correct(self, node: NodeValue) -> None:
-        """Correct y using the evaluation at its node."""
+        """Correct the state y using the evaluation at its node."""
         index = len(self.integrands)
         self.integrands.append(node.integrand)
         if node.variance is not None:
@@ -180,7 +214,7 @@ class AdamsSolver:
             self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Add e, the effect of a step's error on the answer."""
+        """Add e, the effect of a step's error on the answer, to the sums."""
         share = self.share
         if index >= 4:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
@@ -193,19 +227,19 @@ class AdamsSolver:
         self.highest = torch.maximum(self.highest, self.total)
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
-        """∫ q ds over so many steps (all if None), using every stride-th node, (B,)."""
+        """∫ q ds (B,) over `steps` steps of `stride` nodes each; None stands for all steps."""
         steps = self.steps if steps is None else steps
         chosen = self.integrands[: stride * steps + 1 : stride]
         return self.h * stride * combine(gregory_weights(steps), chosen)
 
     @property
     def path_error(self) -> Tensor:
-        """p, (B,)."""
+        """The estimate p of the path's error, (B,)."""
         return self.highest - self.lowest
 
     @property
     def variance(self) -> Tensor:
-        """The integral's variance, from those of the nodes, or else from neighbours, (B,)."""
+        """The integral's variance (B,), from the probes at a node or from neighbouring nodes."""
         variances = self.variances
         if not variances:
             q = torch.stack(self.integrands).detach()
@@ -216,7 +250,7 @@ class AdamsSolver:
 
     @property
     def quadrature_error(self) -> Tensor:
-        """Estimate of the error of the integral of a noise-free q, (B,)."""
+        """Estimated error (B,) of the integral if q has no noise."""
         count, q = self.steps // 2, torch.stack(self.integrands).detach()
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
@@ -236,7 +270,7 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
 def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bool) -> ODESolution:
     """Solve from z at the start of a span of u = log σ̂ with fresh probes."""
     coordinates, divergence = paths.coordinates, paths.divergence
-    pilots: dict[int, tuple[Tensor, Tensor]] = {}  # at each place the state, a probe's variance
+    pilots: dict[int, tuple[Tensor, Tensor]] = {}  # by place: state, one probe's variance
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = sorted((*span, coordinates.log_size))[1]
@@ -289,7 +323,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     elif divergence != NO_DIVERGENCE:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    nodes = steps + 2 + (steps // 2 + 2 if companion else 0)  # one of them twice
+    nodes = steps + 2 + (steps // 2 + 2 if companion else 0)  # one node is evaluated twice
     midpoints = 3 * runge_kutta * (1 + companion)
     nfe = torch.full((len(z),), nodes + midpoints, device=z.device)
     products = torch.full_like(nfe, nodes * divergence.products)
@@ -318,18 +352,18 @@ def integrate_to_standard_error(
     weights: Tensor,
     level: Callable[[int], NoiseLevel],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∫ q by weights (N,) over nodes, its standard error, and the probes that it took, (B,) each.
+    """Return ∫ q from weights (N,) of nodes, its standard error and number of probes, (B,) each.
 
-    `paths` holds the `ToStandardError`; `level` gives the noise level of a node.
+    `paths.divergence` contains the `ToStandardError`; `level(i)` is the noise level of node i.
     """
     target, d = paths.divergence.target, nodes[0][0][0].numel()
     assert target is not None
-    # A variance of nats² takes the fewest probes if their count at each node is proportional to
-    # the error that one probe makes there, (N, B).
+    # A total variance of nats² needs the fewest probes if their number at each node is
+    # proportional to the error of one probe at that node, (N, B).
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
     error_in_nats = weights.abs()[:, None] * one_probe
     counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
-    counts = counts.nan_to_num(2.0)  # of a sample that fails, and must not fail the others
+    counts = counts.nan_to_num(2.0)  # a failing sample must not affect the others
     counts = counts.clamp(2, 2 * d).log2().ceil().exp2().long()
     total = variance = torch.zeros_like(error_in_nats[0])
     for index, (state, _) in enumerate(nodes):
@@ -352,7 +386,7 @@ def companion_error(
 ) -> Tensor:
     """Estimate the path's error (B,) from a solution and its companion."""
     difference = solution.integral(2, coarse.steps) - coarse.integral()
-    if span[1] < span[0]:  # of one latent
+    if span[1] < span[0]:  # both answers belong to the same latent
         error = difference.abs() / 12
     else:
         end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
@@ -366,8 +400,9 @@ def refuse_vmap(solver: str) -> None:
     """Raise ValueError under torch.func.vmap."""
     if vmapped():
         raise ValueError(
-            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which reads "
-            "errors. Call it on a batch outside vmap, and give FixedGrid the steps of the result."
+            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which "
+            "has to read error estimates. Call the likelihood on a batch outside vmap, and pass "
+            "the steps of its result to FixedGrid."
         )
 
 
@@ -380,17 +415,17 @@ def fewest_steps(
     tolerance: float,
     group: "dist.ProcessGroup | None",
 ) -> int:
-    """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
+    """Return the coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
     The processes of a group agree after every trial, so that all run the same number of trials.
-    Trials do not advance the generator. A sample that failed on both this grid and the previous
-    one does not count.
+    Trials do not advance the generator. A sample that failed on both the current and the
+    previous grid does not count.
     """
     refuse_vmap("ToTolerance")
     divergence = replace(paths.divergence, target=None)
     if divergence.is_random and not companion:
-        divergence = NO_DIVERGENCE  # the error is that of the path alone
-    # The probes for a difference from a companion come from their own generator.
+        divergence = NO_DIVERGENCE  # only the path's error counts
+    # The trials draw their probes from a generator of their own.
     own = torch.Generator(z.device).manual_seed(0)
     trial = replace(paths, advance=lambda _: None, generator=own, divergence=divergence)
     largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
@@ -400,7 +435,7 @@ def fewest_steps(
         failed = ~(error <= solver_limit(paths.dimensions))
         error = error.masked_fill(failed, math.inf)
         error = error.masked_fill(failed & failed_before, -math.inf)
-        most = error.max()  # infinite where a sample failed; −∞ where none counts
+        most = error.max()  # infinite if a sample failed, −∞ if no sample counts
         if group is not None:
             dist.all_reduce(most, dist.ReduceOp.MAX, group)
         largest = math.inf if most < 0 else float(most)
@@ -410,7 +445,8 @@ def fewest_steps(
     got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
     warn(
         f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "
-        f"{GRIDS[-1]} steps; got {got} there. Use a larger tolerance, float64 if rounding limits "
-        "it, or Adaptive(); if no error is finite, check the network's outputs."
+        f"{GRIDS[-1]} steps; got {got} on the finest grid. Use a larger tolerance, float64 if "
+        "rounding limits the error, or Adaptive(). If no error is finite, check the network's "
+        "outputs."
     )
     return GRIDS[-1]

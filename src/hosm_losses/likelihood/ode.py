@@ -58,47 +58,50 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), taken as points at the schedule's t_min unless `clean`; uint8 with a
-            dequantization.
+        x: data (B, *), taken as points at the schedule's t_min unless `clean` is True; uint8 with
+            a dequantization.
         solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one with
             `clean`; `ToTolerance(nats)`, with the fewest steps that meet a tolerance; or
             `Adaptive()`, with a step size for each sample.
         divergence: "exact", with d vector-Jacobian products per node; `Hutchinson(count,
-            distribution)`, with one per probe; or `ToStandardError(nats)`, with as many as each
-            sample needs. "auto" is exact for samples of at most 16 elements, and otherwise
-            `Hutchinson()`. All give a standard error on the fixed grid; `Adaptive` needs at least
-            four probes for that. On images, "dct" is often the best distribution. For a network
-            that knows its divergence, a function `(x, t, **model_kwargs)` → (prediction, its
-            divergence (B,)), with x and t as the network gets them; on a subspace, the divergence
-            within it.
-        log_prior: the log-density at t_max, as a callable latent (B, *) → (B,), or a distribution
-            of samples; N(0, prior_std² I) if None. It receives latents in the network's dtype, but
-            at least float32, and may return that dtype or a wider one.
-        clean: whether x is data without noise. One draw of noise then takes it to t_min, and the
-            mean nll is an upper bound on that of x, comparable with `variational_nll`.
-            `standard_error` does not include the noise of this draw, which is small for a good
-            model.
+            distribution)`, with one product per probe; or `ToStandardError(nats)`, with as many
+            probes as each sample needs. "auto" is exact for samples of at most 16 elements, and
+            otherwise `Hutchinson()`. On the fixed grid, each of these gives a standard error;
+            `Adaptive` needs at least four probes to give a standard error. On images, "dct" is
+            often the best distribution of probes. If the divergence of the network is known, pass
+            a function `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives
+            x and t as the network does. On a subspace, this function returns the divergence within
+            the subspace.
+        log_prior: the log-density at t_max, as a callable latent (B, *) → (B,), or as a torch
+            distribution of samples; N(0, prior_std² I) if None. A callable receives latents in the
+            network's dtype, but at least float32, and may return that dtype or a wider dtype.
+        clean: whether x is data without noise. If it is, one draw of noise takes x to t_min. The
+            mean nll is then an upper bound on the nll of x, comparable with `variational_nll`.
+            `standard_error` does not include the noise of this draw. This noise is small for a
+            good model.
         dequantization: `Uniform()` for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
             and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` is for networks
             that were trained on the levels themselves, and None is for continuous data.
-        batch_size: samples solved at a time, all if None.
-        progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it. Only the state
-            is stored; the backward pass evaluates the network again. A sample that fails has no
-            gradient and does not affect the gradients of other samples; to detect such samples on
-            an accelerator, the network is called once more per evaluation, without a graph.
+        batch_size: the number of samples solved at a time; None for all.
+        progress: whether to show a progress bar, which requires tqdm.
+        enable_grad: whether the result carries a graph, so that gradients can pass through it. The
+            graph stores only the states; the backward pass evaluates the network again. A sample
+            that fails has no gradient and does not affect the gradients of other samples. To
+            detect failing samples on an accelerator, the network is called once more per
+            evaluation, without a graph.
         generator: the random generator, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts it. Failed samples are NaN. A
-        KeyboardInterrupt carries the result of the finished batches as `.result`, or None if there
-        are none.
+        The result, in nats; `bits_per_dim` converts it. The nll of a failed sample is NaN. A
+        KeyboardInterrupt carries the result of the finished batches as `.result`, which is None if
+        no batch is finished.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, such as integer images.
+        TypeError: if an argument has an invalid type or dtype, for example if integer images come
+            without a `dequantization`.
         ValueError: if an argument has an invalid shape, device, name or value.
-        DerivativeError: if the network's output has no derivative in its input.
+        DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
@@ -158,35 +161,35 @@ def ode_sample(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> SampleResult:
-    """Solve the probability-flow ODE from noise to data, with the density of the samples.
+    """Solve the probability-flow ODE from noise to data, and return samples with their density.
 
     The training mode is not changed: call `model.eval()` first if the network has dropout. For
-    guidance, pass a network that wraps yours; the density is then that of the guided ODE.
+    guidance, pass a network that wraps yours; the density then belongs to the guided ODE.
 
     Args:
         model: the score model.
-        latent: points at t_max, (B, *), in the coordinates of x; or a shape (B, *), for which they
-            are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
-            parameter.
+        latent: points at t_max, (B, *), in the coordinates of x; or a shape (B, *). For a shape,
+            latents are drawn from N(0, prior_std² I) in the dtype and on the device of the
+            network's first parameter.
         solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares two
             densities of the same latent, so it needs a divergence.
         divergence: as in `ode_nll`, or None for samples without their density, which need no
             derivatives.
-        log_prior: log-density at t_max of the latents passed, as in `ode_nll`.
-        batch_size: samples solved at a time, all if None.
-        progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it; as in `ode_nll`.
-        generator: the random generator of latents and probes; the global one if None.
+        log_prior: the log-density at t_max of the latents that you pass, as in `ode_nll`.
+        batch_size: the number of samples solved at a time; None for all.
+        progress: whether to show a progress bar, which requires tqdm.
+        enable_grad: whether the result carries a graph, as in `ode_nll`.
+        generator: the random generator for latents and probes; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The samples, at the schedule's t_min, where they carry noise of σ(t_min). A
-        KeyboardInterrupt carries those of the finished batches, as in `ode_nll`.
+        The samples at the schedule's t_min, where they carry noise of σ(t_min). A
+        KeyboardInterrupt carries the samples of the finished batches, as in `ode_nll`.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype.
         ValueError: if an argument has an invalid shape, device, name or value.
-        DerivativeError: if the network's output has no derivative in its input.
+        DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
@@ -235,7 +238,7 @@ def ode_sample(
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
-    """Return the SampleResult of a result whose `latent` holds samples, of all latents or some."""
+    """Convert a result whose `latent` contains samples, perhaps for the first latents only."""
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}
@@ -249,9 +252,9 @@ def solve(
     *,
     backwards: bool = False,
 ) -> NLLResult:
-    """Solve from data to latents, or backwards; the result's `latent` holds the end points.
+    """Solve from data to latents, or backwards; the result's `latent` contains the end points.
 
-    `steps` is the number that `ToTolerance` found for an earlier batch.
+    `steps` is the number of steps that `ToTolerance` chose for an earlier batch.
     """
     coordinates = paths.coordinates
     low, high = coordinates.span
@@ -291,7 +294,7 @@ def solve(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """The change in log p under the diffused data's Gaussian as prior; None for a user's prior."""
+    """The change in log p if the prior were the diffused Gaussian; None with `log_prior`."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
@@ -304,12 +307,12 @@ def _steps_of(results: Sequence[NLLResult]) -> int | None:
 
 
 def _from_clean(paths: Paths) -> Paths:
-    """Return paths from t_min, to which a draw of noise takes clean x, with their `nll_offset`.
+    """Add a draw of noise to clean x, and return the paths from t_min with their `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They use the drawn
-    noise, ‖ε‖² rather than its mean d: then the variation of p(x_tmin) with ε cancels, and the
-    mean of exp(−nll) over draws is a density of x.
+    `variational`. The last two terms of this bound are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These
+    terms contain ‖ε‖² of the drawn noise instead of its mean d. The variation of p(x_tmin) with ε
+    therefore cancels, and the mean of exp(−nll) over draws is a density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)
@@ -320,7 +323,7 @@ def _from_clean(paths: Paths) -> Paths:
 
 
 def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:
-    """Draw latents of a shape from N(0, prior_std²)."""
+    """Draw latents of this shape from N(0, prior_std²)."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
         kind = ValueError if isinstance(shape, list | tuple) else TypeError

@@ -1,19 +1,21 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
 Purpose:
-    The paths of a batch in coordinates in which all schedules share one ODE, and paths are nearly
-    constant. The log-density of x is that of its latent under the prior plus an integral of the
-    divergence along the path. A mismatch between the prior and q at t_max is part of the answer.
+    The paths of a batch are solved in coordinates in which all schedules share one ODE, and paths
+    are nearly constant. The log-density of x is the log-density of its latent under the prior,
+    plus an integral of the divergence along the path. The result includes the effect of any
+    mismatch between the prior and q at t_max.
 
 Coordinates:
-    With σ̂ = σ/α and u = log σ̂, y = x/α moves with dy/du = σ̂ ε̂ whatever the schedule. Centred
-    and scaled by the moments of the data's Gaussian at that noise, z = (y − m)/c with c² = s² +
-    σ̂², it does not move at all for data N(m, s²).
+    Let σ̂ = σ/α and u = log σ̂. Then y = x/α moves with dy/du = σ̂ ε̂ under every schedule. The state
+    z = (y − m)/c with c² = s² + σ̂² is y, centred and scaled by the moments that data N(m, s²) have
+    at this noise level. For data N(m, s²), z does not move at all.
 
 Formula:
     dz/du = (σ̂/c) ε̂ − (σ̂²/c²) z
     log p_x(x₀) = log p_T(x_T) + Σ_i log(α₁ c₁/(α₀ c₀)) + ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du
-    0 the data end, 1 the noise end; the sums run over the elements of a sample.
+    The index 0 denotes the data end, and the index 1 denotes the noise end. The sums run over
+    the elements of a sample.
 
 Source:
     Kingma et al., "Variational Diffusion Models", arXiv 2107.00630; Karras et al.,
@@ -57,11 +59,11 @@ class Paths:
     model: BoundModel
     coordinates: Coordinates
     dtype: torch.dtype  # the network's
-    log_prior: Callable[[Tensor], Tensor] | None  # of latents; None for N(0, prior_std² I)
+    log_prior: Callable[[Tensor], Tensor] | None  # None for N(0, prior_std² I)
     generator: torch.Generator | None
-    advance: Callable[[float], object]  # moves the progress bar on, by a number of samples
+    advance: Callable[[float], object]  # advances the progress bar by a number of samples
     watch: FirstEvaluation
-    divergence: Estimator  # NO_DIVERGENCE where only the ends of the paths are wanted
+    divergence: Estimator  # NO_DIVERGENCE if only the ends of the paths are wanted
     evaluations: RecomputedEvaluations
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
@@ -74,24 +76,24 @@ class Paths:
 
     @property
     def dimensions(self) -> int:
-        """d, of a sample or of the subspace."""
+        """The dimension d of a sample or of the subspace."""
         return self.coordinates.dimensions or self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Draw ε, and return it with α x + σ ε at a noise level."""
+        """Draw noise ε, and return both α x + σ ε at a noise level and ε."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
         noise = self.model.model.project(noise)
         return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
-        """Bind the model to a noise level, for the rows (n,) of the batch, or all if None."""
+        """Bind the model to a noise level, for given rows (n,) of the batch or for all rows."""
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """ε̂ at points (B, *), in their precision."""
+        """Return ε̂ at points (B, *), in the precision of the points."""
         if self.evaluations.applies():
             return self.evaluations.evaluate(partial(self.noise_at, x, level), x)
         model, points = self.model_at(level), x.to(self.dtype)
@@ -104,7 +106,7 @@ class Paths:
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ε̂ of the rows (all if None), dz/du, and the integrand over u for each probe, (K, n)."""
+        """Return ε̂ and dz/du of rows (all if None), and the integrand over u per probe, (K, n)."""
         if self.evaluations.applies():
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
@@ -115,7 +117,7 @@ class Paths:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
             f, divergences = divergence.estimate(model, x, probes)
-        noise = model.model.project(-f.to(z.dtype))  # or rounding outside a subspace would grow
+        noise = model.model.project(-f.to(z.dtype))  # rounding outside a subspace would grow
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))
@@ -128,15 +130,16 @@ class Paths:
         divergence: Estimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """f and ∇·f in a call's first evaluation, or with a graph.
+        """Return f and ∇·f in a call's first evaluation, or in any evaluation with a graph.
 
-        In the first evaluation, `watch` looks for random draws and for constants.
+        In the first evaluation, `watch` looks for random draws and for operators without a
+        derivative.
 
-        With a graph, one non-finite sample would make the gradients of all parameters NaN, as 0 ·
-        NaN is NaN. The network therefore gets ones in place of such a sample, whose results are
-        set to NaN. If a finite x gives a non-finite result, the batch is evaluated again without
-        that sample. On an accelerator, only f is evaluated first, without a graph, to find these
-        samples without a synchronisation.
+        With a graph, one non-finite sample would make the gradients of all parameters NaN, because
+        0 · NaN is NaN. The network therefore receives ones instead of such a sample, and the
+        results of the sample are set to NaN. If a finite x leads to a non-finite result, the batch
+        is evaluated again without that sample. On an accelerator, f is first evaluated alone and
+        without a graph, in order to find non-finite samples without a synchronisation.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
@@ -164,10 +167,10 @@ class Paths:
         return f, None if divergences is None else divergences.masked_fill(nonfinite, math.nan)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
-        """Log-density (B,) of the prior at latents (B, *), in their precision.
+        """Log-density (B,) of the prior at latents (B, *), in the precision of the latents.
 
-        It is NaN if a latent is not finite. The prior then gets zeros instead, since it may check
-        its argument, and these pass no gradient.
+        The log-density is NaN if a latent is not finite. In place of such a latent, the prior
+        receives zeros, because it may check its argument. These zeros pass no gradient.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         points = latent if self.log_prior is None else latent.to(wide)
@@ -187,15 +190,15 @@ class Paths:
 
 
 class ODESolution(NamedTuple):
-    """The ends of the paths, the integral along them, and fields of the result."""
+    """The ends of the paths, the integral along the paths, and fields of the result."""
 
     z: Tensor  # the states at the other end, (B, *)
     integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du in the direction that was solved, (B,)
     nfe: Tensor  # network evaluations, (B,)
-    products: Tensor  # with the network's Jacobian, (B,)
-    standard_error: Tensor | None  # of the integral, from the probes, (B,); None if not known
+    products: Tensor  # products with the network's Jacobian, (B,)
+    standard_error: Tensor | None  # error of the integral due to the probes, (B,); None if unknown
     solver_error: Tensor  # estimate, (B,)
-    cause: Tensor  # of a path that the solver gave up, (B,), else 0, see `result`
-    steps: int | None = None  # of a grid that the batch shares
+    cause: Tensor  # why the solver gave up a path, (B,); 0 if it did not, see `result`
+    steps: int | None = None  # number of steps of a grid that the batch shares
     widening: float = 1.0  # Student's factor in standard_error
-    kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if not known
+    kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if unknown

@@ -3,11 +3,13 @@ r"""The results of likelihoods: `NLLResult`, `SampleResult` and `NLLSummary`.
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
     for data with `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u
-    uniform on [0, 1): its density per element is levels/(high − low) times that of k + u.
+    uniform on [0, 1). Per element, the density of x is levels/(high − low) times the density of
+    k + u.
 
-    The mean over n samples has standard error std(nll)/√n; (Σ s²)^½/n of it comes from the random
-    probes, with s = standard_error/widening, whose square is an unbiased variance. Student's
-    factor applies to a single sample with few probes, not to a mean over many samples.
+    The mean over n samples has the standard error std(nll)/√n, of which (Σ s²)^½/n comes from the
+    random probes. Here s = standard_error/widening, so that s² is an unbiased estimate of the
+    variance. Student's factor `widening` applies to a single sample with few probes, not to a mean
+    over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -24,14 +26,17 @@ from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, error_message, owns_values
 
-# A sample fails if its solver_error exceeds the larger of these, in nats and nats per element.
+# A sample fails if its solver_error exceeds the larger limit, in nats or in nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
-SHOWN = 0.01  # the least error of the prior, in nats, that is printed
+SHOWN = 0.01  # errors of the prior are printed from this many nats on
 FINER = "use more steps or a lower tolerance, or set data_mean and data_std of the solver"
 
 
 class Cause(IntEnum):
-    """The reason why a sample failed; 0 in a result if it did not fail, or was not checked."""
+    """The reason why a sample failed.
+
+    In a result, 0 means that the sample did not fail, or that it was not checked.
+    """
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
 
@@ -41,12 +46,12 @@ REASONS = {
     Cause.START: "its path starts at values that are not finite: check x or the latent",
     Cause.OUTPUT: "the network's output is not finite on its path, or a point is beyond {dtype}: "
     "look at the outputs from t_min to t_max, and take smaller steps if they are finite. With "
-    "enable_grad=True it may be the divergence alone",
-    Cause.DIVERGENCE: "the divergence is not finite on its path, and the network's outputs are: "
-    "look for an infinite derivative, such as that of sqrt at 0",
+    "enable_grad=True, the divergence alone may be the cause",
+    Cause.DIVERGENCE: "the divergence is not finite on its path, but the network's outputs are: "
+    "look for an infinite derivative, such as the derivative of sqrt at 0",
     Cause.ROUNDING: "rounding its path alone changes the nll by more than {limit:g} nats: look at "
     "x, which may be far from the data",
-    Cause.ARRIVAL: "Adaptive ran out of evaluations, see nfe, or its smallest step: "
+    Cause.ARRIVAL: "Adaptive ran out of evaluations (see nfe) or reached its smallest step: "
     "use a larger step_tolerance or FixedGrid(), or look for jumps",
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
@@ -63,16 +68,16 @@ class NLLSummary:
         samples: the number of samples in the means.
         failed: the number of samples that failed or whose nll is NaN; they are excluded.
         nll: the mean nll in nats.
-        standard_error: that of `nll` as an estimate for the data's distribution, including the
-            probes; None for a single sample.
+        standard_error: the standard error of `nll` as an estimate of the mean over the data's
+            distribution, including the error from the probes; None for a single sample.
         estimator_error: the part of `standard_error` that comes from the random probes, or from
             the draws of the SDE's bound; None if unknown.
         solver_error: the mean solver error in nats.
-        bits_per_dim: the mean in bits per dimension.
+        bits_per_dim: the mean nll in bits per dimension.
         bits_standard_error: `standard_error` in bits per dimension.
         nfe: the mean number of network evaluations.
         discrete: whether the data are integers; if so, bits are printed.
-        products: the mean number of Jacobian products; None for a bound or if unknown.
+        products: the mean number of Jacobian products; None for a bound, or if unknown.
         kinks: the number of paths that seem to have kinks; None if unknown.
         prior_error: the mean prior error in nats; None if unknown.
         prior_size: the mean absolute prior error in nats; None if unknown.
@@ -119,7 +124,7 @@ class NLLSummary:
 
 
 class Quantization(NamedTuple):
-    """The integers behind the data: 0 … levels − 1, scaled from `low` to `high`."""
+    """The integers behind the data, 0 … levels − 1, scaled to the range from `low` to `high`."""
 
     levels: int
     low: float
@@ -157,7 +162,7 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return bits per dimension, (B,), of the integers if the data have levels; NaN if failed.
+        """Return bits per dimension (B,), for the integers if the data have levels; NaN if failed.
 
         Args:
             levels: 256 for 8-bit images that were dequantized and scaled to [low, high]; None for
@@ -167,8 +172,9 @@ class Result:
 
         Raises:
             TypeError: if `levels` is not a whole number, or `low` or `high` is not a number.
-            ValueError: if `levels` is below 1, the range is empty or is given without levels, an
-                argument contradicts the call's `dequantization`, or the samples have no density.
+            ValueError: if `levels` is below 1, if the range is empty or given without levels, if
+                an argument contradicts the call's `dequantization`, or if the samples have no
+                density.
 
         Example:
             >>> one = torch.ones(1)
@@ -187,7 +193,7 @@ class Result:
             index: a slice, a mask (B,), or the rows as an index tensor.
 
         Raises:
-            TypeError: if the index is of another kind.
+            TypeError: if the index has another type.
             ValueError: if a mask has the wrong length, or if no sample is selected.
 
         Example:
@@ -243,7 +249,8 @@ class Result:
     ) -> NLLSummary:
         """Return means over the samples that did not fail, and the standard error of the mean nll.
 
-        The arguments are those of `bits_per_dim`. NaN counts as failed, whatever `failed` says.
+        The arguments are the same as in `bits_per_dim`. A sample whose nll is NaN
+        counts as failed, whatever `failed` says.
 
         Raises:
             TypeError: as in `bits_per_dim`.
@@ -322,13 +329,14 @@ class Result:
     def cat(cls, results: Sequence[Self]) -> Self:
         """Concatenate the results of batches or ranks, on the device of the first one.
 
-        `steps` is None where they differ.
+        `steps` is None if the results have different numbers of steps.
 
         Raises:
             TypeError: if `results` is not a list of results.
-            ValueError: if there is no result, if their samples differ in shape, if only some of
-                them have a standard error, products, a quantization or steps, or if their
-                widenings differ. A bound cannot be concatenated with likelihoods of the ODE.
+            ValueError: if there is no result, if the shapes of samples differ between results, if
+                only some results have a standard error, products, a quantization or steps, or if
+                the values of `widening` differ. A bound cannot be concatenated with likelihoods of
+                the ODE.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -366,8 +374,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name, without a graph: tensors, None and dicts of plain numbers.
 
-        `torch.save` can write it, and `torch.load` can read it with `weights_only=True`, which
-        unpickles nothing else. `from_dict` restores the result.
+        `torch.save` can write this dict, and `torch.load` can read it with `weights_only=True`,
+        which refuses arbitrary objects. `from_dict` restores the result.
 
         Example:
             >>> import io
@@ -392,12 +400,12 @@ class Result:
             ValueError: if a key is missing or unknown.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(error_message("from_dict", "what to_dict returned", values))
+            raise TypeError(error_message("from_dict", "the dict that to_dict returned", values))
         kinds: dict[str, Any] = {entry.name: entry.type for entry in fields(cls)}
         if values.keys() != kinds.keys():
             raise ValueError(
-                f"from_dict: expected the keys {list(kinds)}; got {list(values)}. Give it what "
-                "to_dict returned in this version of hosm_losses."
+                f"from_dict: expected the keys {list(kinds)}; got {list(values)}. Pass the "
+                "dict that to_dict returned in this version of hosm_losses."
             )
         known = values["quantization"]
         entries = {**values, "quantization": Quantization(**known) if known else None}
@@ -413,30 +421,33 @@ class NLLResult(Result):
     """The negative log-likelihood of a batch; it prints as its summary.
 
     Attributes:
-        nll: −log p(x) in nats, (B,), or an upper bound on it: a variational one, or for integers.
+        nll: −log p(x) in nats, (B,), or an upper bound on it for `variational_nll` and integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
-        nfe: the number of network evaluations, (B,); a value with its divergence counts as one.
-        standard_error: of nll, from the random probes, or from the draws of the SDE's bound, (B,);
-            None if unknown. It does not include the draws of dequantization and of clean=True.
-        solver_error: estimate of the solver's error in nats, (B,). It is not a bound; with a
-            companion, twice the estimate is meant to cover 95 % of samples on a grid of 64 steps.
-        failed: whether the sample is unusable, (B,): a value was not finite, the path did not
-            arrive, or solver_error is above max(1000, 0.1 d) nats; nll is then NaN. `failures`
-            says why.
+        nfe: the number of network evaluations, (B,). An evaluation together with its divergence
+            counts as one.
+        standard_error: the standard error of nll, (B,), due to the random probes or to the draws
+            of the SDE's bound; None if unknown. The standard error does not include the randomness
+            of dequantization and of clean=True.
+        solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound;
+            with a companion, twice the estimate is meant to cover the errors of 95 % of samples on
+            a grid of 64 steps.
+        failed: whether the sample is unusable, (B,), because a value was not finite, the path did
+            not reach its end, or solver_error is above max(1000, 0.1 d) nats. The sample's nll is
+            then NaN, and `failures` gives the reason.
         products: the number of vector-Jacobian products beyond the evaluations, (B,); None for a
-        bound.
+            bound.
         quantization: the integers behind dequantized data; None for continuous data.
         steps: the steps of the fixed grid; None with `Adaptive` and for a bound.
         widening: Student's factor in standard_error with `Adaptive`; otherwise 1.
-        kinks: whether the path seems to have kinks, as in ReLU networks, (B,): the method loses
-            its order there, so solver_error is increased; None if unknown.
+        kinks: whether the path seems to have kinks, as in ReLU networks, (B,); None if unknown.
+            The solver loses its order at kinks, so solver_error is increased.
         cause: a code for the reason in `failures`, (B,); 0 if the sample did not fail.
-        dimensions: the dimensions of the model's subspace, in which nll is a density; None without
-            one.
+        dimensions: the dimension of the model's subspace, on which the density is defined; None
+            without a subspace.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²) at the latent z, with the
-            solver's data_mean m and data_std s, (B,): adding it to log p(x) replaces the prior by
-            the distribution of the diffused data. It is exact for Gaussian data, and None unless
-            both moments are set, with `log_prior`, and for a bound.
+            solver's data_mean m and data_std s, (B,). Adding `prior_error` to log p(x) replaces
+            the prior by the distribution of the diffused data. `prior_error` is exact for Gaussian
+            data, and None with `log_prior`, for a bound, or if a moment is not set.
     """
 
     nll: Tensor
@@ -449,22 +460,24 @@ class SampleResult(Result):
 
     Attributes:
         x: the samples at t_min, (B, *).
-        latent: their latents at t_max, (B, *).
+        latent: the latents of the samples at t_max, (B, *).
         nll: −log p(x) in nats, (B,); None without a divergence.
-        nfe: network evaluations, (B,).
-        standard_error: of nll, from random probes, (B,); None if unknown.
-        solver_error: estimated effect of the solver's error on the nll of this latent, in nats,
-            (B,); None if nll is None. Without a companion, it is often a hundred times too large.
-        failed: whether the sample is unusable, (B,): a value was not finite, the path did not
-            arrive, or solver_error is too large; nll is then NaN. `failures` says why.
+        nfe: the number of network evaluations, (B,).
+        standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
+        solver_error: the estimated effect of the solver's error on the nll of this latent, in
+            nats, (B,); None if nll is None. Without a companion, this estimate is often a
+            hundred times too large.
+        failed: whether the sample is unusable, (B,), because a value was not finite, the path did
+            not reach its end, or solver_error is too large. The sample's nll is then NaN, and
+            `failures` gives the reason.
         products: as in `NLLResult`.
-        quantization: None.
-        steps: steps of the fixed grid; None with `Adaptive`.
+        quantization: always None.
+        steps: the steps of the fixed grid; None with `Adaptive`.
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
         dimensions: as in `NLLResult`.
-        prior_error: None, as samples follow the prior.
+        prior_error: None, because the latents of samples follow the prior.
     """
 
     x: Tensor = field(kw_only=True)

@@ -1,8 +1,8 @@
 """The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
-They check their arguments and can be compared, hashed and pickled. `data_mean` and `data_std`
-define coordinates in which Gaussian data does not move (see `paths`), and determine `prior_error`;
-in the solution, they only change the solver's error.
+These classes check their arguments and can be compared, hashed and pickled. `data_mean` and
+`data_std` define coordinates in which Gaussian data does not move (see `paths`), and determine
+`prior_error`. Otherwise, the two moments only affect the solver's error.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -37,13 +37,13 @@ class Solver:
 
     @property
     def moments(self) -> tuple[Any, Any]:
-        """(data_mean, data_std), as numbers or nested tuples; 0 and 0.5 for None."""
+        """(data_mean, data_std) as numbers or nested tuples, with 0 and 0.5 in place of None."""
         mean, std = self.data_mean, self.data_std
         return 0.0 if mean is None else mean, 0.5 if std is None else std
 
     @property
     def knows_data(self) -> bool:
-        """Whether both moments were given."""
+        """Whether both moments are set."""
         return self.data_mean is not None and self.data_std is not None
 
     def _name(self, field: str) -> str:
@@ -71,17 +71,17 @@ class FixedGrid(Solver):
     log σ̂.
 
     Args:
-        steps: at least 4. The solver takes steps + 2 network evaluations, or steps + 8 if the path
-            starts at a σ̂ between a twentieth of and twenty times the data's standard deviation.
-            20 are enough for a check during training, and 40 for a report with the exact
-            divergence.
-        companion: whether to solve with half the steps as well, which costs 52 % more evaluations
-            for 64 steps: `solver_error` then also covers networks whose paths amplify small
-            errors. This requires an even number of steps, at least 8.
+        steps: the number of steps, at least 4. The solver takes steps + 2 network evaluations, or
+            steps + 8 if the path starts at a σ̂ between a twentieth of the data's standard
+            deviation and twenty times the data's standard deviation. 20 steps are enough for a
+            check during training, and 40 steps for a report with the exact divergence.
+        companion: whether to solve a second time, with half the steps. `solver_error` then also
+            covers networks whose paths amplify small errors. A companion costs 52 % more
+            evaluations for 64 steps, and requires an even number of steps, at least 8.
         data_mean: the mean of the data, a number or a tensor that broadcasts to a sample; stored
             as a number or nested tuples. None stands for 0.
         data_std: the standard deviation of the data, in the same form; None stands for 0.5. If
-            both are set, results of `ode_nll` have a `prior_error`.
+            both moments are set, results of `ode_nll` have a `prior_error`.
 
     Raises:
         TypeError: if a number, the flag or a moment has the wrong type.
@@ -113,18 +113,19 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """The coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The fewest of 32, 64, …, 1024 steps that meet it are determined from the first batch and used
-    for all batches of the call. The trials do not affect the results and are not counted in `nfe`.
+    The smallest of the step counts 32, 64, …, 1024 that meets the tolerance is determined on the
+    first batch and used for all batches of the call. The trial solutions do not affect the
+    results and are not counted in `nfe`.
 
     Args:
         tolerance: the largest `solver_error` of any sample, in nats.
-        group: the process group that must use the same steps; None if each process may use its
-            own. With a group, the solver cannot be pickled.
+        group: the process group whose processes must use the same number of steps; None if each
+            process may choose its own. With a group, the solver cannot be pickled.
         companion: as in `FixedGrid`, but also used in the trials, which then draw their own
             probes. Without a companion, the tolerance may be missed if a path amplifies small
             errors.
-        data_mean: mean of the data, as in `FixedGrid`.
-        data_std: standard deviation of the data.
+        data_mean: the mean of the data, as in `FixedGrid`.
+        data_std: the standard deviation of the data, as in `FixedGrid`.
 
     Raises:
         TypeError: if a number, a flag or the moments have the wrong type, or `group` is not a
@@ -155,23 +156,24 @@ class ToTolerance(Solver):
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields to pickle; raise TypeError if there is a group."""
         if self.group is not None:
-            expected, remedy = "None in a value to pickle", "Create the value in every process."
+            expected, remedy = "None in a solver to pickle", "Create it in every process."
             raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
         return vars(self)
 
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
-    """Adaptive steps for each sample, with the same probes along its whole path.
+    """Adaptive steps for each sample, with the same probes along the sample's whole path.
 
-    The ODE is solved twice, and the difference enters `solver_error`. In `ode_sample` without a
-    divergence, it is solved once, at a tenth of the tolerance.
+    The ODE is solved twice, and the difference between the solutions enters `solver_error`. In
+    `ode_sample` without a divergence, the ODE is solved once, at a tenth of the tolerance.
 
     Args:
         step_tolerance: the acceptable error of each step of the first solution, in nats of the
-            log-density; the second solution, which is returned, uses a tenth of it.
-        data_mean: mean of the data, as in `FixedGrid`.
-        data_std: standard deviation of the data.
+            log-density; the second solution, which is returned, uses a tenth of this
+            value.
+        data_mean: the mean of the data, as in `FixedGrid`.
+        data_std: the standard deviation of the data, as in `FixedGrid`.
 
     Raises:
         TypeError: if the tolerance or the moments have the wrong type.
@@ -193,7 +195,7 @@ class Adaptive(Solver):
 
 
 def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
-    """Return `value` if it is a solver."""
+    """Return `value` if it is a solver, and raise TypeError otherwise."""
     if not isinstance(value, FixedGrid | ToTolerance | Adaptive):
         expected = "FixedGrid(...), ToTolerance(...) or Adaptive(...)"
         raise TypeError(error_message("solver", expected, value))
@@ -201,7 +203,7 @@ def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
 
 
 def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
-    """Return `data_mean` or `data_std` as a number or nested tuples; errors call it `name`."""
+    """Return `data_mean` or `data_std` as a number or nested tuples; messages call it `name`."""
     expected = "a number or a tensor of numbers"
     if isinstance(value, Tensor):
         check_dense(name, value)

@@ -1,21 +1,27 @@
 r"""The variational bound for a diffusion model's SDE.
 
 Purpose:
-    The reverse SDE defines a different model from the same network, with its own likelihood. The
-    noise-prediction loss, integrated over all noise levels, bounds it without any derivatives.
+    The reverse SDE and the ODE of the same network define two different models, each with its own
+    likelihood. The noise-prediction loss, integrated over all noise levels, bounds the SDE's
+    likelihood without any derivatives.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
     with x_t = α x + σ ε, u = log σ̂ and d log σ̂ = g²/(2σ²) dt. The last term corrects for the
-    start at t_min: a normal decoder with the denoised mean and standard deviation σ̂(t_min),
+    start at t_min. This term is a normal decoder with the denoised mean and the standard deviation
+    σ̂(t_min):
     −log p(x|x_tmin) = (d/2) log(2π σ̂²) + ½‖ε̂ − ε‖².
 
 Noise:
-    u is drawn uniformly, with two draws in each of `samples`/2 equal strata, which also give the
-    standard error. For data N(m, s²), the error ε̂ − ε would be r = (σ̂ (x − m) − s² ε)/c² with c²
-    = s² + σ̂², and its part of the bound is known: ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁²
-    + F(σ̂₁²) − F(σ̂₀²)], F(w) = log(w/(s² + w)) + s²/(s² + w). Only the difference ‖ε̂ − ε‖² −
-    ‖r‖² is left to chance.
+    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The pairs of draws
+    also give the standard error.
+
+    A control variate reduces the variance. For data N(m, s²), the error ε̂ − ε would be
+        r = (σ̂ (x − m) − s² ε)/c² with c² = s² + σ̂²,
+    and the integral of E‖r‖² is known:
+        ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁² + F(σ̂₁²) − F(σ̂₀²)],
+        F(w) = log(w/(s² + w)) + s²/(s² + w).
+    Only the integral of the difference ‖ε̂ − ε‖² − ‖r‖² is therefore estimated by random draws.
 
 Source:
     Song et al., arXiv 2101.09258, theorem 3, and appendix B for the correction at t_min; Kingma et
@@ -58,18 +64,20 @@ def variational_nll(
 ) -> NLLResult:
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    It is an unbiased estimate for clean data, at t = 0, as in `ode_nll` with clean=True. No
-    gradient is computed. The options are those of `ode_nll`, except for these:
+    The result is an unbiased estimate of the bound for clean data, at t = 0, as in `ode_nll` with
+    clean=True. No gradient is computed. All options work as in `ode_nll`, except for the
+    following:
 
-    - `samples`, an even number, is how many noise levels are drawn for each x. One eighth as many
-      evaluations, at least two, are added at t_min.
-    - `data_mean` and `data_std`, 0 and 0.5 if None, define a control variate. They only change the
-      standard error.
+    - `samples`, an even number, is the number of noise levels drawn for each x. At t_min, the
+      network is evaluated another `samples`/8 times, but at least twice.
+    - `data_mean` and `data_std`, 0 and 0.5 if None, define a control variate, which only changes
+      the standard error.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
 
     Returns:
-        The bound as `nll`, in nats; `latent` is one draw of x at t_max, `solver_error` is zero.
+        The bound as `nll`, in nats. `latent` is one draw of x at t_max, and `solver_error` is
+        zero.
 
     Raises:
         TypeError: as in `ode_nll`.
@@ -142,14 +150,14 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
         in_mean = coordinates.trace(log_ratio + variance / level.scale.square())
         return (in_mean - sum_elements((centred / level.scale).square(), 1)) / 2
 
-    # The integral of ‖ε̂ − ε‖² − ‖r‖², two levels drawn in each stratum, and its variance
+    # The integral of ‖ε̂ − ε‖² − ‖r‖², with two levels drawn in each stratum, and its variance
     integral = integral_variance = x.new_zeros(count)
     for stratum in range(strata):
         levels = [drawn_level(stratum), drawn_level(stratum)]
         draws = torch.stack([excess(level) for level in levels]) * width
         integral = integral + draws.mean(0)
         integral_variance = integral_variance + draws.var(0) / 2
-    # −log p(x|x_tmin), its r part in closed form
+    # −log p(x|x_tmin), with the part due to r in closed form
     draws = torch.stack([excess(start) for _ in range(at_start)]) / 2
     integral = integral + draws.mean(0)
     integral_variance = integral_variance + draws.var(0) / at_start
@@ -172,7 +180,7 @@ def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor,
     x, elements, sigma = paths.x, paths.dimensions, end.sigma.reshape(())
     latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
-    if paths.log_prior is None:  # at the mean of x_T, and what its variance adds
+    if paths.log_prior is None:  # its log has a known mean over x_T
         ratio = sigma / paths.coordinates.schedule.prior_std
         cross = elements / 2 * ratio.square() - paths.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent

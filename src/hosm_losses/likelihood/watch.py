@@ -1,4 +1,4 @@
-"""Checks for networks with random outputs: training mode, and random draws of their own."""
+"""Checks for random outputs of a network, due to training mode or to draws in its own code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,11 +35,12 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
-        # The probability of a dropout, or of that inside an attention.
+        # The dropout probability of a dropout layer or of an attention layer.
         if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
             warn(
-                f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
-                f"{type(part).__name__} in training mode. Its results are random or mix samples."
+                "network: expected evaluation mode, as after model.eval(); got "
+                f"{name or 'the network'}, a {type(part).__name__} in training mode. Its results "
+                "are random or mix samples."
             )
             return True
     return False
@@ -48,11 +49,11 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 class FirstEvaluation:
     """Checks of a network's first evaluation, with a warning if it drew random numbers.
 
-    No list of layers can be complete: a network may drop labels, layers or words in its own code.
-    But drawing always advances torch's generators.
+    No list of random layers can be complete, because a network may drop labels, layers or words in
+    its own code. But every random draw from torch advances one of its generators.
 
-    Operators without a derivative are only rejected in the first evaluation with a divergence: for
-    a small network, a mode around every evaluation would take a quarter of the time.
+    Operators without a derivative are rejected only in the first evaluation with a divergence. To
+    detect such operators in every evaluation would take a quarter of a small network's time.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -60,26 +61,26 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """Return a context manager that rejects constants once, in a differentiated evaluation."""
+        """Return a context manager that rejects operators without a derivative, but only once."""
         if not (differentiates and "constants" in self.due):
             return nullcontext()
         self.due.remove("constants")
         return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """The states of torch's generators on the devices of x; none if no check is needed."""
+        """Return the states of the generators on the devices of x, or [] if no check is due."""
         # Inside a CUDA graph, the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
-        """Warn if the first evaluation, at x, moved the generators."""
+        """Warn if the first evaluation, at x, advanced the generators."""
         after = self.before(x)
         self.due.discard("draws")
         if not all(map(torch.equal, before, after)):
             warn(
                 "network: expected an output that depends on its input alone; got one that draws "
                 "random numbers, as dropout does in training mode. Call model.eval() first, and "
-                "look for code that draws in any mode."
+                "look for code that draws random numbers in any mode."
             )

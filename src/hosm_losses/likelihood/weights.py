@@ -1,18 +1,18 @@
-r"""Importance weights for the ODE's samples: expectations under a target, and its normaliser.
+r"""Importance weights for the ODE's samples, to estimate expectations and normalisers.
 
 Formula, for draws x_i of the density q of the ODE and an unnormalised target π:
     log w_i = log π(x_i) + nll_i − v_i/2
     log Z = log mean w         E_π[f] = Σ w_i f(x_i)/Σ w_i         ESS = (Σ w)²/Σ w²
 
-    With random probes, nll is −log q plus noise of variance v, and the mean of the exponential of
-    that noise is e^{v/2}. Hence the term −v_i/2, with v_i estimated from the probes; this assumes
-    Gaussian noise.
+    With random probes, nll is −log q plus noise with variance v. If this noise is Gaussian, the
+    mean of its exponential is e^{v/2}. The term −v_i/2 corrects for this factor, with v_i
+    estimated from the probes.
 
-    Standard errors come from the jackknife over samples, each with its probes.
+    Standard errors come from a jackknife that leaves out one sample at a time, with its probes.
 
-    The weights belong to x itself: q is its exact density at t_min, where x carries noise of
-    σ(t_min). That noise lowers the effective sample size but adds no bias. Samples that were
-    denoised afterwards have a different density and must not be weighted.
+    The weights belong to x itself: q is the exact density of x at t_min, where x carries noise of
+    σ(t_min). The noise at t_min lowers the effective sample size but adds no bias. Samples that
+    were denoised afterwards have a different density and must not be weighted.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
@@ -34,17 +34,18 @@ from hosm_losses._checks import check_choice, check_like, check_whole, error_mes
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
-MEANINGLESS = 0.7  # of Pareto's k: above it the mean of the weights has no usable variance
-# An effective sample size below this and below half of the samples is doubtful: otherwise, and if
-# the weights have a variance, intervals contain log Z in 0.9 of cases or more
+# Pareto's k above which the mean of the weights has no usable variance.
+MEANINGLESS = 0.7
+# An effective sample size below this number and below half of the samples is doubtful. Otherwise,
+# and if the weights have a variance, intervals contain log Z in at least 0.9 of cases
 # (`benchmarks/weights.py`).
 DOUBTED = 200
-FEWEST = 21  # weights above zero that have a tail of five
-SMALL, LARGE = 0.25, 1.0  # of the weighted mean variance from the probes
+FEWEST = 21  # the smallest number of weights above zero whose tail has five weights
+SMALL, LARGE = 0.25, 1.0  # limits of the weighted mean variance due to the probes
 
 
 class Expectation(NamedTuple):
-    """A mean under the target, with the standard error of each of its elements."""
+    """A mean under the target, with the standard error of each element."""
 
     value: Tensor
     error: Tensor
@@ -53,8 +54,8 @@ class Expectation(NamedTuple):
 class Sandwich(NamedTuple):
     """Bounds on log Z in nats, each with its standard error.
 
-    The lower bound is the mean of log w over samples, the upper one the mean of log π + nll over
-    points of the target. Only the upper one sees modes that the samples miss.
+    The lower bound is the mean of log w over samples. The upper bound is the mean of log π + nll
+    over points of the target. Only the upper bound sees modes that the samples miss.
     """
 
     lower: float
@@ -65,7 +66,7 @@ class Sandwich(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of samples, and the estimates made from them; it prints as a summary.
+    """Importance weights of samples, with the estimates based on them; printed as a summary.
 
     Attributes:
         x: the samples, (B, *).
@@ -73,7 +74,7 @@ class Weights:
         variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
         solver_error: the solver error of the samples' nll, in nats, (B,).
         log_target: log π, which `sandwich` evaluates at other points.
-        failed_share: the fraction of samples that failed; they count as samples of weight zero.
+        failed_share: the fraction of samples that failed; failed samples have weight zero.
     """
 
     x: Tensor
@@ -95,39 +96,41 @@ class Weights:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z`; often too small for a low effective sample size.
+        """Standard error of `log_z`, often too small if the effective sample size is low.
 
-        "Low" means below 200 and below half of the samples. The error is meaningless if `pareto_k`
-        is above 0.7, and NaN if one sample has all the weight. It does not cover what the samples
-        miss, such as a mode, or a tail heavier than the model's.
+        "Low" means below 200 and below half of the samples. The standard error is meaningless if
+        `pareto_k` is above 0.7, and NaN if one sample has all the weight. The standard error does
+        not account for what the samples miss, such as a mode, or a tail that is heavier than the
+        model's tail.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
     @property
     def log_z_bias(self) -> float:
-        """Estimated bias of `log_z` due to the solver, in nats: the weighted mean solver error."""
+        """Estimated bias of `log_z` in nats due to the solver, the weighted mean solver error."""
         return float(self.normalized @ self.solver_error.double())
 
     @property
     def effective_sample_size(self) -> float:
         """(Σ w)²/Σ w², at most the number of samples.
 
-        If it is below 200 and below half of the samples, the errors are often too small: for a
-        target in 32 dimensions, the 95 % interval contained log Z in 0.83 of such runs, and in
-        0.95 of the other runs.
+        If this size is below 200 and below half of the samples, standard errors are often too
+        small. For a target in 32 dimensions, the 95 % interval contained log Z in 0.83 of such
+        runs, and in 0.95 of all other runs.
         """
         return self._effective_size(self.normalized.square())
 
     @property
     def probe_variance(self) -> float:
-        """The mean of `variance` under the weights; above 1, the weights mean little."""
+        """The weighted mean of `variance`; above 1, the weights carry little information."""
         return float(self.normalized @ self.variance.double())
 
     @property
     def effective_sample_size_without_probes(self) -> float | None:
         """Estimate of the effective sample size without the noise of random probes.
 
-        None if the weighted mean of `variance` is above 0.25, as it cannot be estimated then.
+        The value is None if the weighted mean of `variance` is above 0.25, because no estimate is
+        possible then.
         """
         if self.probe_variance > SMALL:
             return None
@@ -138,29 +141,30 @@ class Weights:
 
     @property
     def largest_share(self) -> float:
-        """The largest weight as a fraction of their sum."""
+        """The largest weight as a fraction of the sum of all weights."""
         return float(self.normalized.max())
 
     @property
     def pareto_k(self) -> float:
         """The shape parameter of the tail of the positive weights.
 
-        Above 0.7, the errors are meaningless. A lower value is no guarantee: draws that miss the
-        large weights have a low k, so do not select runs by it. It is NaN if fewer than 21 weights
-        are above zero, or if a quarter of the tail equals its smallest weight.
+        If k is above 0.7, the standard errors are meaningless. A lower k is no guarantee, because
+        draws that miss the large weights have a low k: do not select runs by k. `pareto_k` is NaN
+        if fewer than 21 weights are above zero, or if a quarter of the weights in the tail equal
+        the smallest weight of the tail; it is -inf if all weights in the tail are equal.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
 
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
-        """E_π[function(x)], for a function of (B, *) that returns (B,) or (B, *).
+        """Estimate E_π[function(x)], for a function that maps (B, *) to (B,) or (B, *).
 
         Returns:
-            A named tuple of `value` and `error`, each in the shape of one of the function's
-            values.
+            A named tuple of `value` and `error`, both in the shape of the function's value for one
+            sample.
 
         Raises:
             TypeError: if the function does not return a tensor.
-            ValueError: if it returns values of the wrong length.
+            ValueError: if the function returns values of the wrong length.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -171,7 +175,7 @@ class Weights:
         """
         values = function(self.x)
         if not isinstance(values, Tensor) or values.shape[:1] != (len(self.x),):
-            expected = f"a tensor of one value or more for each of the {len(self.x)} samples"
+            expected = f"a tensor with one or more values for each of the {len(self.x)} samples"
             kind = ValueError if isinstance(values, Tensor) else TypeError
             raise kind(error_message("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
@@ -186,7 +190,7 @@ class Weights:
     def resample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw samples (count, *) with probability w, with replacement, and their indices."""
+        """Draw samples (count, *) with replacement and probability w; also return their rows."""
         count = check_whole("count", count, 1)
         rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
         return self.x[rows], rows
@@ -194,7 +198,8 @@ class Weights:
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
         """Bounds on log Z from these samples and from the likelihood of points x of the target.
 
-        A sample of weight zero makes the lower bound infinite, a failed point the upper one.
+        A sample of weight zero makes the lower bound infinite, and a failed point makes the upper
+        bound infinite.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
@@ -204,7 +209,7 @@ class Weights:
             ValueError: if x and `result` differ in length, or if log π is −inf at a point.
         """
         if len(x) != len(result.nll):
-            expected = f"the {len(result.nll)} points whose likelihood the result is"
+            expected = f"the {len(result.nll)} points whose likelihoods are in the result"
             raise ValueError(error_message("x", expected, x))
         log_target = _log_target(self.log_target, x)
         outside = int(log_target.isneginf().sum())
@@ -262,14 +267,14 @@ def importance_weights(
     *,
     probe_noise: Literal["corrected", "ignored"] = "corrected",
 ) -> Weights:
-    """Importance weights for samples from `ode_sample` under a target density.
+    """Importance weights of samples from `ode_sample` for a target density.
 
     Args:
         result: the samples with their density, drawn with divergence="exact" or with enough probes
             for a standard error.
-        log_target: log π, up to a constant, as a callable x (B, *) → (B,). It is evaluated at the
-            samples as they are, with their noise of σ(t_min). −inf, for example outside a bounded
-            prior, gives weight zero.
+        log_target: log π, up to a constant, as a callable x (B, *) → (B,). `log_target` is
+            evaluated at the samples as they are, with their noise of σ(t_min). A value of −inf,
+            for example outside a bounded prior, gives weight zero.
         probe_noise: "corrected" subtracts half of the probes' variance from each log-weight;
             "ignored" does not, so that log Z comes out too large by about half of that variance.
 
@@ -305,8 +310,8 @@ def importance_weights(
         )
     if result.standard_error is None:
         raise ValueError(
-            "result: expected a standard error, by which the weights are corrected; got None, as "
-            "with too few random probes. Use divergence='exact', or more probes."
+            "result: expected a standard error, from which the weights are corrected; got None, "
+            "as with too few random probes. Use divergence='exact', or more probes."
         )
     variance = (result.standard_error.detach().double() / result.widening).square()
     noise = variance / 2 if probe_noise == "corrected" else 0.0
@@ -324,15 +329,15 @@ def importance_weights(
     weights = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
     if weights.probe_variance > LARGE:
         warn(
-            f"The probes' variance of the log-weights, {weights.probe_variance:.2g} nats², is "
-            f"above {LARGE:g}: the weights say more about the probes than about the model. Use "
-            "more probes, or divergence='exact'."
+            f"The variance of the log-weights due to the probes, {weights.probe_variance:.2g} "
+            f"nats², is above {LARGE:g}: the weights say more about the probes than about the "
+            "model. Use more probes, or divergence='exact'."
         )
     return weights
 
 
 def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
-    """Log π at x in float64, (B,)."""
+    """Return log π at x in float64, (B,)."""
     values = log_target(x.detach())
     dtype = values.dtype if isinstance(values, Tensor) else x.dtype
     values = check_like("log_target(x)", values, (len(x),), dtype, x.device, "x")
@@ -340,7 +345,7 @@ def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
 
 
 def _jackknife(left_out: Tensor) -> Tensor:
-    """Standard error of an estimate from its values (B, k) with each sample left out, (k,)."""
+    """Standard error (k,) of an estimate, from its values (B, k) with each sample left out."""
     count = len(left_out)
     return left_out.std(0, correction=0) * (count - 1) ** 0.5
 
@@ -348,8 +353,9 @@ def _jackknife(left_out: Tensor) -> Tensor:
 def _pareto_k(weights: Tensor) -> float:
     """The shape of a generalized Pareto distribution fitted to the largest weights.
 
-    The profile posterior mean of Zhang and Stephens over a grid of b, k(b) = mean log(1 − b y)
-    and log-likelihood n (log(−b/k) − k − 1), with the weak prior of Vehtari et al. at 0.5.
+    The estimate is the profile posterior mean of Zhang and Stephens over a grid of b, with
+    k(b) = mean log(1 − b y) and the log-likelihood n (log(−b/k) − k − 1). The weak prior of
+    Vehtari et al. at 0.5 is added.
     """
     count = len(weights)
     if count < FEWEST:
