@@ -154,9 +154,9 @@ def vjp(
     """Call a function that returns (value, more); return both and the value's backward pass.
 
     The backward pass maps a cotangent in the shape of the value to one gradient per point, with or
-    without a `graph`. If the value does not depend on a point, the gradient there is zero. If `lost`
-    is set and this happens at the last point, an error with that text is raised instead. Under torch.compile and torch.func, the
-    backward pass comes from `torch.func.vjp`.
+    without a `graph`. If the value does not depend on a point, the gradient there is zero. If this
+    happens at the last point and `lost` is set, an error with that text is raised instead. Under
+    torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
