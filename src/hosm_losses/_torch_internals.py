@@ -1,8 +1,8 @@
-"""Private names and error texts of PyTorch; the engine's are in `taylor._torch`.
+"""Private names and error texts of PyTorch; the Taylor engine has its own in `taylor._torch`.
 
-PyTorch guarantees the stability of neither. `tests/test_torch_internals.py` tests those that could
-change silently, and lists the versions that have them; if a test fails, this is the file to
-change.
+PyTorch does not guarantee that names and texts stay the same. `tests/test_torch_internals.py`
+tests the names and texts that could change silently, and lists the PyTorch versions that have
+them. If one of these tests fails, change this file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,20 +26,20 @@ without_autocast = _torch.without_autocast
 DELAYED_ERROR = "torch::autograd::Error"
 MODULE_HOOK = BackwardHookFunction  # wraps the inputs and outputs of a module with a backward hook
 COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
-ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors
+ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # saved-tensor hooks of checkpoints
 
-# Substrings that identify PyTorch errors. NOT_TWICE: an operator without a second derivative in
-# reverse mode.
+# Substrings that identify PyTorch errors. NOT_TWICE identifies an operator without a second
+# derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
-NO_FORWARD = "use forward AD with"  # an operator without a forward derivative
+NO_FORWARD = "use forward AD with"  # an operator without a forward-mode derivative
 NO_GRAPH = (
     "does not require grad and does not have a grad_fn"  # a gradient taken inside the network
 )
 REENTRANT_CHECKPOINT = "compatible with .grad()"
-HOOKS_IN_TRANSFORM = "saved tensor hooks"  # such as a checkpoint's, under torch.func
+HOOKS_IN_TRANSFORM = "saved tensor hooks"  # hooks such as a checkpoint's, under torch.func
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
 CHANGED_SINCE = "modified by an inplace operation"
-LOST_ATTRIBUTE = "Backward' object has no attribute"  # a custom Function that dropped it
+LOST_ATTRIBUTE = "Backward' object has no attribute"  # a custom Function dropped the attribute
 IN_SCRIPT = "TorchScript interpreter"  # raised inside a function of torch.jit
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 
@@ -48,23 +48,23 @@ _autograd: Any = torch.autograd
 
 
 def vmapped() -> bool:
-    """Whether torch.func.vmap surrounds this call, so that a tensor may stand for many."""
+    """Return whether torch.func.vmap surrounds this call, so that a tensor may stand for many."""
     return _C._functorch.TransformType.Vmap in _transforms()
 
 
 def differentiated() -> bool:
-    """Whether a grad, vjp or jacrev of torch.func surrounds this call, with gradients on."""
+    """Return whether torch.func.grad, vjp or jacrev surrounds this call and gradients are on."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 
 def _transforms() -> list[Any]:
-    """The types of the torch.func transforms around this call."""
+    """Return the types of the torch.func transforms around this call."""
     stack = _C._functorch.get_interpreter_stack() if in_functorch() else None
     return [interpreter.key() for interpreter in stack or ()]
 
 
 def surroundings() -> tuple[Any, ...]:
-    """The user's transforms, modes, saved-tensor hooks and profiler around this call."""
+    """Return the user's transforms, modes, saved-tensor hooks and profiler around this call."""
     return (
         tuple(_transforms()),
         tuple(map(type, _get_current_function_mode_stack())),
@@ -87,16 +87,16 @@ def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Itera
 
 
 def gradient_node(tensor: Tensor) -> Any:
-    """The autograd node that receives the gradient of a tensor."""
+    """Return the autograd node that receives the gradient of a tensor."""
     return _autograd.graph.get_gradient_edge(tensor).node
 
 
 def custom_function(node: object) -> type | None:
-    """The torch.autograd.Function of an autograd node; None for PyTorch's own nodes."""
+    """Return the torch.autograd.Function of an autograd node; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Whether a gradient can be differentiated again; once_differentiable ones cannot."""
+    """Return whether a gradient can be differentiated again, unlike once_differentiable ones."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)

@@ -1,12 +1,12 @@
 """The losses: first-, second- and third-order denoising score matching.
 
 - `dsm`: the public functions and modules.
-- `objective`: how arguments become a loss: check, perturb, derive, residuals, reduce.
+- `objective`: how a loss is computed, from the checks of its arguments to the reduction.
 - `options`: checks of options and weights.
-- `targets`: averages over the data and their scores, which make the residuals less noisy.
-- `terms`: the residuals with their detach, and the terms of each sample as their squares.
-- `paired`: the same terms from products of two probes' estimates.
-- `weighting`: weights over noise levels, and the draw of t.
+- `targets`: targets that use other data or the data's scores to make the residuals less noisy.
+- `terms`: the residuals, where they are detached, and the squared residuals as loss terms.
+- `paired`: the same terms, as products of the estimates from two independent probes.
+- `weighting`: weights over noise levels, and how t is drawn.
 """
 
 from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM

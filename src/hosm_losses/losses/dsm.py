@@ -1,10 +1,10 @@
 """Denoising score matching as functions and as modules.
 
-A function takes a ScoreModel and clean data, and returns a scalar to call backward on. A module is
-for wrapping in DDP, FSDP2, torch.compile and checkpointing: it holds the ScoreModel as `model` and
-the options of the function of the same order, and computes the loss in its forward, so that a
-wrapper around it sees every use of a parameter. The formula is in `objective`; the residuals,
-where they are detached, and the source are in `terms`.
+A function takes a ScoreModel and clean data, and returns a scalar to call backward on. A module
+can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: it stores the ScoreModel
+as `model`, along with the options of the function of the same order, and computes the loss in its
+`forward`, so that a wrapper sees every use of a parameter. The formula is in `objective`. The
+residuals, the places where they are detached, and the source are in `terms`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def first_order_dsm(
 ) -> Tensor:
     """Return the loss of order one, ‖ε̂ − ε‖²/d, the usual loss of diffusion trainers.
 
-    With prediction="epsilon", it equals the usual loss up to rounding error, given the same α and
-    σ and data in float32 or float64; half-precision values are squared in float32. The safe
-    primitives are not used. The arguments are those of `third_order_dsm`.
+    With prediction="epsilon" and the same α and σ, this loss equals the usual loss up to rounding
+    error for data in float32 or float64; half-precision values are squared in float32. The network
+    runs without the safe primitives. The arguments are the same as for `third_order_dsm`.
 
     Returns:
-        The loss, in at least float32. It is dimensionless, or in nats, up to a constant, with
+        The loss, in at least float32. The loss is dimensionless, or in nats up to a constant with
         weighting="likelihood".
 
     Raises:
@@ -91,10 +91,10 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
+    """Return the loss of orders one and two; order two fits the score's Jacobian and its trace.
 
-    The arguments are those of `third_order_dsm`. `weights` are (first, second, trace); a fourth
-    weight, for order three, is ignored.
+    The arguments are the same as for `third_order_dsm`. `weights` are (first, second, trace); a
+    fourth weight, for order three, is ignored.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
@@ -153,7 +153,7 @@ def third_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one, two and three, which adds the gradient of the trace.
+    """Return the loss of orders one to three; order three fits the gradient of tr ∂s/∂x.
 
     These three orders together bound the KL divergence of the model's probability-flow ODE.
 
@@ -162,57 +162,62 @@ def third_order_dsm(
         x0: data (B, *).
         t: times (B,) in the schedule's units; drawn by `time_sampler` if None.
         noise: ε (B, *); drawn if None.
-        probe: v, of shape (B, *) or (K, B, *), used unchanged; drawn if None. If `probe` is given,
-            `probes` only selects how estimates are combined: `Paired()` takes K ≥ 2 vectors.
+        probe: v, of shape (B, *) or (K, B, *), used unchanged; drawn if None. If you pass `probe`,
+            `probes` only selects how the estimates are combined; `Paired()` needs K ≥ 2 vectors.
         probes: how many probes each sample gets, and how their estimates are combined. A whole
-            number K is `Hutchinson(K)`: the residual along each probe is squared, as in the paper.
-            `Paired()` multiplies the estimates of two independent probes, or of two halves of the
-            probes, with each other: the mean is that of "exact", almost without probe noise, at
-            about twice the cost of a step with one probe. "exact" uses all d unit vectors. Dropout
-            uses one mask for all probes of a sample, but one per probe at exact order three,
-            unless they are paired in reverse mode.
+            number K means `Hutchinson(K)`: the residual along each probe is squared, as in the
+            paper. `Paired()` multiplies the estimates of two independent probes, or of two halves
+            of the probes, with each other. The loss with `Paired()` has the same mean as with
+            "exact" and almost no probe noise, and a step costs about twice as much as a step with
+            one probe. "exact" uses all d unit vectors. Dropout uses one mask for all probes of a
+            sample; at order three with third="exact", each probe has its own mask, unless the
+            probes are paired in reverse mode.
         targets: the regression target; None uses the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
-            noise of the data from every order. `TargetScores(scores)` reduces it without other
-            data, if the score ∇log p₀ is known. At order one, a tensor (B, *) passed to the call,
-            such as a teacher's prediction, replaces ε in the residual but not in x.
-        weights: (first, second, trace, third), nonnegative numbers or tensors of one element, in a
-            list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), as in the paper's code
-            for images; "paper-toy" is (1, 0.5, 0, 0.1 d²), as in its low-dimensional script. None
-            is (1, 0.5, 0, min(1, 0.1 d²)). If the last weights are the number 0, the loss and its
-            cost are those of the lower order: a ramp may start at (1, 0, 0, 0), which is order
-            one. With a zero tensor, the term is still computed.
-        weighting: "noise" leaves the terms as they are. "native" makes the first term the squared
-            error of the network's own prediction. `EDMWeighting()` makes it the loss of EDM's
-            trainer. "likelihood" makes it the likelihood-weighted loss; in that case, set the
-            higher orders' `weights` yourself. None of these changes the meaning of the other
-            terms. A callable t → (B,) multiplies every term. A pair applies one weighting to the
-            first term and another, "noise" or a callable, to the higher terms.
-        time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
-            in log σ̂ and reweights, so that the mean of every term stays the same; for a table, it
-            draws whole indices. The times of a callable (batch size, generator) → t (B,) count as
-            if you had passed t. None is "log_sigma_hat" with weighting="likelihood", else
-            "schedule".
+            noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
+            this noise without other data, if the score ∇log p₀ of the data is known. At order one,
+            a tensor (B, *) passed to the call, such as a teacher's prediction, replaces ε in the
+            residual but not in x.
+        weights: (first, second, trace, third), as nonnegative numbers or one-element tensors in a
+            list, a tuple, an array or a tensor. "paper" means (1, 1, 1, 1), as in the paper's code
+            for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's low-dimensional
+            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If each of the last weights is the
+            number 0, the loss and its cost are the same as at the lower order: weights that are
+            ramped up may start at (1, 0, 0, 0), which is order one. A term whose weight is a zero
+            tensor is still computed.
+        weighting: "noise" leaves the terms unchanged. "native" makes the first term the squared
+            error of the network's own prediction. `EDMWeighting()` makes the first term the loss
+            of EDM's trainer. "likelihood" makes the first term the likelihood-weighted loss; in
+            that case, set the higher orders' `weights` yourself. None of these options changes the
+            meaning of the higher terms. A callable t → (B,) multiplies every term. A pair applies
+            its first weighting to the first term, and its second weighting, which is "noise" or a
+            callable, to the higher terms.
+        time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
+            draws t uniformly in log σ̂ and reweights the terms, so that the mean of every term
+            stays the same; for a table, it draws whole indices. Times from a callable (batch size,
+            generator) → t (B,) are treated as if you had passed them as `t`. None means
+            "log_sigma_hat" with weighting="likelihood", and "schedule" otherwise.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
-            paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
-            cost: it equals "exact" if the Jacobian is symmetric, like that of the true score;
-            otherwise it is a different objective, which leaves ∇tr(∂f) partly unconstrained. With
-            probes=Paired(), it costs more than "exact": 35 evaluations instead of 25. It needs a
-            network that the engine "taylor" can differentiate.
+            paper. "laplacian" matches σ² ∂²f[v, v] to the same target at three quarters of the
+            cost. "laplacian" equals "exact" if the network's Jacobian is symmetric, as the true
+            score's Jacobian is; otherwise, it is a different objective, which leaves ∇tr(∂f)
+            partly unconstrained. With probes=Paired(), "laplacian" costs more than "exact": 35
+            network evaluations instead of 25. "laplacian" needs a network that the engine "taylor"
+            can differentiate.
         fraction: the fraction of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
-        reduction: "mean" or "sum" over the batch, or "none" for the losses of all samples, (B,).
-        generator: the random generator, on the device of x0; the global one if None.
+        reduction: "mean" or "sum" over the batch, or "none" for the loss of each sample, (B,).
+        generator: the random generator, on the device of x0; None uses the global generator.
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
             sample: they are repeated and selected along with the samples for probes and fractions.
-            `Shared` marks one that all samples share.
+            Wrap a tensor that all samples share in `Shared`.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, such as integer images.
+        TypeError: if an argument has an invalid type or dtype, for example if images are integers.
         ValueError: if an argument has an invalid shape, device, name or value; on the CPU, also if
             an argument or the result is not finite.
         DerivativeError: if the network cannot be differentiated, or (on the CPU) if its
@@ -267,13 +272,13 @@ def dsm_terms(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DSMTerms:
-    """Return the unweighted terms of the loss for each sample, with their graph.
+    """Return the unweighted terms of the loss for each sample, with their autograd graph.
 
     `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments are
-    those of `third_order_dsm`.
+    the same as for `third_order_dsm`.
 
     Returns:
-        The terms, each (B,), in at least float32; None for those above `order`.
+        The terms, each of shape (B,) and in at least float32. Terms above `order` are None.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -312,7 +317,7 @@ class _Inputs(TypedDict, total=False):
 
 
 class _DSM(nn.Module):
-    """Base class of the loss modules: holds the model and its options."""
+    """Base class of the loss modules, which stores the model and the options of the loss."""
 
     def __init__(
         self,
@@ -322,11 +327,11 @@ class _DSM(nn.Module):
         weights: TermWeights | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weights, nn.Parameter):  # which a module would register for training
+        if isinstance(weights, nn.Parameter):  # nn.Module would register it for training
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         if isinstance(targets, TargetScores) and isinstance(targets.scores, Tensor):
-            expected = "a callable in a constructor, or in each call the scores of its batch"
+            expected = "a callable in a constructor, or in each call the scores of the batch"
             raise TypeError(error_message("targets", expected, targets.scores))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
@@ -335,16 +340,16 @@ class _DSM(nn.Module):
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments, for the printed form."""
+        """Return the constructor's arguments as text, for the printed form of the module."""
         values = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        numbers = {"weights": repr(values.get("weights"))}  # also where they are a tensor
+        numbers = {"weights": repr(values.get("weights"))}  # printed in full, even if a tensor
         return ", ".join(f"{name}={numbers.get(name) or shown(values[name])}" for name in names)
 
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
     ) -> Any:
-        """Return the loss, or (loss, detached terms); None means the constructor's argument."""
+        """Return the loss, or (loss, detached terms); None selects the constructor's argument."""
         check_flag("return_terms", return_terms)
         evaluated = dsm(
             self.model,
@@ -364,7 +369,7 @@ class _DSM(nn.Module):
             first._logged = {"t": terms.t, "rows": terms.rows}
         return evaluated.loss, terms
 
-    if TYPE_CHECKING:  # nn.Module does not type a call
+    if TYPE_CHECKING:  # nn.Module does not annotate __call__
 
         @overload
         def __call__(
@@ -417,9 +422,10 @@ class FirstOrderDSM(_DSM):
         model_kwargs: Mapping[str, Any] | None = None,
         return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
-        """Return the loss, or (loss, detached terms); inputs as in `first_order_dsm`.
+        """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
-        `targets` override those of the constructor.
+        The inputs are the same as for `first_order_dsm`. `targets` override the constructor's
+        targets.
         """
         inputs = {"t": t, "noise": noise, "generator": generator, "model_kwargs": model_kwargs}
         return self._evaluate(x0, return_terms, targets=targets, **inputs)
@@ -439,9 +445,10 @@ class _HigherOrderDSM(_DSM):
         model_kwargs: Mapping[str, Any] | None = None,
         return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
-        """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
+        """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
-        `weights` and `targets` override those of the constructor, for a ramp or a changing
+        The inputs are the same as for `third_order_dsm`. `weights` and `targets` override the
+        arguments of the constructor, for example to ramp up the weights or to change the
         reference.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}

@@ -1,6 +1,6 @@
-"""How arguments become a loss: check, perturb, derive, residuals, weights, reduce.
+"""How a loss is computed: check, perturb, differentiate, form residuals, weight, reduce.
 
-Formula, with the terms of `terms` or `paired`:
+Formula, with the terms from `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
 """
 
@@ -55,7 +55,7 @@ class LossAndTerms(NamedTuple):
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
     t: Tensor  # (B,)
-    rows: Tensor | None  # those with the higher terms, in their order; None for all
+    rows: Tensor | None  # the rows with higher terms, in the order of the terms; None for all rows
 
 
 def dsm(
@@ -73,7 +73,7 @@ def dsm(
 ) -> LossAndTerms:
     """Return the loss and its terms.
 
-    Arguments that are None are drawn, in the order t, ε, rows, v.
+    Whatever the caller does not pass is drawn, in the order t, ε, rows, v.
     """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
@@ -98,13 +98,13 @@ def dsm(
         check_conditions(targets, bound.kwargs)
         rows = None
         if order == 1:
-            # As in any trainer: a single call, without primitives or copies.
+            # A single call of the network without primitives or copies, as in any trainer.
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
             reduced = terms = DSMTerms(first_term(residual, batch.dimensions))
             is_whole = score_model.subspace is None
             if factors[0] is None and options.reduction == "mean" and is_whole:
-                reduced = DSMTerms(residual.square())  # one mean, as every trainer has it
+                reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
         else:
             rows, remaining = _select_rows(batch.x, options, rng)
             v = _probes(batch.x, rows, v, options, rng)
@@ -124,7 +124,8 @@ def dsm(
             reduced = terms
         loss = _reduce(reduced, weights, factors, rows, options.reduction)
         check_result(loss, terms, batch)
-    # After the block: torch.compile only resumes a graph in a block with a single exit.
+    # The return is outside the block, because torch.compile only resumes a graph in a block with
+    # a single exit.
     return LossAndTerms(loss, terms, time, rows)
 
 
@@ -137,7 +138,7 @@ def perturb(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε with its targets, minus q x as in `terms`."""
+    """Return x = α(t) x₀ + σ(t) ε with its targets, which leave out q x as in `terms`."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -154,9 +155,9 @@ def perturb(
     if isinstance(targets, Tensor):
         instead = at_least_float32(_like_data("targets", targets, x0).detach())
         target = target + (model.project(instead) - eps)
-    elif targets is not None:  # their mean in the place of ε, without a gradient
+    elif targets is not None:  # the mean of the targets replaces ε, without a gradient
         moments = targets.posterior(x0, eps, alpha, sigma, kwargs, model.project)
-        # Added in the dtype of the moments, as the sum may cancel nearly all of ε.
+        # Added in the dtype of the moments, because the sum may cancel nearly all of ε.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)
     return NoisyBatch(x.to(x0.dtype), t, target, sigma, dimensions, moments)
@@ -175,8 +176,8 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
     """Return the checked weights of the terms."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
-            "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
-            "first term alone in nats; got None."
+            "weights: expected numbers or 'paper' with weighting='likelihood', which puts only "
+            "the first term in nats; got None."
         )
     return check_weights(weights, options.order, dimensions)
 
@@ -184,7 +185,7 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 def _first_of_all(
     first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
 ) -> Tensor:
-    """Return the first term of all samples: known at `rows`, and from a call at the other rows."""
+    """Return the first term of all samples, calling the network for the samples not in `rows`."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -195,8 +196,8 @@ def _first_of_all(
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "
-            "forced weight normalisation does; got less, which takes two calls. Change them after "
-            "each step of the optimizer."
+            "forced weight normalisation does; got less than 1, which takes two calls. Change the "
+            "parameters after each step of the optimizer instead."
         )
     first = torch.cat([first, others])
     return torch.empty_like(first).index_copy(0, torch.cat([rows, remaining]), first)
@@ -205,7 +206,7 @@ def _first_of_all(
 def _select_rows(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Choose the rows for the higher terms; (rows, remaining rows), or None for all rows."""
+    """Return the rows for the higher terms and the other rows, or (None, None) for all rows."""
     if options.fraction == 1:
         return None, None
     shuffled = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
@@ -220,7 +221,7 @@ def _probes(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The probes (K, n, *) of the rows: the caller's, all unit vectors, or drawn."""
+    """Return the probes (K, n, *) of the rows: the caller's, all unit vectors, or random ones."""
     if probe is not None:
         return probe if rows is None else probe[:, rows]
     like, probes = x if rows is None else x[rows], options.probes
@@ -237,11 +238,11 @@ def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     fewest = 2 if isinstance(probes, Paired) else 1
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
     shape = (max(count, fewest), *x.shape)
-    checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
+    checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after a probe dimension")
     if isinstance(probes, str) or probes.count not in (fewest, count):
         raise ValueError(
-            f"probe: expected as many as probes={probes!r} asks for; got {count}. Leave out the "
-            "count of probes if you pass the probe."
+            f"probe: expected as many vectors as probes={probes!r} asks for; got {count}. Leave "
+            "out the number in probes if you pass probe."
         )
     check_finite("probe", checked)
     return leave_inference_mode(checked)
@@ -254,11 +255,11 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Sum the terms times their weights and factors, omitting terms of weight 0."""
+    """Sum the terms times their weights and factors, omitting terms whose weight is 0."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    copied = reduction == "none"  # the loss must not be one of the terms
+    copied = reduction == "none"  # so that the loss is not itself a term
     products: list[Tensor] = []
     for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
         if term is not None and is_used(weight):
@@ -267,7 +268,7 @@ def _reduce(
             products.append(product if factor is None else product * factor)
     if reduction == "none":
         return sum(products[1:], products[0])
-    # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.
+    # A mean over a random fraction estimates the batch mean, so the sum is B times the mean.
     means = [product.mean() for product in products]
     mean = sum(means[1:], means[0])
     return mean if reduction == "mean" else mean * len(terms.first)

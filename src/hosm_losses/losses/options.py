@@ -23,11 +23,11 @@ from hosm_losses.probes import Hutchinson, Paired
 Reduction = Literal["mean", "sum", "none"]
 Third = Literal["exact", "laplacian"]
 Probes = int | Literal["exact"] | Hutchinson | Paired
-"""The number of probes of a sample; `Paired` also says how their estimates are combined."""
+"""The number of probes per sample; `Paired` also determines how their estimates are combined."""
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
 TermWeights = Weights | Literal["paper", "paper-toy"]
 """Weights of the terms (first, second, trace, third), or the name of a set of weights."""
-COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
+COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # allowed numbers of weights, by order
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LossOptions:
         part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
         probes = _check_probes(self.probes)
         for name, value in (("order", order), ("fraction", part), ("probes", probes)):
-            if value is not getattr(self, name):  # a no-op write would be traced by torch.compile
+            if value is not getattr(self, name):  # torch.compile would trace a no-op write
                 object.__setattr__(self, name, value)
         check_weighting(self.weighting, self.time_sampler)
         check_choice("engine", self.engine, ENGINES)
@@ -64,17 +64,17 @@ class LossOptions:
         check_choice("reduction", self.reduction, get_args(Reduction))
         if part < 1 and self.reduction == "none":
             raise ValueError(
-                "fraction: expected 1 with reduction='none', as rows outside the fraction have no "
+                "fraction: expected 1 with reduction='none': rows outside the fraction have no "
                 f"higher terms; got {part!r}."
             )
 
 
 def _check_probes(probes: object) -> Any:
-    """Return probes as a value: a whole number K becomes Hutchinson(K)."""
+    """Return the checked probes; a whole number K becomes Hutchinson(K)."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson) and probes.mode != "reverse":
-        expected = "probes without a mode, which is for the divergence of a likelihood"
+        expected = "probes without a mode, which only applies to likelihoods"
         remedy = "Losses take engine='taylor' or engine='reverse' instead."
         raise ValueError(error_message("probes", expected, probes, remedy, got=repr(probes)))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
@@ -89,20 +89,20 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    There must be as many as the order has terms; at order 2, a fourth may follow. At least one
-    must be nonzero. The values of tensors are only checked on the CPU. `elements` is d, which
-    determines the third-order weight for None and for "paper-toy".
+    There must be as many weights as the order has terms; at order 2, a fourth weight may follow.
+    At least one weight must be nonzero. The values of tensors are only checked on the CPU.
+    `elements` is d, which determines the third-order weight for None and for "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:
-        # Each term is already divided by its power of d: 0.1 d² above 1, the weight for images, is
-        # too much.
+        # Each term is already divided by its power of d, so a weight of 0.1 d² is too large once
+        # it exceeds 1, the weight for images.
         return (1.0, 0.5, 0.0, min(1.0, toy))
     recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
     if isinstance(weights, str) and weights in recipes:
         return recipes[weights]
     expected = (
-        "four numbers (first, second, trace, third), at order 2 three or four, 'paper' or "
+        "four numbers (first, second, trace, third), or three or four at order 2, or 'paper' or "
         "'paper-toy'"
     )
     is_scalar = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
@@ -119,7 +119,7 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
 
 
 def needed_order(order: int, weights: Weights) -> int:
-    """The lowest order that includes every term whose weight is not the number 0."""
+    """Return the lowest order that includes every term whose weight is not the number 0."""
     if order == 3 and not is_used(weights[3]):
         order = 2
     if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):
@@ -128,7 +128,7 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Whether a term with this weight is needed, which it is unless the weight is the number 0."""
+    """Return whether a term is needed, which is false only if its weight is the number 0."""
     return isinstance(weight, Tensor) or weight != 0
 
 

@@ -1,35 +1,38 @@
-r"""Unbiased estimates of the terms of probes="exact" from a few paired probes.
+r"""Unbiased estimates, from a few paired probes, of the terms with probes="exact".
 
 Purpose:
-    With one probe, the squared residual has a target that depends on the random v, and the mean of
-    a square is not the square of the mean. Here, the target is replaced by its mean over v, and
-    the square by the product of two estimates from independent probes. Only the noise of the data
-    remains.
+    With one probe, the target in the squared residual depends on the random v, and the mean of a
+    square is not the square of the mean. Paired probes replace the target by its mean over v, and
+    the square by the product of two estimates from independent probes. Only the noise from the
+    random choice of data remains.
 
-Formula, with ℓ = ε + f and A = σ ∂f/∂x, everything held fixed that `terms` holds fixed, C_k = G_k,
-or σ² ∂²f[v_k, v_k] for the Laplacian form:
-    second = (mean_k(‖D_k‖² + 2 v_k·D_k) − 2 ℓ·(Aℓ) + d − 2 ‖ℓ‖² + ‖ℓ‖⁴)/d²
-    a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
-    R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
+Formula:
+    Let ℓ = ε + f and A = σ ∂f/∂x. C_k is G_k or, in the Laplacian form, σ² ∂²f[v_k, v_k].
+    Everything that `terms` holds fixed is held fixed here as well:
+        second = (mean_k(‖D_k‖² + 2 v_k·D_k) − 2 ℓ·(Aℓ) + d − 2 ‖ℓ‖² + ‖ℓ‖⁴)/d²
+        a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
+        R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
-    With K > 2 probes, 1 and 2 stand for means over the first K // 2 probes and over the others.
-    The means over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and
-    its gradient, has the mean of probes="exact". A product may be negative for some samples.
+    With K > 2 probes, the indices 1 and 2 stand for means over the first K // 2 probes and over
+    the remaining probes. Averaged over independent v_k with E[v vᵀ] = I, the terms are ‖M₂‖²_F,
+    (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with probes="exact". The
+    product of two estimates may be negative for some samples.
 
     With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
-    ·) is added to C_k. They share the probe of the quantity they are compared with, so that its
-    noise also cancels where the two are equal.
+    ·) is added to C_k. C₂ and C₃ use the same probe as the quantity with which they are compared,
+    so that the noise of the probe also cancels where both are equal.
 
-    ℓ·(Aℓ) comes from a backward pass from the value, and Aℓ has no graph: the network is called
-    once.
+    ℓ·(Aℓ) is computed by a backward pass from the network's output, and Aℓ has no graph, so the
+    network is called only once.
 
-Cost of a step, in network evaluations with two probes, where order one takes 3:
-    order two 12, and 9 where the weight of `second` is 0; order three 25.
+Cost of a step with two probes:
+    Order two takes 12 network evaluations (9 if the weight of `second` is 0) and order three takes
+    25, while order one takes 3.
 
 Source:
-    derived for this library; the products of independent estimates are those of an unbiased
-    estimate of a squared mean (Hoeffding, "A class of statistics with asymptotically normal
-    distribution", 1948).
+    The formulas were derived for this library. The product of two independent estimates is an
+    unbiased estimate of a squared mean (Hoeffding, "A class of statistics with asymptotically
+    normal distribution", 1948).
 """
 
 from torch import Tensor
@@ -49,7 +52,7 @@ from hosm_losses.model import BoundModel
 
 
 def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means over the first and the second half of K estimates."""
+    """Return the mean over the first half and the mean over the second half of K estimates."""
     half = len(estimates) // 2
     return mean_over_probes(estimates[:half]), mean_over_probes(estimates[half:])
 
@@ -63,7 +66,7 @@ def paired_terms(
     *,
     second: bool = True,
 ) -> DSMTerms:
-    """Return the terms of each sample, with `second` only if requested."""
+    """Return the terms of each sample, with the second term only if `second` is True."""
     x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)
@@ -79,12 +82,13 @@ def paired_terms(
     f, Dv, v = map(at_least_float32, (f, Dv, v))
     residual = f + noise
     ell = residual.detach()
-    # D tends to −v at the noisy end: their sum keeps the digits that sums of squares lose.
+    # At the noise end, D tends to −v: the sum D + v keeps digits that sums of squares lose.
     v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
     ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
-    d_minus_vv = d - sum_elements(v.square())  # 0 except for rounding, "gaussian" and subspaces
+    # 0 up to rounding, except with "gaussian" probes or a subspace.
+    d_minus_vv = d - sum_elements(v.square())
     trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)
     first = first_term(residual, batch.dimensions)

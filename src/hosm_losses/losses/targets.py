@@ -1,59 +1,73 @@
 r"""Regression targets that replace the drawn noise: less noisy targets, or a tensor.
 
 Purpose:
-    A batch fixes one noise ε for every x = α x₀ + σ ε. But x may also have come from other data
-    x_j, with noises ε_j = (x − α x_j)/σ. Averaging over these instead of using ε alone removes the
-    noise of the data from the targets of every order, without calling the network. If the score g
-    = ∇log p₀ of the data is known at x₀, a control variate removes noise without a reference.
+    The usual targets depend on the one noise ε that was drawn for x = α x₀ + σ ε. But x may also
+    have come from other data x_j, with the noises ε_j = (x − α x_j)/σ. Averaging the targets over
+    all x_j removes the noise that the random choice of x₀ adds to the targets of every order,
+    without calling the network. If the score g = ∇log p₀ of the data is known at x₀, a control
+    variate reduces this noise without any reference data.
 
-Formula, with ε_j of a reference and of the sample itself, whose ε_j is ε:
-    w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
-    ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
-    C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
+Formula for averaged targets:
+    The index j runs over the references and the sample itself, whose ε_j is ε:
+        w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
+        ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
+        C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
 
-    The residuals of `terms`, averaged over w, are those of ε̄ with C₂ and C₃ added. With ℓ = ε̄ +
-    f and D held fixed as there:
+    Averaging the residuals of `terms` over w replaces ε by ε̄ and adds C₂ and C₃. With ℓ = ε̄ + f
+    and D held fixed as in `terms`, the averaged residuals are:
         r1 = f + ε̄
         r2 = D + v − C₂v − (ℓ·v) ℓ
         rt = v·(D + v − C₂v) − (ℓ·v)²
         r3 = G + C₃(v, v, ·) + (ℓ·v)² ℓ − v·(D + v − C₂v) ℓ − 2 (ℓ·v) (D + v − C₂v)
 
-    If all weight is on the sample itself, C₂ and C₃ are zero, and these are the paper's residuals.
-    If the reference contains every data point, they are zero at the true score, without noise. The
-    weights are self-normalised, which gives a bias of O(1/R) for R references.
+    If the sample itself has all the weight, C₂ and C₃ are zero, and the averaged residuals are the
+    paper's residuals. If the reference contains every data point, the averaged residuals of the
+    true score are zero and have no noise. The weights are self-normalised, which biases the
+    targets by O(1/R) for R references.
 
-Formula, with scores g_j = ∇log p₀(x_j) as well, and σ̂ = σ/α:
-    z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
+Formula for targets from scores:
+    Let g_j = ∇log p₀(x_j) be the scores of the data, let σ̂ = σ/α, and define:
+        z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
 
-    The score of x₀ given x is z/σ̂, so E[z h(ε) | x] = E[∇h(ε) | x] for any h, by parts. Thus for
-    every symmetric C, with c = C z and ℓ = e + f, these have the conditional means of the paper's
-    residuals, whatever f, D and G are; C = 0 gives the paper's:
+    The score of x₀ given x is z/σ̂, so integration by parts gives E[z h(ε) | x] = E[∇h(ε) | x] for
+    any function h. Therefore, for every symmetric C and whatever f, D and G are, the following
+    residuals have the same conditional means given x as the paper's residuals. With c = C z and
+    ℓ = e + f, they are:
         r1 = f + e
         r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
         r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
 
-    This C minimises the noise of e, which vanishes for Gaussian data. Averaged over w, with ℓ = ē
-    + f and c = C z̄, they are the residuals of ē above, with C₂v and C₃(v, v, ·) replaced by
+    C = 0 gives the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e, and leaves none
+    for Gaussian data.
+
+    Averaging these residuals over w gives the averaged residuals above, with ē in the place of ε̄
+    (so that ℓ = ē + f and c = C z̄), and with two replacements. C₂v becomes
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
+    and C₃(v, v, ·) becomes
         [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
             + κ₃(ε·v, ε·v, e)
-    with p = Cov(ε, e·v), q = Cov(e, ε·v) and the third cumulant κ₃ over w, 0 for one sample.
 
-    Shapes: weights (B, R), ε̄ (B, *); C₂v and C₃(v, v, ·) as the probes, (K, B, *).
+    Here p = Cov(ε, e·v) and q = Cov(e, ε·v). The variance, the covariances and the third cumulant
+    κ₃ are taken over w; if there are no references, they are 0.
+
+Shapes:
+    The weights are (B, R + 1), and ε̄ is (B, *). C₂v and C₃(v, v, ·) have the shape of the probes,
+    (K, B, *).
 
 Precision:
-    Everything is expressed in δ_j = ε_j − ε = α/σ (x₀ − x_j), which is zero for the sample itself,
-    so that references without weight add exact zeros. Sums over j of differences are differences
-    of sums, matrix products that cancel as σ/α → 0. They are therefore computed in float64, where
-    α/σ = 1e4 leaves eight digits and which neither autocast nor TF32 shortens, or in float32 on a
-    device without float64. The differences ε − c and v − C v, which vanish as σ̂ → 0, are taken
-    there too.
+    All moments are expressed in δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the sample itself,
+    so references whose weight is zero contribute exact zeros. A sum over the differences δ_j is
+    computed as a difference of sums; these sums are matrix products, which cancel as σ/α → 0. They
+    are therefore computed in float64, which keeps eight digits at α/σ = 1e4, and whose precision
+    neither autocast nor TF32 reduces. Devices without float64 use float32. The differences ε − c
+    and v − C v vanish as σ̂ → 0, so they are computed in the dtype of the sums.
 
 Source:
-    Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion
-    Models", ICLR 2023, for averages, and De Bortoli et al., "Target Score Matching", arXiv
-    2402.08667, for scores, both at order one. Orders two and three were derived for this library.
+    Averaged targets at order one: Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance
+    Score Estimation in Diffusion Models", ICLR 2023. Targets from scores at order one: De Bortoli
+    et al., "Target Score Matching", arXiv 2402.08667. Orders two and three were derived for this
+    library.
 """
 
 import math
@@ -80,53 +94,55 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
 
-# Elements of a tensor over probes, samples and references, above which it is split. On the CPU
-# small tensors are faster, since they reuse memory.
+# A tensor over probes, samples and references is split if it has more elements than this. On the
+# CPU, small tensors are faster because they reuse memory.
 LARGEST = {"cpu": 2**18}
 ELSEWHERE = 2**24
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of targets: float64, or float32 on a device without it."""
+    """Return the dtype of targets: float64, or float32 on a device without float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Return a row per sample (B, n), without a graph, in the dtype of targets."""
+    """Return one row per sample, (B, n), without a graph and in the dtype of targets."""
     return tensor.detach().reshape(len(tensor), -1).to(wide(tensor))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product along the last dimension, which is kept."""
+    """Return the inner product along the last dimension, which becomes a dimension of size 1."""
     return (a * b).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AveragedTargets:
-    """Targets averaged over all data that may have produced x, weighted by their likelihood.
+    """Targets averaged over all data that may have produced x, each weighted by its likelihood.
 
-    They remove the noise of the data from the targets, at the cost of a few matrix products and
-    without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α
-    x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets
-    of Xu, Tong and Jaakkola (ICLR 2023). Orders two and three use the second and third moments,
-    which is new here. With a reference that is dense at the scale of the noise, the targets have
-    no noise; with a sparse one they are the paper's; in between they have a bias that falls as
-    1/R.
+    Averaging removes the noise that the random choice of x₀ adds to the targets, at the cost of a
+    few matrix products and without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of
+    ε, where ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2), and j runs over the reference and the
+    sample's own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023).
+    Orders two and three use the second and third moments, which is new in this library.
+
+    If the reference is dense at the scale of the noise, the targets have no noise. If the
+    reference is sparse, the targets are the paper's targets. Between these extremes, the targets
+    have a bias that falls as 1/R with the number R of references.
 
     The targets carry no gradient.
 
     Args:
-        reference: data (R, *), with the dtype and device of x₀. None uses the batch itself: under
-            DDP, that of each process, unless you pass a gathered one to each call, as
-            `dataclasses.replace(targets, reference=gathered, own=False)`.
+        reference: data (R, *), with the dtype and device of x₀. None uses the batch itself; under
+            DDP, each process uses its own batch. To average over all processes, pass
+            `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
         own: whether each x₀ is added to the reference for its own sample. Use False if the
-            reference already contains every x₀ unchanged, like the whole training set without
-            flips, crops or dequantization noise; otherwise x₀ would count twice. If an x₀ is
-            missing, the targets are wrong: on the CPU, a loss raises ValueError, but on an
-            accelerator values are not checked.
+            reference already contains every x₀ unchanged, such as the whole training set without
+            flips, crops or dequantization noise, so that no x₀ counts twice. If own=False and an
+            x₀ is missing from the reference, the targets are wrong: on the CPU, a loss raises
+            ValueError, but on an accelerator values are not checked.
         same: a callable model_kwargs → mask (B, R) of the references that each sample may use,
-            namely those with its condition. Required if `model_kwargs` holds a per-sample tensor.
-            A sample without any reference uses its own x₀.
+            namely the references with the sample's condition. `same` is required if `model_kwargs`
+            contains a per-sample tensor. A sample that may use no reference uses its own x₀.
 
     Raises:
         TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
@@ -170,9 +186,9 @@ class AveragedTargets:
         kwargs: dict[str, Any],
         project: Callable[[Tensor], Tensor],
     ) -> "NoiseMoments":
-        """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
+        """Return the posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
 
-        `project` maps the reference to the subspace of x₀ and ε.
+        `project` projects the reference onto the subspace that contains x₀ and ε.
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -182,10 +198,10 @@ class AveragedTargets:
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
             reference = project(leave_inference_mode(reference).detach()).flatten(1).to(dtype)
-        # Only differences matter. Squaring data far from zero would lose digits.
+        # Only differences of data matter, and squaring data far from zero would lose digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
-        # One product gives −‖ε_j‖²/2 minus that of the sample itself, so its own row is zero.
+        # One matrix product gives ‖ε‖²/2 − ‖ε_j‖²/2; for the sample itself, this is zero.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
         itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
         squares = reference.square().sum(1, keepdim=True)
@@ -199,17 +215,17 @@ class AveragedTargets:
             logits.diagonal().fill_(-torch.inf)
         elif not self.own:
             if can_read_values(logits):
-                # For x₀ itself, it is 0 up to rounding; −∞ means that `same` allows no reference.
+                # x₀ itself has logit 0 up to rounding; −∞ means that `same` allows no reference.
                 best, slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)
                 outside = int(((best < -slack) & ~best.isneginf()).sum())
                 if outside:
                     raise ValueError(
                         "targets: expected samples that the reference of "
-                        f"AveragedTargets(own=False) contains; got {outside} of {len(x0)} outside "
-                        "it, as after a flip or added noise. Set own=True, or pass x0 as it is "
-                        "in the reference."
+                        f"AveragedTargets(own=False) contains; got {outside} of {len(x0)} that it "
+                        "does not contain, for example after a flip or with added noise. Set "
+                        "own=True, or pass x0 unchanged from the reference."
                     )
-            logits[:, -1] = torch.finfo(dtype).min  # unless there is no other
+            logits[:, -1] = torch.finfo(dtype).min  # only used if no reference is allowed
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
         return moments_of(weights, scale, data, points[:, 1:])
@@ -218,29 +234,29 @@ class AveragedTargets:
 class NoiseMoments(NamedTuple):
     """Moments of δ_j = ε_j − ε over data that may have produced x; the sample itself has δ = 0."""
 
-    weights: Tensor  # of the references, and the sample itself, (B, R + 1)
+    weights: Tensor  # of the references and of the sample itself, (B, R + 1)
     scale: Tensor  # α/σ, (B, 1)
     data: Tensor  # x₀, (B, d)
     mean: Tensor  # ε̄ − ε, (B, d)
-    points: Tensor  # the references, with a column of ones, and a row of zeros, (R + 1, d + 1)
+    points: Tensor  # the references with a column of ones, then a row of zeros, (R + 1, d + 1)
 
     def at(self, index: Tensor | slice) -> "NoiseMoments":
         """Return the rows at `index`."""
         return self._make([*(part[index] for part in self[:4]), self.points])
 
     def sum_of(self, weights: Tensor) -> Tensor:
-        """Σ_j of weights (*, B, R + 1) times δ_j, (*, B, d)."""
+        """Return Σ_j weights_j δ_j, (*, B, d), for weights (*, B, R + 1)."""
         sums = weights @ self.points
         return self.scale * (sums[..., -1:] * self.data - sums[..., :-1])
 
     def slopes(self, v: Tensor) -> Tensor:
-        """(ε_j − ε̄)·v along v (K, B, d), (K, B, R + 1)."""
+        """Return (ε_j − ε̄)·v, (K, B, R + 1), for vectors v (K, B, d)."""
         along = (v * (self.scale * self.data - self.mean)).sum(-1, keepdim=True)
         return torch.cat([-self.scale * v, along], -1) @ self.points.T
 
     def along(self, v: Tensor, _ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """C₂v and, if `third`, C₃(v, v, ·) along v (K, B, d)."""
-        slope = self.slopes(v)  # the sample's own is not needed
+        """Return C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
+        slope = self.slopes(v)  # the entry of the sample itself has no effect
         weighted = self.weights * slope
         C2v = self.sum_of(weighted)
         if not third:
@@ -249,21 +265,21 @@ class NoiseMoments(NamedTuple):
 
 
 def moments_of(weights: Tensor, scale: Tensor, data: Tensor, points: Tensor) -> NoiseMoments:
-    """The moments with their mean."""
+    """Return the moments, including their mean."""
     mean = NoiseMoments(weights, scale, data, data, points).sum_of(weights)
     return NoiseMoments(weights, scale, data, mean, points)
 
 
 class ControlledMoments(NamedTuple):
-    """Moments of e_j = ε_j − C z_j, z_j = ε_j + σ̂ g_j, over the data that may have produced x."""
+    """Moments of e_j = ε_j − C z_j over data that may have produced x, where z_j = ε_j + σ̂ g_j."""
 
     noises: NoiseMoments
-    scores: NoiseMoments  # of σ̂ g_j − σ̂ g in the place of ε_j − ε
+    scores: NoiseMoments  # moments of σ̂ g_j − σ̂ g in place of ε_j − ε
     control: Tensor  # the eigenvalues of C, (B, 1 or d)
-    basis: Tensor | None  # its eigenvectors, (d, d); None for the unit vectors
+    basis: Tensor | None  # the eigenvectors of C, (d, d); None for the unit vectors
     c: Tensor  # C z̄, (B, d)
     mean: Tensor  # ē − ε, (B, d)
-    project: Callable[[Tensor], Tensor]  # vectors (*, d) to the subspace of the data
+    project: Callable[[Tensor], Tensor]  # projects vectors (*, d) onto the subspace of the data
 
     @property
     def weights(self) -> Tensor:
@@ -277,11 +293,11 @@ class ControlledMoments(NamedTuple):
         return ControlledMoments(noises, scores, control, self.basis, c, mean, self.project)
 
     def times_control(self, v: Tensor) -> Tensor:
-        """C v along v (*, B, d), in the subspace of the data."""
+        """Return C v for vectors v (*, B, d), projected onto the subspace of the data."""
         return self.project(times(self.control, self.basis, v))
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return what replaces C₂v and, if `third`, C₃(v, v, ·) along v (K, B, d), from ℓ."""
+        """Return the replacements of C₂v and, if `third`, C₃(v, v, ·) for vectors v (K, B, d)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -300,19 +316,19 @@ class ControlledMoments(NamedTuple):
         return C2v, C3v + kappa3 - inner(v, covariance) * mean
 
     def _less_control(self, sums: Tensor, weights: Tensor) -> Tensor:
-        """Σ_j of weights times e_j − e, from the same sum of ε_j − ε."""
+        """Return Σ_j weights_j (e_j − e), given `sums` = Σ_j weights_j (ε_j − ε)."""
         return sums - self.times_control(sums + self.scores.sum_of(weights))
 
 
 def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
-    """A symmetric matrix of eigenvalues (B, 1 or d) times v (*, B, d)."""
+    """Multiply v (*, B, d) by the symmetric matrices with these eigenvalues (B, 1 or d)."""
     return eigenvalues * v if basis is None else (eigenvalues * (v @ basis)) @ basis.T
 
 
 def cumulants(
     moments: NoiseMoments | ControlledMoments, probe: Tensor, ell: Tensor, *, third: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """v − C₂v and, if `third`, C₃(v, v, ·), for probes (K, B, *) and of their shape."""
+    """Return v − C₂v and, if `third`, C₃(v, v, ·), each in the shape of the probes v (K, B, *)."""
     half, most = len(moments.weights) // 2, LARGEST.get(probe.device.type, ELSEWHERE)
     if half and len(probe) * moments.weights.numel() > most:
         parts = slice(None, half), slice(half, None)
@@ -332,34 +348,39 @@ def cumulants(
 class TargetScores:
     """Less noisy targets, for data whose score ∇log p₀ is known at x₀.
 
-    Examples are forces divided by kT in a data set of molecules, or a simulator's gradient. With
-    σ̂ = σ/α and C = (I + σ̂² F)⁻¹, order one uses e = ε − C (ε + σ̂ g) in place of ε, for g = ∇log
-    p₀(x₀): target score matching (De Bortoli et al., arXiv 2402.08667) with the weights that leave
-    the least noise. Orders two and three, new here, need neither Hessians nor additional network
-    calls. The objective is the same up to a constant: every residual keeps its conditional mean
-    given x, whatever the model. For Gaussian data, e has no noise.
+    Examples of such scores are forces divided by kT in a data set of molecules, and the gradients
+    of a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses e = ε − C
+    (ε + σ̂ g) in place of ε. Using e is target score matching (De Bortoli et al., arXiv
+    2402.08667) with the weights that leave the least noise. Orders two and three, which are new in
+    this library, need neither Hessians nor additional network calls. The objective is the same up
+    to a constant: every residual keeps its conditional mean given x, whatever the model. For
+    Gaussian data, e has no noise.
 
-    This requires a density that is continuous and vanishes at the edge of its support. Uniform,
-    clipped, padded or rounded data have no such score, and their targets would be wrong:
-    `information_of` tests for this.
+    The density of the data must be continuous and vanish at the edge of its support: for uniform,
+    clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
+    data and the scores meet this condition.
 
     Args:
-        scores: g at x₀: a tensor like x₀ in the call of a loss, or a callable of data (N, *); a
-            module's constructor only accepts a callable. Any graph is dropped.
-        information: F = E g gᵀ over the data, which determines C: a number from 0 to math.inf,
-            which gives the paper's targets; one number per element, in the shape of a sample; or a
-            matrix (d, d), whose eigenvectors are computed once, here. For each sample, None uses
-            the elementwise means over the other samples of the batch (under DDP, of the process).
-            If there are no others, and along directions of zero information, such as a constant
-            coordinate, the targets are the paper's.
-        averaged: also averages over all data that may have produced x. If it has its own
-            reference, `scores` must be a callable, which is called on the reference as well.
+        scores: g at x₀, either as a tensor like x₀ in each call of a loss, or as a callable of
+            data (N, *). A module's constructor only accepts a callable. The scores are detached
+            from any graph.
+        information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
+            to math.inf (math.inf gives the paper's targets), a tensor in the shape of a sample
+            with one number per element, or a matrix (d, d), whose eigenvectors are computed once,
+            in the constructor. If None, F is estimated for each sample by the elementwise means
+            over the other samples of the batch (under DDP, of the batch of the process). If there
+            are no other samples, the targets are the paper's; the same is true along directions of
+            zero information, such as a constant coordinate.
+        averaged: an `AveragedTargets`, so that the targets are also averaged over all data that
+            may have produced x. If `averaged` has a reference, `scores` must be a callable,
+            because the scores of the reference are needed as well.
 
     Raises:
-        TypeError: if `scores` is neither a floating-point tensor nor a callable, or not a callable
-            although `averaged` has a reference, or another argument has the wrong type.
-        ValueError: if `scores` or `information` is not finite, or a number is negative; in a loss,
-            if they do not match the batch.
+        TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
+            although `averaged` has a reference, or if another argument has the wrong type.
+        ValueError: if `scores` or the elements of `information` are not finite, or if
+            `information` is a negative number or NaN; in a loss, also if `scores` or `information`
+            does not match the batch.
 
     Example:
         >>> import torch
@@ -378,14 +399,14 @@ class TargetScores:
     _eigen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """Check every argument, and decompose a matrix."""
+        """Check every argument, and compute the eigenvectors if `information` is a matrix."""
         if not callable(self.scores):
             check_sample_batch("scores", self.scores)
         averaged: object = self.averaged
         if not (averaged is None or isinstance(averaged, AveragedTargets)):
             raise TypeError(error_message("averaged", "AveragedTargets(...) or None", averaged))
         if averaged is not None and averaged.reference is not None and not callable(self.scores):
-            expected = "a callable with a reference, whose scores are needed too"
+            expected = "a callable with a reference, whose scores are also needed"
             raise TypeError(error_message("scores", expected, self.scores))
         information: object = self.information
         if isinstance(information, Tensor):
@@ -414,24 +435,25 @@ class TargetScores:
     ) -> Tensor:
         """Return E g gᵀ for the scores g of data, per element or as a matrix.
 
-        Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If it
-        differs by more than five standard errors, a warning is issued: the scores or the density
-        do not meet the conditions of `TargetScores`.
+        Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If the
+        sample mean differs from the dimension by more than five standard errors, a warning is
+        issued, because the scores or the density do not meet the conditions of `TargetScores`.
 
         Args:
             data: samples x (N, *), the whole data set rather than a batch.
             scores: ∇log p₀ at each sample, like `data`.
-            matrix: whether to return the matrix (d, d) rather than one number per element;
-                integrated over log σ̂, the additional gain is ½ log(∏ F_ii / det F).
-            dimensions: the dimensions of the data, if they lie in a subspace; d if None.
+            matrix: whether to return the matrix (d, d) rather than one number per element. The
+                additional noise that the matrix removes, integrated over log σ̂, is
+                ½ log(∏ F_ii / det F).
+            dimensions: the dimension of the subspace, if the data lie in one; d if None.
 
         Returns:
-            F in float64, in units of 1/x².
+            F, in units of 1/x²; in float64 where the device has it, otherwise in float32.
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the tensors do not match or are not finite, or hold fewer than 4 d
-                samples for a matrix.
+            ValueError: if the tensors do not match or are not finite, or if a matrix is requested
+                from fewer than 4 d samples.
 
         Example:
             >>> import torch
@@ -446,7 +468,7 @@ class TargetScores:
         count, d = len(data), data[0].numel()
         wanted = d if dimensions is None else check_whole("dimensions", dimensions, 1)
         if matrix and count < 4 * d:
-            expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Leave out matrix."
+            expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Set matrix=False."
             raise ValueError(error_message("data", expected, data, remedy, got=f"{count}"))
         x, g = (part.detach().reshape(count, d).to(wide(part)) for part in (data, scores))
         if count > 1:
@@ -470,9 +492,9 @@ class TargetScores:
         kwargs: dict[str, Any],
         project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
-        """Return the moments of the replacement for the noise in x = α x₀ + σ ε, for α and σ (B,).
+        """Return the moments of e, which replaces the noise ε in x = α x₀ + σ ε, for α and σ (B,).
 
-        `project` maps the scores and the control to the subspace of x₀ and ε.
+        `project` projects the scores and the control onto the subspace that contains x₀ and ε.
         """
 
         def inside(flat: Tensor) -> Tensor:
@@ -480,7 +502,7 @@ class TargetScores:
 
         g = self._scores_at(x0, project)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
-        if self.averaged is None:  # over the sample itself
+        if self.averaged is None:  # the average is over the sample itself alone
             own, zero = torch.ones_like(alpha), torch.zeros_like(g)
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
@@ -492,31 +514,31 @@ class TargetScores:
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
         information, basis = self._information_for(g, x0)
-        if isinstance(information, Tensor):  # a coordinate without a score has the paper's target
+        if isinstance(information, Tensor):  # a coordinate with zero scores has the paper's target
             information = torch.where(information > 0, information, math.inf)
         control = 1 / (1 + sigma_hat.square() * information)
         c = inside(times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean))
         return ControlledMoments(noises, scores, control, basis, c, noises.mean - c, inside)
 
     def _scores_at(self, data: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """∇log p₀ at data (N, *), in their subspace, as (N, d)."""
+        """Return ∇log p₀ at data (N, *), projected onto the subspace of the data, as (N, d)."""
         scores: Any = self.scores
         if callable(scores):
-            # In full precision, and with gradients enabled for a callable that differentiates an
-            # energy.
+            # In full precision, and with gradients enabled because the callable may differentiate
+            # an energy.
             kind = "cuda" if data.is_cuda else "cpu"
             with torch.enable_grad(), torch.autocast(kind, enabled=False):
-                scores = scores(data.detach().clone())  # which it may write to
+                scores = scores(data.detach().clone())  # a copy, which the callable may overwrite
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
         return project(scores.to(wide(data))).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
-        """F, or its eigenvalues and eigenvectors, from a batch's scores (B, d) if necessary."""
+        """Return F, or its eigenvalues and eigenvectors, or an estimate from scores g (B, d)."""
         information, (count, d) = self.information, g.shape
         if information is None:
-            # Only from the others, so that C does not depend on the sample itself.
+            # Only from the other samples, so that C does not depend on the sample itself.
             squares = g.square()
             return (squares.sum(0) - squares) / max(count - 1, 1), None
         if not isinstance(information, Tensor):
@@ -538,18 +560,18 @@ class TargetScores:
 
 
 Targets = AveragedTargets | TargetScores | Tensor | None
-"""Regression targets; None is the drawn noise. Only calls of order one take a tensor (B, *)."""
+"""Regression targets; None is the drawn noise. Only calls at order one accept a tensor (B, *)."""
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
-    """Return the targets if they have a known type, or are None or, if `tensor`, a tensor."""
+    """Return `targets` if it is None, one of the classes above or, if `tensor`, a tensor."""
     if targets is None or isinstance(targets, (AveragedTargets, TargetScores)):
         return targets
     if tensor and isinstance(targets, Tensor):
         return targets
     expected = (
-        "AveragedTargets(...), TargetScores(...) or None; in a call of a loss of order one also a "
-        "tensor"
+        "AveragedTargets(...), TargetScores(...) or None; a call of a loss of order one also "
+        "accepts a tensor"
     )
     raise TypeError(error_message("targets", expected, targets))
 
@@ -562,7 +584,7 @@ def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
         per_sample(kwargs, lambda path, _: paths.append(path))
     if paths:
         raise ValueError(
-            f"targets: expected AveragedTargets(same=...), as {paths[0]} belongs to the samples; "
-            "got none. Set for example same=lambda kwargs: kwargs['y'][:, None] == labels, or "
-            "mark the tensor as Shared(...)."
+            f"targets: expected AveragedTargets(same=...), since {paths[0]} differs by sample; "
+            "got same=None. Set, for example, same=lambda kwargs: kwargs['y'][:, None] == labels, "
+            "or mark the tensor as Shared(...)."
         )

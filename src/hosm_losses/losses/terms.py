@@ -1,46 +1,49 @@
-r"""The residuals of high-order denoising score matching, and the terms that are their squares.
+r"""The residuals of high-order denoising score matching, and the loss terms, their squares.
 
 Purpose:
-    f(x, t) = σ_t s(x, t) is the dimensionless score (minus the predicted noise), D = ∂f/∂x (σ v)
-    its Jacobian along a probe v, G = σ² ∇_x (vᵀ ∂f/∂x v) the gradient of its quadratic form.
-    With the noise ε in x = α x₀ + σ ε, each residual has conditional mean zero given x if and only
-    if its order is right.
+    f(x, t) = σ_t s(x, t) is the dimensionless score, which is minus the predicted noise.
+    D = ∂f/∂x (σ v) is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the
+    gradient of the quadratic form of the Jacobian. For the noise ε in x = α x₀ + σ ε, a residual
+    has conditional mean zero given x if and only if the model is correct at its order.
 
-Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
+Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
     r2 = D + v − (ℓ·v) ℓ
     rt = v·D + ‖v‖² − (ℓ·v)²
     r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v)
 
-    Shapes: f = `value` (K, B, *), or (1, B, *) where the probes share it; ε = `noise` (B, *); the
-    rest (K, B, *). Residuals have the shape of D, and rt and u·r3 have (K, B).
+    Shapes: f is `value` (K, B, *), or (1, B, *) if the probes share it. ε is `noise` (B, *). All
+    other vectors have the shape (K, B, *), including the residuals r2 and r3; rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). With `targets` averaged over data, ε is a mean, and the covariance C₂ and third cumulant C₃
-    about it are added to these: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·). With the
-    score of the data, other vectors, which depend on ℓ, take the same places.
+    ·). If `targets` average over data, a mean replaces ε, and the covariance C₂ and the third
+    cumulant C₃ about this mean enter: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·). If
+    `targets` use the score of the data, other vectors, which depend on ℓ, replace C₂v and
+    C₃(v, v, ·).
 
-Why the detach:
-    It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
-    of the higher ones with a bounded error: the minimiser of order two is off by exactly ‖ŝ₁ −
-    ∇log q‖², that of order three by products of the lower errors. If gradients flowed through
-    them, the higher orders could reduce their loss by spoiling the lower ones.
+Why lower orders are detached:
+    The detach is part of the method, not an optimisation. If the lower orders are held fixed, they
+    enter the targets of the higher orders with a bounded error: the minimiser of order two is off
+    by exactly ‖ŝ₁ − ∇log q‖², and the minimiser of order three by products of the lower-order
+    errors. If gradients flowed through the lower orders, the higher orders could reduce their loss
+    by making the lower orders worse.
 
-Terms of a sample, d the number of its elements, averaged over probes:
+Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With probes="exact", the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
-    gradient of its trace. With random probes, the second term has the same mean; the means of the
-    trace and third terms are larger by the variance over probes, which is zero at the true score.
-    For an unrestricted field, the minimiser is the same; for a restricted family, it need not be.
+    With probes="exact", the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where M₂ is the residual
+    of the whole Jacobian and R₃ is the residual of the gradient of its trace. With random probes,
+    the second term has the same mean as with "exact"; the means of the trace and third terms are
+    larger by the variance over probes, which is zero at the true score. For an unrestricted vector
+    field, the minimiser is the same as with "exact"; for a restricted family, it may differ.
 
 Precision:
-    Residuals and terms are in at least float32, as a sum of a few thousand squares exceeds the
-    range of float16. The network and its derivatives keep the precision of x.
+    Residuals and terms are in at least float32, because a sum of a few thousand squares exceeds
+    the range of float16. The network and its derivatives keep the precision of x.
 
-    Only the sum of f = −(p · prediction + q x) and ε matters, so both leave out q x. Near α = 0,
-    the q x of "x0" and "v" is all of f except for a part of order α, and r1, which
-    weighting="native" divides by p ~ α, would be the rounding error of a difference.
+    Only the sum of f = −(p · prediction + q x) and ε matters, so q x is left out of both. For "x0"
+    and "v" near α = 0, f equals q x except for a part of order α. If q x were not left out, r1,
+    which weighting="native" divides by p ~ α, would be the rounding error of a difference.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -71,12 +74,12 @@ class DSMTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or for the rows that a fraction chose; None at order 1,
-            and with probes=Paired() if its weight is the number 0.
-        trace: rt²/d², in the same shape; None at order 1.
-        third: ‖r3‖²/d³, in the same shape; None below order 3.
+        second: ‖r2‖²/d², of shape (B,), or only for the rows that `fraction` selected; None at
+            order 1, and with probes=Paired() if the weight of this term is the number 0.
+        trace: rt²/d², in the shape of `second`; None at order 1.
+        third: ‖r3‖²/d³, in the shape of `second`; None below order 3.
 
-    If the last weights are the number 0, the order is that of the remaining terms.
+    If each of the last weights is the number 0, the order is lower than the order of the loss.
     """
 
     first: Tensor
@@ -85,13 +88,13 @@ class DSMTerms(NamedTuple):
     third: Tensor | None = None
 
     def __repr__(self) -> str:
-        """The terms by their shape."""
+        """Return the name and the shape of each term."""
         terms = (f"{name}={shown(term)}" for name, term in self._asdict().items())
         return f"{type(self).__name__}({', '.join(terms)})"
 
 
 class Logged:
-    """Attaches t and rows to logged terms, so that they survive repacking by DDP.
+    """Attaches t and rows to logged terms, so that both survive repacking by DDP.
 
     Wrappers such as DistributedDataParallel with static_graph=True rebuild named tuples from their
     entries, so the first entry also carries t and rows.
@@ -101,7 +104,7 @@ class Logged:
     rows: Tensor | None
 
     def __getattr__(self: Any, name: str) -> Any:
-        """Return t or rows of a rebuilt tuple."""
+        """Return t or rows after a wrapper has rebuilt the tuple."""
         logged = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
         if name not in logged:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -109,12 +112,12 @@ class Logged:
 
 
 class LoggedTerms(Logged, DSMTerms):
-    """Detached terms with their times and rows; unpacks to the four terms, like `DSMTerms`.
+    """Detached terms with their times and rows; like `DSMTerms`, they unpack to the four terms.
 
     Attributes:
         t: the times of the batch, (B,).
-        rows: the rows that a fraction chose for the higher terms, in their order; None for all, or
-            where there are none.
+        rows: the rows that `fraction` selected for the higher terms, in the order of these terms;
+            None if all rows have higher terms, or if there are no higher terms.
     """
 
 
@@ -122,11 +125,11 @@ class NoisyBatch(NamedTuple):
     """Perturbed data with their targets."""
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
-    t: Tensor  # (B,), as the caller gave them
-    noise: Tensor  # ε − q x, or the targets' replacement of ε, (B, *)
+    t: Tensor  # (B,), in the units of the caller
+    noise: Tensor  # ε − q x, where the targets may have replaced ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    dimensions: int  # d, of a sample, or of the subspace of the data
-    moments: NoiseMoments | ControlledMoments | None = None  # of targets of less noise
+    dimensions: int  # d of a sample, or of the subspace of the data
+    moments: NoiseMoments | ControlledMoments | None = None  # of less noisy targets
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
@@ -137,7 +140,7 @@ class NoisyBatch(NamedTuple):
     def cumulants(
         self, v: Tensor, ell: Tensor, *, third: bool = False
     ) -> tuple[Tensor, Tensor | float]:
-        """v − C₂v and C₃(v, v, ·) from v and ℓ, which are v and 0 for the drawn noise."""
+        """Return v − C₂v and C₃(v, v, ·) from v and ℓ; for the drawn noise, they are v and 0."""
         if self.moments is None:
             return v, 0.0
         v_minus_C2v, C3v = cumulants(self.moments, v, ell, third=third)
@@ -145,7 +148,7 @@ class NoisyBatch(NamedTuple):
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over the elements of a sample, of two tensors (K, B, *) to (K, B)."""
+    """Return the inner products (K, B) of two tensors (K, B, *) over the elements of a sample."""
     return sum_elements(a * b)
 
 
@@ -155,26 +158,27 @@ def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
 
 
 def mean_over_probes(estimates: Tensor) -> Tensor:
-    """The mean over the first dimension."""
+    """Return the mean over the first dimension."""
     return estimates.squeeze(0) if len(estimates) == 1 else estimates.mean(0)
 
 
 def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
-    """r1 = f + ε (1, B, *) from the network's prediction at x, in float32 at least."""
+    """Return r1 = f + ε, (1, B, *), from the network's prediction at x, in at least float32."""
     p, _ = model.model.affine(model.t, batch.x)
     value = -(prediction if p is None else p * prediction)
     return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
 
 
 def first_term(residual: Tensor, dimensions: int) -> Tensor:
-    """‖r1‖²/d, (B,), of r1 (K, B, *)."""
+    """Return ‖r1‖²/d, (B,), for residuals r1 (K, B, *)."""
     return mean_over_probes(sum_elements(residual.square())) / dimensions
 
 
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """r2 (K, B, *), rt (K, B) and the G at which r3 is zero, from ℓ, D + v (or D + v − C₂v) and v.
+    """Return r2 (K, B, *), rt (K, B) and the target of G, which is the G at which r3 is zero.
 
-    The Laplacian form σ² ∂²f[v, v] equals G where ∂f/∂x is symmetric, and may replace it.
+    `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets. The Laplacian form σ² ∂²f[v, v]
+    equals G where ∂f/∂x is symmetric, and may replace G.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -186,7 +190,7 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
-    """The terms of each sample: squared residuals along probes (K, B, *), or all unit vectors."""
+    """Return each sample's terms: squared residuals along probes (K, B, *) or all unit vectors."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(
@@ -198,14 +202,14 @@ def squared_terms(
         laplacian=options.third == "laplacian" and order == 3,
         summed=exact,
     )
-    # Without q x, which is also omitted from the noise.
+    # f is computed without q x, which the noise leaves out as well.
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
-    r1 = f + noise  # f + q x, and ε − q x
+    r1 = f + noise  # the sum of f + q x and ε − q x
     ell = r1.detach()
     v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
     r2, trace, target = higher_residuals(ell, Dv + v_minus_C2v, v)
-    # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
+    # Over all unit vectors, ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second_term = sum_elements(r2.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
     first, trace_term = first_term(r1, batch.dimensions), mean_over_probes(trace.square())
@@ -220,7 +224,7 @@ def squared_terms(
 
 
 def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
-    """Raise if a loss on the CPU is not finite, naming the term and the times that caused it."""
+    """Raise an error if a loss on the CPU is not finite, naming the terms or times at fault."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}
@@ -238,9 +242,9 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but not the terms "
             f"{', '.join(names)}. A root or a norm has no derivative at zero: add a small number "
-            "inside it. check_derivatives(model, x0) names the module."
+            "inside it. check_derivatives(model, x0) names the module at fault."
         )
     raise ValueError(
-        "loss: expected a finite value; its terms are finite, but not with their weights and "
-        "weighting."
+        "loss: expected a finite value; its terms are finite, but not after they are multiplied "
+        "by the weights and the weighting."
     )

@@ -1,31 +1,33 @@
 r"""The times that a loss draws, and the factors applied to its terms at these times.
 
-Formula for the factor of the first term; that of the higher terms is 1:
+Formula for the factor of the first term (the factor of the higher terms is 1):
     "noise"        1
-    "native"       the squared error of the network's own prediction, 1/p² for ε̂ = p · prediction
-                   + q x: the loss of trainers that apply no other weighting
-    EDMWeighting   1 + (σ̂/σ_d)²: the loss of EDM's trainer, λ(σ) ‖x̂₀ − x₀‖² with
+    "native"       1/p² for ε̂ = p · prediction + q x, which gives the squared error of the
+                   network's own prediction: the loss of trainers that apply no other weighting
+    EDMWeighting   1 + (σ̂/σ_d)², which gives the loss of EDM's trainer: λ(σ) ‖x̂₀ − x₀‖² with
                    λ(σ) = (σ² + σ_d²)/(σ σ_d)²
-    "likelihood"   ½ (g²/σ²) d over the density of t, so that the first term is an unbiased
-                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. A t given by the caller counts as
-                   uniform.
-    a callable     W(t), for the higher terms as well
+    "likelihood"   ½ (g²/σ²) d divided by the density of t, so that the first term is an unbiased
+                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt; times that the caller passes count as
+                   uniform
+    a callable     W(t), which is also the factor of the higher terms
 
     With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁]. Weightings other than
-    "likelihood" are multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that
-    a sampler changes the variance of a loss but never its mean. "likelihood", for which this
-    sampler is the default, becomes the constant (u₁ − u₀) d. Compared with "noise", the first term
-    then counts d g²/(2σ² p) times as much, so new weights have to be chosen.
+    "likelihood" are then multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
+    density of t, so that a sampler changes the variance of a loss but never its mean. With
+    "likelihood", for which this sampler is the default, the factor becomes the constant
+    (u₁ − u₀) d. The first term then counts d g²/(2σ² p) times as much as with "noise", so the
+    weights of the terms have to be chosen anew.
 
-    Under a table, t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀),
-    where w_i is the width in log σ̂ of the region closest to u_i. In the formulas above, w_i
-    replaces du/dt and 1/N replaces p: integrals over u become trapezoidal sums.
+    If the schedule is a table, t is an index i, which "log_sigma_hat" draws with the probability
+    w_i/(u₁ − u₀). Here w_i is the length of the interval of log σ̂ in which u_i is the closest
+    entry. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that integrals over u
+    become trapezoidal sums.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
-    theorem 1 and appendix B; g²/σ² = 2 d log σ̂/dt makes the importance density uniform in log
-    σ̂ for every schedule. Karras et al., "Elucidating the Design Space of Diffusion-Based
-    Generative Models", arXiv 2206.00364, table 1, for λ.
+    theorem 1 and appendix B. Since g²/σ² = 2 d log σ̂/dt, the importance-sampling density is
+    uniform in log σ̂ for every schedule. λ is from Karras et al., "Elucidating the Design Space of
+    Diffusion-Based Generative Models", arXiv 2206.00364, table 1.
 """
 
 from collections.abc import Callable
@@ -52,15 +54,16 @@ from hosm_losses.schedules import Schedule
 class EDMWeighting:
     """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
 
-    With λ(σ) = (σ² + σ_d²)/(σ σ_d)², that loss is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that
-    the network implies, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
+    The loss of the trainer is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
+    the denoiser that the network implies, whatever the network predicts, and σ is the noise in
+    units of the data, σ̂ = σ/α.
 
     Args:
-        sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
+        sigma_data: σ_d, the standard deviation that the trainer assumes for the data.
 
     Raises:
         TypeError: if sigma_data is not a number.
-        ValueError: if it is not finite and above 0.
+        ValueError: if sigma_data is not finite and above 0.
 
     Example:
         >>> EDMWeighting()
@@ -87,7 +90,7 @@ TimeSampler = Sampler | DrawTime | None
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
-    """Raise unless these are a valid weighting and time sampler."""
+    """Raise an error unless the weighting and the time sampler are valid."""
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
         raise ValueError(error_message("weighting", expected, weighting, got=got))
@@ -96,8 +99,8 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
         check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
     if higher != "noise" and not callable(higher):
         raise (ValueError if isinstance(higher, str | EDMWeighting) else TypeError)(
-            "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
-            f"the pair; got {higher!r}, which only applies to the first term."
+            "weighting: expected 'noise' or a callable of t for the higher terms, second in the "
+            f"pair; got {higher!r}, which only applies to the first term."
         )
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
@@ -107,7 +110,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
 def _resolve(
     weighting: Weighting, time_sampler: TimeSampler
 ) -> tuple[TermWeighting, TermWeighting, Sampler | DrawTime]:
-    """The weightings of the first term and of the higher terms, and the time sampler."""
+    """Return the weightings of the first term and of the higher terms, and the time sampler."""
     if isinstance(weighting, tuple):
         first, higher = weighting
     else:
@@ -150,8 +153,8 @@ def time_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t. Other times count as uniform. `dimensions` is d; None
-    means that of x0.
+    `drawn` says whether `draw_time` drew t; other times count as uniform. `dimensions` is d; None
+    means the number of elements of a sample of x0.
     """
     first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
@@ -162,7 +165,7 @@ def time_factors(
     indices = not t.is_floating_point()
 
     def rate() -> Tensor:
-        """du/dt = g²/(2σ²), or the width w_i for an index."""
+        """Return du/dt = g²/(2σ²), or w_i for an index i."""
         if indices:
             above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
             return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
@@ -170,7 +173,7 @@ def time_factors(
 
     span = _range(schedule)[1] if importance else None
     ratio = 1.0
-    # The first term under "likelihood" needs no density.
+    # The factor of the first term with "likelihood" needs no density.
     if span is not None and not (first == "likelihood" and order == 1):
         ratio = schedule.time_density(time) * span / rate()
 
@@ -197,7 +200,7 @@ def time_factors(
 def _call_weighting(
     weighting: Callable[[Tensor], Tensor], model: ScoreModel, x0: Tensor, t: Tensor
 ) -> Tensor:
-    factor = weighting(t.clone())  # a copy, as it may write to its argument
+    factor = weighting(t.clone())  # a copy, since it may write to its argument
     like = model.coefficients(t, x0)[1]
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)
@@ -208,7 +211,7 @@ def _call_weighting(
 
 
 def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """u₀ and u₁ − u₀ as 0-dim tensors, which torch.compile need not read back."""
+    """Return u₀ and u₁ − u₀ as 0-dim tensors, so that torch.compile need not read their values."""
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
     low, high = schedule.log_sigma_hat(ends).unbind()
     return low, high - low

@@ -4,8 +4,8 @@
 - `bound`: `BoundModel`, the network's prediction as a function of x, for fixed times and
   conditions.
 - `posterior`: the mean and covariance of clean data given noised data.
-- `conditions`: which tensors of model_kwargs belong to the samples.
-- `subspace`: the linear subspace that data fill, given by its projection.
+- `conditions`: which tensors of model_kwargs are per sample.
+- `subspace`: the linear subspace that contains the data, defined by its projection.
 """
 
 from hosm_losses.model.bound import BoundModel as BoundModel

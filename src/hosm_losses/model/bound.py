@@ -1,8 +1,9 @@
 r"""A score model bound to times and conditions: the network's prediction as a function of x.
 
 Formula:
-    ε̂ is affine in the network's prediction and x, ε̂ = p · prediction + q x. For f = −ε̂ that is
-    D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the prediction.
+    ε̂ is affine in the network's prediction and in x: ε̂ = p · prediction + q x. Therefore f = −ε̂
+    has the derivatives D_f = −(p D + q w), G_f = −p G and C_f = −p C, where D, G and C are the
+    derivatives of the prediction.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,21 +20,22 @@ from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_not
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
 
-# Which safe primitives are active: all, those that a sample's first derivative needs, or none.
+# Which safe primitives are active: all, those for the first derivative of one sample, or none.
 Primitives = Literal["all", "one sample", "none"]
 
 
-@dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
+# With eq=True, torch.compile of PyTorch 2.6 would hash an instance before its fields are set.
+@dataclass(frozen=True, eq=False)
 class BoundModel:
-    """The network's prediction as a function of only x (B, *).
+    """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction rather than f = −ε̂: the term in x in f would hide that a
-    network has lost its own graph.
+    Engines differentiate the prediction rather than f = −ε̂, because the term q x in f would hide
+    that a network has lost its own graph.
 
     Attributes:
         model: the score model.
         t: the times (B,); None until `at` sets them.
-        kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
+        kwargs: the network's keyword arguments, bound to the batch as described in `conditions`.
         batch: the number of samples that the arguments were bound to.
         primitives: which of the safe primitives are active.
     """
@@ -45,12 +47,12 @@ class BoundModel:
     primitives: Primitives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The prediction at x; the network gets its own copies of the arguments."""
-        # A Jet has its own rules.
+        """Return the prediction at x; the network is called with copies of the arguments."""
+        # A Jet uses its own rules instead of the primitives.
         all_of_them = self.primitives == "all" and not isinstance(x, Jet)
-        # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
+        # PyTorch's own gradient of instance norm is wrong for one sample in channels_last.
         one_sample = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
-        # A network may write to its arguments, even shared ones, and is called several times.
+        # A network is called several times and may write to its arguments, even to shared ones.
         kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
         with safe_primitives(all_of_them or one_sample, of_one_sample=one_sample):
             if torch.compiler.is_compiling() or len(x) == self.batch:
@@ -68,11 +70,11 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """The same model with PyTorch's own operators, enough for values and first derivatives."""
+        """The model with PyTorch's operators, which suffice for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
-        # Not by dataclasses.replace, which torch.compile of 2.6 does not follow.
+        # torch.compile of PyTorch 2.6 does not support dataclasses.replace.
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
     def at(self, t: Tensor) -> "BoundModel":
@@ -93,15 +95,15 @@ class BoundModel:
         return self._with(copies(self.t), per_sample(self.kwargs, lambda _, own: copies(own)))
 
     def f(self, x: Tensor) -> Tensor:
-        """f = −ε̂ at x."""
+        """Return f = −ε̂ at x."""
         return -apply_affine(self(x), x, *self.model.affine(self.t, x))
 
     def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
-        """f, D and G or C at x along directions w (K, B, *); see `derivatives.derive`."""
+        """Return f, D, and G or C at x along directions w (K, B, *); see `derivatives.derive`."""
         return self.of_f(derive(self, x, w, **options), x, w)
 
     def of_f(self, prediction: Derivatives, x: Tensor | None, w: Tensor) -> Derivatives:
-        """The derivatives of f from those of the prediction at x; without x those of f + q x."""
+        """Convert the prediction's derivatives to derivatives of f, or of f + q x if x is None."""
         p, q = self.model.affine(self.t, prediction.value[0])
         third = prediction.third
         return Derivatives(
@@ -113,7 +115,7 @@ class BoundModel:
     def derive_with_products(
         self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any
     ) -> Products:
-        """f + q x, D and G or C, with (∂f/∂x)ᵀ c and perhaps ∂f/∂x c; c = cotangent(f + q x)."""
+        """Return f + q x, D, G or C, (∂f/∂x)ᵀ c and possibly ∂f/∂x c; c is cotangent(f + q x)."""
         p, q = self.model.affine(self.t, x)
 
         def of_prediction(value: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def bind_model(
 ) -> BoundModel:
     """Bind the network's keyword arguments, and times (B,), to a batch.
 
-    `graph` says whether its derivatives are differentiated again.
+    `graph` says whether the network's derivatives are differentiated again.
     """
     kwargs = map_tensors(bind(model_kwargs, batch), leave_inference_mode) if model_kwargs else {}
     primitives = ("all" if graph else "one sample") if model.primitives else "none"
@@ -147,19 +149,19 @@ def bind_model(
     )
 
 
-SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
-# Names of classes, so that nothing of torch.distributed has to be imported.
+SCRIPTED = "ScriptModule"  # the class of traced and scripted modules in torch.jit
+# The names of the classes suffice, so torch.distributed need not be imported.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
 WRAPPERS |= {"OptimizedModule", SCRIPTED}
 WRAP_THE_LOSS = (
-    "Wrap the loss module as a whole, with DistributedDataParallel, fully_shard or torch.compile "
-    "around ThirdOrderDSM(ScoreModel(network, schedule)), and pass it the inner network, such as "
-    "model.module."
+    "Wrap the loss module as a whole: put DistributedDataParallel, fully_shard or torch.compile "
+    "around ThirdOrderDSM(ScoreModel(network, schedule)), where network is the inner network, "
+    "such as model.module."
 )
 
 
 def refuse_wrapped(network: object) -> None:
-    """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
+    """Raise TypeError for a network in DDP or with compiled, scripted or sharded parts."""
     wrappers, kinds = set[str](), set[type]()
     for part in network.modules() if isinstance(network, nn.Module) else [network]:
         kinds.add(type(part))

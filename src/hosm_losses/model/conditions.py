@@ -1,11 +1,12 @@
-r"""A network's keyword arguments, and which of their tensors belong to the samples.
+r"""A network's keyword arguments, and which of their tensors are per sample.
 
 Purpose:
-    Losses evaluate some rows of a batch, or every row several times, so a sample's conditions have
-    to follow it. A tensor whose first dimension is the batch size is taken to be per sample, in
-    dicts, lists, tuples, named tuples, dataclasses, namespaces and other mappings. A table that
-    happens to be as long as the batch must be marked: `Shared(table)`. The decision is made once,
-    when the arguments are bound to a batch: `bind` marks everything that is shared.
+    Losses evaluate some rows of a batch, or repeat every row, so the conditions of a sample have
+    to be selected and repeated with the sample. A tensor whose first dimension is the batch size
+    is taken to be per sample, also inside dicts, lists, tuples, named tuples, dataclasses,
+    namespaces and other mappings. A shared table that happens to be as long as the batch must be
+    marked as `Shared(table)`. The decision is made once, when the arguments are bound to a batch:
+    `bind` marks everything that is shared.
 """
 
 import copy
@@ -24,8 +25,8 @@ from hosm_losses._torch_internals import is_traced
 class Shared:
     """Marks a value in `model_kwargs` that all samples share; the network gets the value itself.
 
-    Needed only for a tensor whose first dimension may equal the batch size, such as a table of
-    positions. `check_derivatives` names the tensors that need it.
+    The mark is only needed for a tensor whose first dimension may equal the batch size, such as a
+    table of positions. `check_derivatives` names the tensors that need the mark.
 
     Args:
         value: a tensor, or a container of tensors, that all samples share.
@@ -45,18 +46,18 @@ class Shared:
         self.value = value
 
     def __repr__(self) -> str:
-        """The shapes of the tensors that it holds."""
+        """Return the shapes of the tensors in the value."""
         tensors = ", ".join(map(shown, tensors_in(self.value)))
         return f"Shared({tensors or repr(self.value)})"
 
 
-# Takes a path such as model_kwargs['cond'][0], and the tensor or the Shared at that path.
+# A function of a path, such as model_kwargs['cond'][0], and of the tensor or Shared at that path.
 Visit = Callable[[str, Any], Any]
 
 
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
-    """Replace every tensor and every Shared; return a container without any unchanged."""
-    # For torch.compile: no unions of types, and exact container types first.
+    """Replace every tensor and every Shared; a container with neither is returned unchanged."""
+    # For torch.compile, no types are joined by |, and exact container types come first.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
     if type(value) is dict:
@@ -89,7 +90,7 @@ def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
     for key, entry in entries.items():
         if isinstance(value, MutableMapping | list):
             new[key] = entry
-        else:  # a dataclass, frozen perhaps, or a namespace
+        else:  # a dataclass, possibly frozen, or a namespace
             object.__setattr__(new, key, entry)
     return new
 
@@ -112,7 +113,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments with everything that does not belong to the samples marked Shared."""
+    """Return the arguments, with everything that is not per sample marked as Shared."""
 
     def visit(_path: str, entry: Any) -> Any:
         own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch
@@ -122,7 +123,7 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
         labels = isinstance(value, np.ndarray) and value.ndim > 0
         labels = labels or (isinstance(value, list) and not tensors_in(value))
         if labels and len(value) == batch:
-            expected = "a tensor for what belongs to the samples, which is split with them"
+            expected = "a tensor for per-sample values, so that they are split with the samples"
             got = f"{describe_value(value)} as long as the batch"
             remedy = "Pass a tensor, or Shared(...) if all samples share it."
             warn(error_message(f"model_kwargs[{name!r}]", expected, value, remedy, got=got))
@@ -130,7 +131,7 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
 
 
 def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
-    """Apply function(path, tensor) to each per-sample tensor in bound arguments."""
+    """Apply function(path, tensor) to each per-sample tensor in the bound arguments."""
     return _walk(
         kwargs, lambda path, entry: entry if isinstance(entry, Shared) else function(path, entry)
     )
@@ -146,7 +147,7 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Return a note for a network's error: how many rows it was called with, and the shapes."""
+    """Return a note for a network's error, with the number of rows in the call and the shapes."""
     split: list[str] = []
     unchanged: list[str] = []
 
@@ -159,11 +160,11 @@ def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
     _walk(kwargs, visit)
     note = (
         f"The network was called with {rows} rows for a batch of {batch}: probes repeat samples, "
-        "fraction and batch_size select some."
+        "and fraction and batch_size select some of them."
     )
     if split or unchanged:
         note += (
-            f" The rows were followed by {', '.join(split) or 'none'}; passed unchanged: "
+            f" Passed per sample: {', '.join(split) or 'none'}; passed unchanged: "
             f"{', '.join(unchanged) or 'none'}. Pass per-sample tensors as (B, ...)."
         )
     return note

@@ -1,16 +1,17 @@
 r"""The posterior p(x₀ | x_t) of clean data implied by a network: its mean and covariance.
 
-Formula, Tweedie's of first and second order, with s = ∇ log q_t:
+Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
     Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
 
-    x̂₀ = p · prediction + q x is affine in the network's prediction, so that the last is σ²/α (p
-    ∂prediction/∂x + q I). For a network that predicts x₀, it is σ²/α times its Jacobian. For
-    others, both parts are about 1/α and their sum is about α/σ²: σ̂² times smaller.
+    x̂₀ = p · prediction + q x is affine in the network's prediction, so the covariance is
+    σ²/α (p ∂prediction/∂x + q I). If the network predicts x₀, the covariance is σ²/α times the
+    network's Jacobian. For other predictions, p ∂prediction/∂x and q I are both about 1/α, and
+    their sum is about α/σ², which is σ̂² times smaller.
 
 Source:
-    Efron, "Tweedie's formula and selection bias" (2011); Meng et al., arXiv 2111.04726, and
-    Boys et al., arXiv 2310.06721, for the covariance.
+    Efron, "Tweedie's formula and selection bias" (2011). The covariance is in Meng et al., arXiv
+    2111.04726, and in Boys et al., arXiv 2310.06721.
 """
 
 from collections.abc import Mapping
@@ -42,44 +43,44 @@ Probes = Literal["exact"] | Hutchinson
 class PosteriorCovariance:
     """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    Nothing is stored: each method calls the network once, or twice for a product with the
-    symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, nor its
-    symmetric part positive.
+    No matrix is stored: each method calls the network once, or twice for a product with the
+    symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, and its
+    symmetric part need not be positive.
     """
 
-    _bound: BoundModel  # with PyTorch's own operators, whose first derivatives are right
-    _bound_twice: BoundModel  # with those that can be differentiated twice
+    _bound: BoundModel  # uses PyTorch's own operators, whose first derivatives are right
+    _bound_twice: BoundModel  # uses operators that can be differentiated twice
     _x: Tensor
-    _scale: Tensor  # σ²/α, as x
+    _scale: Tensor  # σ²/α, expanded to the dimensions of x
     _affine: tuple[Tensor | None, Tensor | None]
 
     def __repr__(self) -> str:
-        """The shape of the samples."""
+        """Return the number and the shape of the samples."""
         count, *shape = self._x.shape
         return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """The symmetric part of the covariance times v, for each sample."""
+        """Return the symmetric part of the covariance times v, for each sample."""
         return self.product(v)
 
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
-        """The covariance of each sample times its part of v.
+        """Return the products of each sample's covariance with its vectors in v.
 
-        All K vectors share one forward pass, with a backward pass each. The symmetric part also
-        needs derivatives along v, which more than doubles the time.
+        All K vectors share one forward pass, and each vector needs one backward pass. The
+        symmetric part also needs derivatives along v, which more than double the time.
 
         Args:
             v: vectors (B, *), or K of them for each sample, (K, B, *).
-            symmetric: whether to use the symmetric part, as a covariance is symmetric; False gives
-                σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same if the
-                network is itself a gradient.
+            symmetric: True uses the symmetric part of the operator, since covariances are
+                symmetric. False gives σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v with respect
+                to x. Both products are equal if the network is itself the gradient of a function.
 
         Returns:
             The products, in the shape of v, without a graph.
 
         Raises:
             TypeError: if v is not a tensor.
-            ValueError: if it has another shape.
+            ValueError: if v has another shape.
             DerivativeError: if the network cannot be differentiated.
         """
         x = self._x
@@ -99,7 +100,7 @@ class PosteriorCovariance:
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Variances (B, *) of the elements: exact, or the mean of v ∘ Σᵀv over random probes."""
+        """Return the variances (B, *): exact, or the mean of v ∘ Σᵀv over random probes v."""
         x = self._x
         if isinstance(probes, Hutchinson):
             rng = check_generator(generator, x.device)
@@ -111,7 +112,7 @@ class PosteriorCovariance:
         with torch.no_grad(), outside_inference_mode():
             _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
             identity = torch.ones_like(x)
-            if self._bound.model.subspace is not None:  # the diagonal of the projection
+            if self._bound.model.subspace is not None:  # the identity becomes the projection
                 units, project = unit_vector_chunks(x[:1]), self._bound.model.project
                 squares = torch.cat([sum_elements(project(unit, 2) * unit) for unit in units])
                 identity = squares.reshape(1, *x.shape[1:]).to(x.dtype).expand_as(x)
@@ -119,11 +120,11 @@ class PosteriorCovariance:
         return self._scale * apply_affine(jacobian, identity, *self._affine)
 
     def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
-        """Sums (B,) of the variances, as `diagonal` gives them."""
+        """Return the sums (B,) of the variances that `diagonal` returns."""
         return sum_elements(self.diagonal(probes, generator), 1)
 
     def dense(self) -> Tensor:
-        """The symmetric part as matrices (B, d, d), from d backward passes."""
+        """Return the symmetric part as matrices (B, d, d), using d backward passes."""
         x = self._x
         with torch.no_grad(), outside_inference_mode():
             rows = torch.cat(list(pull_backs(self._bound, x, unit_vector_chunks(x))))
@@ -138,7 +139,7 @@ class DenoisingPosterior:
     """The mean and covariance of clean data x₀ given x at time t, as implied by a model.
 
     Attributes:
-        mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` has one.
+        mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` returns it with a graph.
         covariance: Cov[x₀ | x], an operator.
     """
 
@@ -146,7 +147,7 @@ class DenoisingPosterior:
     covariance: PosteriorCovariance
 
     def __repr__(self) -> str:
-        """Both by their shape."""
+        """Return the shapes of the mean and of the covariance."""
         return f"DenoisingPosterior(mean={shown(self.mean)}, covariance={self.covariance!r})"
 
 
@@ -159,23 +160,23 @@ def denoising_posterior(
 ) -> DenoisingPosterior:
     """Return the mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
-    The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, it is computed
-    as σ²/α times the Jacobian. For other predictions, it is a difference that loses digits as σ̂²
-    grows: in float32, all of them if σ̂ exceeds a few hundred.
+    The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, the covariance is computed
+    as σ²/α times the network's Jacobian. For other predictions, the covariance is a difference
+    that loses digits as σ̂² grows: in float32, all digits are lost if σ̂ exceeds a few hundred.
 
     Args:
         model: the score model.
         x: the noised batch (B, *).
-        t: its times (B,), in the schedule's units.
+        t: the times (B,) of x, in the schedule's units.
         model_kwargs: keyword arguments of the network.
 
     Returns:
         The posterior, with `.mean` (B, *) and `.covariance`, an operator with `@ v`, `diagonal`,
-        `trace` and `dense`. Nothing in it has a graph.
+        `trace` and `dense`. None of the results has a graph.
 
     Raises:
-        TypeError: if the network is compiled or parallel, or an argument has the wrong type or
-            dtype.
+        TypeError: if the network is compiled or wrapped for parallel training, or if an argument
+            has the wrong type or dtype.
         ValueError: if an argument has the wrong shape or device, or a time is out of range.
 
     Example:

@@ -1,23 +1,23 @@
 r"""`ScoreModel`: a network with its schedule and prediction, as a predictor of the noise.
 
 Purpose:
-    Every prediction is converted to a function ε̂(x, t) that estimates the noise ε in x = α x₀ + σ
-    ε. No other file distinguishes kinds of prediction.
+    Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
+    x = α x₀ + σ ε. No other file distinguishes kinds of prediction.
 
 Formula:
     epsilon            ε̂ = network
     score              ε̂ = −σ s
-    x0                 ε̂ = (x − α x̂₀)/σ              an EDM denoiser, under EDMSchedule, is one
+    x0                 ε̂ = (x − α x̂₀)/σ              for example, an EDM denoiser (EDMSchedule)
     v                  ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
     velocity           ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
 
-    A network that should predict a x₀ + b ε has ε̂ = p · prediction + q x with p = α/w and
-    q = −a/w, w = α b − σ a; and x̂₀ the same with p = −σ/w and q = b/w.
+    If the network's target is a x₀ + b ε, let w = α b − σ a. Then ε̂ = p · prediction + q x with
+    p = α/w and q = −a/w, and x̂₀ = p · prediction + q x with p = −σ/w and q = b/w.
 
-    "x0" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
+    For "x0", ε̂ is a difference divided by σ: as σ → 0, ε̂ and its derivatives lose digits.
 
 Source:
-    Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
+    v is from Salimans and Ho, arXiv 2202.00512; u is from Lipman et al., arXiv 2210.02747.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from hosm_losses.taylor import Jet
 
 Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
 Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
-"""The quantity that a network predicts; the last four are diffusers' names and a synonym."""
+"""The quantity that a network predicts; the last four are synonyms, three from diffusers."""
 SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
-    "If it is wrapped in fully_shard, its parameters are sharded between the steps: call "
-    "unshard() on the sharded loss module in every process before, and reshard() after."
+    "If the network is wrapped in fully_shard, its parameters are sharded between the steps: call "
+    "unshard() on the sharded loss module in every process before this call, and reshard() after."
 )
 CALLED = (
     "The network was called as network(x, t{}); other arguments go into model_kwargs. If its "
@@ -70,33 +70,35 @@ CALLED = (
 
 
 class ScoreModel(nn.Module):
-    """A network with its schedule and prediction.
+    """A network with its noise schedule and the quantity that it predicts.
 
-    It registers only the network, as `network`, so that its state_dict is that of the network with
-    this prefix, unless `time`, `output` or `call` is a Module.
+    The model registers only the network, as the submodule `network`, unless `time`, `output` or
+    `call` is a Module. The state_dict of the model is therefore the network's state_dict with the
+    prefix "network.".
 
     Args:
-        network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
-            nn.Module, or any callable. If a function calls a module, that module is not part of
-            the model: `train()`, `eval()`, `to()` and `parameters()` do not reach it, and
-            copy.deepcopy of the model raises TypeError.
-        schedule: the noise schedule with which it was trained.
+        network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
+            shape (B, *) and t of shape (B,). If the network is a function that calls a module, the
+            module is not part of the model: `train()`, `eval()`, `to()` and `parameters()` do not
+            reach the module, and copy.deepcopy of the model raises TypeError.
+        schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
             data to noise; also "flow_prediction"). Synonyms are stored under the first name.
-        time: the conversion of t to the network's time: a factor, or a callable of t. None passes
-            t itself.
+        time: the conversion of t to the network's time: a factor, or a callable of t. If None,
+            t itself is passed.
         output: selects the prediction from the network's output, for example
-            `operator.attrgetter("sample")`. None uses the output itself.
+            `operator.attrgetter("sample")`. If None, the output is the prediction.
         call: calls a network with a different signature, as `call(network, x, time, **kwargs)`.
-            None calls `network(x, time, **kwargs)`.
+            If None, the network is called as `network(x, time, **kwargs)`.
         primitives: whether the losses of orders two and three use the safe primitives.
-        subspace: the orthogonal projection onto the subspace that the data fill, for example if
-            their centre of mass is removed: a callable of samples (n, *), which treats all samples
-            alike and accepts any n and floating dtype; or a pair (projection, dimensions), which
-            is required for samples of more than 4,096 elements. Noise, probes, latents and
-            predictions are projected, and d is the dimension of the subspace. The first call with
-            samples of a given shape checks the projection, and reads a value back to the host.
+        subspace: the orthogonal projection onto the subspace that contains the data, for example
+            if their centre of mass is removed. The projection is a callable of samples (n, *) that
+            treats all samples alike and accepts any n and any floating dtype. For samples of more
+            than 4,096 elements, `subspace` must be a pair (projection, dimensions). Noise, probes,
+            latents and predictions are projected, and d is the dimension of the subspace. The
+            first call with samples of a given shape checks the projection and reads a value back
+            to the host.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
@@ -153,9 +155,12 @@ class ScoreModel(nn.Module):
         self._subspaces: dict[Any, Subspace] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the model; raise TypeError for a function, whose weights a copy would share."""
+        """Copy the model; raise TypeError if the network is a function.
+
+        The copy of a function would share the weights that the function uses.
+        """
         if not isinstance(self.network, nn.Module):
-            remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
+            remedy = "Pass a module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
             raise TypeError(
                 error_message("network", "an nn.Module in a model to copy", self.network, remedy)
             )
@@ -165,13 +170,13 @@ class ScoreModel(nn.Module):
         """Copy the model, but not functions or the modules that they refer to."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        # Not its __dict__: what .compile() has put there calls the original.
+        # Without copying __dict__: the function that .compile() puts there calls the original.
         state: Any = self.__getstate__()
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments other than defaults and modules, for print."""
+        """Return the constructor's arguments for print, leaving out defaults and modules."""
         parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
         for name in ("network", "time", "output", "call", "subspace"):
             if (value := vars(self).get(name)) is not None:
@@ -179,24 +184,24 @@ class ScoreModel(nn.Module):
         return ", ".join(parts + ["primitives=False"] * (not self.primitives))
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """The noise ε̂(x, t): the same as `noise`."""
+        """Return the predicted noise ε̂(x, t), like `noise`."""
         return self.noise(x, t, **kwargs)
 
     def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """ε̂(x, t), the predicted noise.
+        """Return ε̂(x, t), the predicted noise.
 
         Args:
             x: the noised batch (B, *).
-            t: its times (B,), in the schedule's units.
+            t: the times (B,) of x, in the schedule's units.
             kwargs: passed to the network unchanged.
 
         Returns:
             ε̂, in the shape of x.
 
         Raises:
-            TypeError: if the network does not return a real tensor, or t holds integers and the
-                schedule is not a table.
-            ValueError: if its output differs in shape from x, or t is out of range.
+            TypeError: if the network does not return a real tensor, or if t contains integers and
+                the schedule is not a table.
+            ValueError: if the network's output differs in shape from x, or if t is out of range.
         """
         self._check_times(t)
         x = self.project(x)
@@ -204,12 +209,15 @@ class ScoreModel(nn.Module):
 
     def _check_times(self, t: Tensor) -> None:
         if not (t.is_floating_point() or self.schedule.integer_time):
-            expected = "floating-point times, as only a DiscreteSchedule takes indices"
+            expected = "floating-point times, since only a DiscreteSchedule takes indices"
             raise TypeError(error_message("t", expected, t))
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
+        """Return (p, q) in ε̂ = p · prediction + q x, expanded to `like`.
+
+        None stands for p = 1 or for q = 0.
+        """
         if self.prediction == "epsilon":
             return None, None
         alpha, sigma, a, b = self._target(t, like)
@@ -219,7 +227,10 @@ class ScoreModel(nn.Module):
         return alpha / wronskian, -a / wronskian
 
     def affine_of_data(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(p, q) in x̂₀ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
+        """Return (p, q) in x̂₀ = p · prediction + q x, expanded to `like`.
+
+        None stands for p = 1 or for q = 0.
+        """
         if self.prediction == "x0":
             return None, None
         alpha, sigma, a, b = self._target(t, like)
@@ -227,7 +238,7 @@ class ScoreModel(nn.Module):
         return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """ε − q x at x = α x₀ + σ ε: p times what the network should predict."""
+        """Return ε − q x at x = α x₀ + σ ε, which is p times the network's target."""
         if self.prediction in ("epsilon", "score"):
             return noise
         alpha, sigma, a, b = self._target(t, x0)
@@ -236,7 +247,7 @@ class ScoreModel(nn.Module):
     def _target(
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
-        """α, σ, a and b of what the network should predict, a x₀ + b ε, expanded to `like`."""
+        """Return α, σ, a and b for the network's target a x₀ + b ε, all expanded to `like`."""
         alpha, sigma = self.coefficients(t, like)
         alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
@@ -250,34 +261,34 @@ class ScoreModel(nn.Module):
         if self.prediction == "velocity":
             alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
             return alpha, sigma, expand_right(alpha_rate, like), expand_right(sigma_rate, like)
-        raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
+        raise ValueError(error_message("prediction", "a kind with a formula", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """Squared error of the network's own prediction per unit squared error of ε̂, (B,)."""
+        """Return the squared error of the prediction per unit squared error of ε̂, (B,)."""
         p, _ = self.affine(t, like)
         return torch.ones_like(self.time_in(t, like)) if p is None else 1 / p.flatten().square()
 
     def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
+        """Return s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
         return -self.noise(x, t, **kwargs) / expand_right(self.coefficients(t, x)[1], x)
 
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
+        """Return x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
         self._check_times(t)
         x = self.project(x)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def project(self, vectors: Tensor, leading: int = 1) -> Tensor:
-        """Return vectors (B, *) projected onto the `subspace`, or unchanged without one.
+        """Return vectors (B, *) projected onto the subspace, or unchanged if `subspace` is None.
 
-        `leading` is the number of dimensions before those of a sample, 2 for probes (K, B, *).
+        `leading` is the number of dimensions before a sample's dimensions: 2 for probes (K, B, *).
         """
         if self.subspace is None:
             return vectors
         rows = vectors if leading == 1 else vectors.flatten(0, leading - 1)
-        rows = rows if isinstance(rows, Jet) else rows.clone()  # it may write to its argument
+        rows = rows if isinstance(rows, Jet) else rows.clone()  # a copy, which may be overwritten
         kind, is_compiling = vectors.device.type, torch.compiler.is_compiling()
-        # PyTorch 2.6 does not trace the question whether there is autocast for a device.
+        # PyTorch 2.6 does not trace the check whether a device supports autocast.
         full = torch.autocast(kind, enabled=False) if is_compiling else without_autocast(kind)
         with full:
             projected = self.subspace(rows)
@@ -291,28 +302,31 @@ class ScoreModel(nn.Module):
         assert self.subspace is not None
         key = tuple(x.shape[1:]), x.dtype
         if key not in self._subspaces:
-            known = "torch._dynamo" in sys.modules  # which the decorator would import
+            known = "torch._dynamo" in sys.modules  # the decorator would import it
             eagerly: Any = torch.compiler.disable(examine) if known else examine
             self._subspaces[key] = eagerly(self.subspace, x, self._dimensions)
         check_on_subspace(name, x, self.project)
         return self._subspaces[key]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(α, σ) at t, of shape (B,), in the precision of t, but at least float32.
+        """Return (α, σ) at t, each of shape (B,), in the precision of t but at least float32.
 
-        For integer t, the precision is that of `like`.
+        For integer t, the precision of `like` is used instead of the precision of t.
         """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return t as the schedule expects it: an integer index in the precision of `like`."""
+        """Return t as the schedule expects it.
+
+        Integer indices are converted to the precision of `like`.
+        """
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """Return the network's prediction, in the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
         call = self.network if self.call is None else partial(self.call, self.network)
-        if torch.compiler.is_compiling():  # a graph that breaks in `try` is not resumed
+        if torch.compiler.is_compiling():  # it cannot resume after a graph break in `try`
             returned = call(x, network_time, **kwargs)
         else:
             try:
@@ -332,8 +346,8 @@ class ScoreModel(nn.Module):
     def network_arguments(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return x, the times and the keyword arguments as the network gets them."""
-        # Copies, as a network may write to its arguments. A Jet is made for it anyway.
+        """Return x, the times and the keyword arguments that are passed to the network."""
+        # Copies, because a network may write to its arguments. A Jet is made for the call anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if self.subspace is not None:
             x = self.project(x)
@@ -344,7 +358,7 @@ class ScoreModel(nn.Module):
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
-        """A note for the error of a network that was called with dtypes other than its own."""
+        """Return a note for an error of a network that was called with the wrong dtypes."""
         if "DTensor" in str(error):
             return UNSHARD
         dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
@@ -354,8 +368,9 @@ class ScoreModel(nn.Module):
             return f"{called} Convert the data with .to({own}), or the network with .to({of_x})."
         if self.schedule.integer_time and of_t.is_floating_point:
             return (
-                f"{called} t may lie between the indices of the table: where the network looks it "
-                "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
+                f"{called} t may lie between the indices of the table: if the network looks up t, "
+                "set ScoreModel(..., time=lambda t: t.round().long()), or let the network "
+                "interpolate."
             )
         if of_t.is_floating_point and of_t != of_x:
             return f"{called} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
@@ -363,14 +378,14 @@ class ScoreModel(nn.Module):
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Whether our call raised this TypeError, rather than code inside the network."""
+    """Return whether our call raised this TypeError, rather than code inside the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """p · part + q x for (p, q) of `ScoreModel.affine`; None stands for 1 and for 0."""
+    """Return p · part + q x for (p, q) from `ScoreModel.affine`; None means 1 or 0."""
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
 
@@ -401,6 +416,6 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     ):
         warn(
             f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got only "
-            "fractions of the first step. Multiply times in [0, 1] by that."
+            "fractions of the first step. Multiply times in [0, 1] by the last index."
         )
     return leave_inference_mode(time)

@@ -1,13 +1,14 @@
-r"""The linear subspace that data fill, such as positions without their centre of mass.
+r"""The linear subspace that contains the data, such as positions without their centre of mass.
 
 Purpose:
-    An orthogonal projection P, the same for every sample, onto a subspace of d − k of the d
-    dimensions. With orthonormal columns Q, P = Q Qᵀ and x = Q y, everything is what it would be in
-    the d − k coordinates y: data, noise and probes lie in the subspace, and the network counts as
-    P network(P x), whose Jacobian and higher derivatives stay in it.
+    P is an orthogonal projection, the same for every sample, onto a subspace of d − k of the d
+    dimensions. If Q has orthonormal columns, P = Q Qᵀ and x = Q y, then all results are the same
+    as in the d − k coordinates y. Data, noise and probes lie in the subspace, and the
+    network is treated as P network(P x), whose Jacobian and higher derivatives stay in the
+    subspace.
 
 Formula:
-    d − k = tr P.    Σ over the subspace of a diagonal h that commutes with P: Σ_i P_ii h_i.
+    d − k = tr P. The sum over the subspace of a diagonal h that commutes with P is Σ_i P_ii h_i.
 """
 
 from collections.abc import Callable
@@ -21,20 +22,21 @@ from hosm_losses._checks import can_read_values, error_message
 from hosm_losses._torch_internals import outside_inference_mode, without_autocast
 from hosm_losses.probes import unit_vector_chunks
 
-Projection = Callable[[Tensor], Tensor]  # of samples (n, *), for any n and any floating type
-TRACED = 4096  # elements of a sample up to which the trace of P is taken
-VECTORS = 16  # random vectors on which P is checked
-ROUNDING = 1e-6  # of float64
+Projection = Callable[[Tensor], Tensor]  # maps samples (n, *), for any n and any floating dtype
+TRACED = 4096  # the trace of P is computed if a sample has at most this many elements
+VECTORS = 16  # the number of random vectors on which P is checked
+ROUNDING = 1e-6  # the relative rounding error that is tolerated in float64
 ERRORS = 6.0  # standard errors by which the dimensions may differ from an estimate
-OFF = 1e-4  # of the size of the data, or 4 ε of their type: further off, x is not on the subspace
+# How far x may lie off the subspace, relative to the size of the data; at least 4 ε of its dtype.
+OFF = 1e-4
 
 
 class Subspace(NamedTuple):
     """Properties of the projection, for samples of one shape."""
 
     dimensions: int  # d − k
-    diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d where it is not known
-    is_known: bool  # whether that is the diagonal
+    diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d if P_ii is not known
+    is_known: bool  # whether `diagonal` is P_ii
 
 
 def random_vectors(like: Tensor, count: int) -> Tensor:
@@ -45,19 +47,19 @@ def random_vectors(like: Tensor, count: int) -> Tensor:
 
 
 def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
-    """Return the properties of a projection for samples like x; values are read back.
+    """Return the properties of a projection for samples like x, reading values back to the host.
 
-    Raises ValueError unless it is symmetric and idempotent, treats samples independently, and has
-    the rank `dimensions` (if that is not None).
+    Raises ValueError unless the projection is symmetric and idempotent, treats samples
+    independently and, if `dimensions` is not None, has the rank `dimensions`.
     """
 
     def project_or_explain(vectors: Tensor) -> Tensor:
         expected = f"a projection that returns tensors like its argument, {tuple(vectors.shape)}"
-        remedy = "It only receives samples, any number of them: a mask must fit all of them."
+        remedy = "It receives samples only, but any number: a mask must fit all of them."
         try:
             projected: object = project(vectors.clone())
         except (RuntimeError, TypeError, ValueError) as error:
-            remedy = f"Use the dtype of x in it, as in matrix.to(x.dtype). {remedy}"
+            remedy = f"Use the dtype of x in it, for example matrix.to(x.dtype). {remedy}"
             got = f"{type(error).__name__}: {error}"
             raise ValueError(
                 error_message("subspace", expected, project, remedy, got=got)
@@ -87,7 +89,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
         require((alone - Pv).abs().max() < size, each, "one that depends on the batch")
         symmetric = (products - products.T).abs().max() < size
         orthogonal = "an orthogonal projection, symmetric and idempotent"
-        remedy = "It must remove a part at right angles, as in x - x.mean(1, keepdim=True)."
+        remedy = "It must remove an orthogonal part, as x - x.mean(1, keepdim=True) does."
         require(symmetric, orthogonal, "one that is not symmetric", remedy)
         again = project_or_explain(Pv)
         remedy = "Applying it twice must give the same result."
@@ -101,9 +103,9 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
             expected = f"(project, dimensions) for samples of more than {TRACED} elements"
             require(dimensions is not None, expected, "the projection alone")
             diagonal = project_or_explain(torch.ones_like(v[:1]))[0]
-            is_known = bool((diagonal * v - Pv).abs().max() < size)  # P is a mask
-            # With fewer dimensions than vectors, inside or outside, the vectors' products give the
-            # rank.
+            is_known = bool((diagonal * v - Pv).abs().max() < size)  # true if P is a mask
+            # If the subspace or its complement has fewer dimensions than there are vectors, the
+            # inner products of the vectors give the rank.
             pairs = ((products + products.T) / 2).cpu(), (flat @ flat.T).cpu()
             inside, outside = (
                 int((torch.linalg.eigvalsh(each) > size).sum())
@@ -114,7 +116,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
                 trace = float(inside)
             elif outside == VECTORS and is_known:
                 trace = float(diagonal.sum())
-            elif outside == VECTORS:  # the subspace holds about its share of each vector
+            elif outside == VECTORS:  # estimated from squared norms in the subspace
                 trace = d * float(pairs[0].trace() / pairs[1].trace())
                 error += ERRORS * (2 * trace * max(d - trace, 0.0) / d / VECTORS) ** 0.5
             if not is_known:
@@ -127,7 +129,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
 
 
 def check_on_subspace(name: str, x: Tensor, project: Projection) -> None:
-    """Raise ValueError if a CPU tensor is not its own projection, up to rounding."""
+    """Raise ValueError if a CPU tensor differs from its projection by more than rounding."""
     if not can_read_values(x):
         return
     off = float((x - project(x)).detach().abs().max())
@@ -139,11 +141,11 @@ def check_on_subspace(name: str, x: Tensor, project: Projection) -> None:
 
 
 def check_commutes(project: Projection, std: Tensor) -> None:
-    """Raise ValueError if diag(std) of (1, *) on the CPU does not commute with the projection."""
+    """Raise ValueError if diag(std) does not commute with `project`, for std (1, *) on the CPU."""
     if not can_read_values(std):
         return
     v = random_vectors(std, 1)
     difference = float((project(std * v) - std * project(v)).detach().abs().max())
     if difference > ROUNDING * float(std.detach().amax()) * v[0].numel() ** 0.5:
-        expected = "one number, or numbers that commute with the projection to the subspace"
-        raise ValueError(error_message("data_std", expected, std, "Give their mean."))
+        expected = "one number, or numbers that commute with the projection onto the subspace"
+        raise ValueError(error_message("data_std", expected, std, "Pass their mean."))

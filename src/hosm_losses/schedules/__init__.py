@@ -1,7 +1,7 @@
 """Noise schedules: α(t), σ(t) and derived quantities.
 
-- `base`: `Schedule`, which you can subclass by defining only alpha and sigma, and the check of a
-  schedule when a ScoreModel is built.
+- `base`: `Schedule`, whose subclasses only define alpha and sigma, and the checks that
+  run when a ScoreModel is built.
 - `continuous`: VP, VE, sub-VP, cosine, linear flow and EDM.
 - `discrete`: `DiscreteSchedule`, a table of ᾱ whose t is the index.
 

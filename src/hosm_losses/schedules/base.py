@@ -1,17 +1,18 @@
-r"""The base class of noise schedules, which derives everything from α and σ, and their check.
+r"""The base class of noise schedules, which derives everything from α and σ, and its checks.
 
 Formula:
-    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂, every
-    schedule is the same diffusion dx = f x dt + g dw.
+    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], where t_min is the data end; σ̂ = σ/α. With log σ̂ as
+    the time, every schedule is the same diffusion dx = f x dt + g dw.
 
-Check, when a ScoreModel is built:
-    α and σ must be positive, log σ̂ must grow from the data at t_min to the noise at t_max, also
-    according to its derivative, and `time` must be its inverse. All this is evaluated on a grid,
-    on the CPU in float64, whatever the device of the model: nothing is read from an accelerator.
+Checks when a ScoreModel is built:
+    α and σ must be positive. log σ̂ must grow from the data at t_min to the noise at t_max, and its
+    derivative must be positive too. `time` must be the inverse of log σ̂. All of this is checked on
+    a grid, on the CPU in float64, whatever the device of the model, so that nothing is read from
+    an accelerator.
 
 Source:
-    Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
-    2107.00630, for log σ̂ (their −½ log SNR) as the time of every schedule.
+    Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
+    use log σ̂ (their −½ log SNR) as the time of every schedule.
 """
 
 import math
@@ -31,9 +32,9 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import forward_mode, outside_inference_mode
 
-UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
+UNDEFINED = "{}: a schedule must define alpha(t) and sigma(t)."
 
-# Where a schedule is checked, as fractions of [t_min, t_max], and how closely.
+# The points at which a schedule is checked, as fractions of [t_min, t_max], and the tolerance.
 NEAR = (1e-4, 1e-3, 1e-2)
 PLACES = (0.0, *NEAR, *(k / 64 for k in range(1, 64)), *(1 - p for p in reversed(NEAR)), 1.0)
 INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any table
@@ -52,31 +53,31 @@ FOLLOW = (
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Derivative of an elementwise function of time, in the dtype of t."""
+    """Return the derivative of an elementwise function of time, in the dtype of t."""
     t = t.contiguous()  # torch.func rejects tensors whose elements share memory
     with forward_mode():
         slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
-    # A number times a 0-dim tensor has a tangent in the default dtype in forward mode.
+    # In forward mode, a number times a 0-dim tensor has a tangent in the default dtype.
     return slope.to(t.dtype)
 
 
 class Schedule:
-    """A noise schedule; subclass it with alpha, sigma, t_min and t_max, and the rest follows.
+    """A noise schedule; a subclass only has to define alpha, sigma, t_min and t_max.
 
-    σ/α must grow with t: the data are at t_min. The inverse `time` is then found by bisection and
-    the derivatives by `torch.func`. This package's schedules have closed forms for `time` and
-    `squared_diffusion`, which losses and likelihoods call.
+    σ/α must grow with t: the data are at t_min. By default, the inverse `time` is computed by
+    bisection and the derivatives are computed by `torch.func`. The schedules of this package have
+    closed forms for `time` and `squared_diffusion`, which losses and likelihoods call.
 
-    t is a tensor of any shape, a number or an array. Methods return tensors with its shape, device
-    and dtype, but at least float32; integers become the default dtype, and numbers and arrays
-    become CPU tensors whatever the default device.
+    t is a tensor of any shape, a number or an array. Methods return tensors with the shape, device
+    and dtype of t, but in at least float32. Integers are converted to the default dtype, and
+    numbers and arrays are converted to CPU tensors, whatever the default device.
 
-    Your own `alpha` and `sigma` are called with floating-point tensors only. They must return a
-    tensor like t and not hold tensors on another device. A ScoreModel checks all this when it is
-    built.
+    If you write `alpha` and `sigma` yourself, they are only called with floating-point tensors.
+    `alpha` and `sigma` must return a tensor like t and must not use tensors on another device. A
+    ScoreModel checks these rules when it is built.
 
-    The check runs in float64, but losses call them in float32, where 1 − α² has few digits left
-    near t_min: with α = exp(−B/2), write σ as torch.sqrt(-torch.expm1(-B)).
+    The check runs in float64, but losses call `alpha` and `sigma` in float32, in which 1 − α²
+    keeps few digits near t_min. If α = exp(−B/2), compute σ as torch.sqrt(-torch.expm1(-B)).
 
     Example:
         >>> class Linear(Schedule):
@@ -99,11 +100,11 @@ class Schedule:
         return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """α(t), the factor of the data."""
+        """Return α(t), the factor of the data."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
     def sigma(self, t: Tensor) -> Tensor:
-        """σ(t), the standard deviation of the noise."""
+        """Return σ(t), the standard deviation of the noise."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -113,29 +114,29 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior, 1 if σ ends near 1 by design, else σ(t_max)."""
+        """Standard deviation of the prior; it is 1 if σ ends near 1 by design, else σ(t_max)."""
         if self._prior_std is not None:
             return self._prior_std
         end = torch.tensor(self.t_max, dtype=torch.float64, device="cpu")
         return float(self.sigma(end).detach())
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
-        """Log σ̂(t) = log σ(t) − log α(t)."""
+        """Return log σ̂(t) = log σ(t) − log α(t)."""
         alpha, sigma = self(t)
         return sigma.log() - alpha.log()
 
     @property
     def log_sigma_hat_range(self) -> tuple[float, float]:
-        """(log σ̂(t_min), log σ̂(t_max)), as numbers."""
+        """The range of log σ̂ as two numbers, (log σ̂(t_min), log σ̂(t_max))."""
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu")
         low, high = self.log_sigma_hat(ends).detach()
-        return float(low), float(high)  # an older torch.func has no tolist()
+        return float(low), float(high)  # under an older torch.func, tolist() fails
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the t at which log σ̂ has this value, clipped to [t_min, t_max].
 
-        A subclass with a closed form returns that, and it can be differentiated. Without one, t is
-        found by bisection and has no derivative.
+        In a subclass with a closed form, the result can be differentiated. Otherwise, t is
+        computed by bisection and has no derivative.
         """
         target = as_time(log_sigma_hat)
         low = torch.full_like(target, self.t_min)
@@ -147,12 +148,12 @@ class Schedule:
         return torch.where(target.isnan(), target, (low + high) / 2)
 
     def drift(self, t: Tensor | float) -> Tensor:
-        """f(t) = d log α/dt."""
+        """Return f(t) = d log α/dt."""
         t = as_time(t)
         return time_derivative(self.alpha, t) / self.alpha(t)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """g²(t) = 2 σ² d log σ̂/dt."""
+        """Return g²(t) = 2 σ² d log σ̂/dt."""
         t = as_time(t)
         return 2 * self.sigma(t).square() * time_derivative(self.log_sigma_hat, t)
 
@@ -171,7 +172,7 @@ class Schedule:
     ) -> Tensor:
         """Draw (batch,) times for training, uniform in [t_min, t_max] except for `EDMSchedule`.
 
-        Without `device`, they are on the generator's device or the default one.
+        If `device` is None, the times are on the generator's device or on the default device.
         """
         if device is None and generator is not None:
             device = generator.device
@@ -182,16 +183,19 @@ class Schedule:
         return self.clip(self.t_min + (self.t_max - self.t_min) * unit)
 
     def clip(self, t: Tensor) -> Tensor:
-        """Clamp t to [t_min, t_max], both rounded to its dtype."""
+        """Clamp t to [t_min, t_max], with both ends rounded to the dtype of t."""
         return t.clamp(float(self.t_min), float(self.t_max))
 
     def _training_time(self, log_sigma_hat: Tensor) -> Tensor:
-        """The time at a log σ̂; a whole index if the schedule is a table."""
+        """Return the time at this log σ̂, or a whole index if the schedule is a table."""
         t = self.time(log_sigma_hat)
         return t.round().long() if self.integer_time else t
 
     def time_density(self, t: Tensor | float) -> Tensor:
-        """Density of `sample_time` at t, per unit of t; a subclass overrides both or neither."""
+        """Return the density of `sample_time` at t, per unit of t.
+
+        A subclass must override both `sample_time` and `time_density`, or neither.
+        """
         if type(self).sample_time is not Schedule.sample_time:
             expected = f"{type(self).__name__} to have the density of its own sample_time"
             got = "the time_density that it inherits"
@@ -203,12 +207,12 @@ class Schedule:
         return self._density(as_time(t))
 
     def _density(self, t: Tensor) -> Tensor:
-        """The density of `_draw`."""
+        """Return the density of the times that `_draw` draws."""
         return torch.full_like(t, 1 / (self.t_max - self.t_min))
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """Return t as a tensor in float32 at least; numbers, arrays and lists become CPU tensors."""
+    """Return t as a tensor in at least float32; numbers, arrays and lists become CPU tensors."""
     if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
         raise TypeError(error_message("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
@@ -222,12 +226,12 @@ def as_time(t: Tensor | float) -> Tensor:
 
 
 def check_schedule(schedule: object) -> Schedule:
-    """Return `schedule` if it is a valid one.
+    """Return `schedule` if it is valid.
 
     Values are not checked while `torch.compile` traces, or under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
-        remedy = "For a scheduler of diffusers use from_diffusers(network, scheduler)."
+        remedy = "For a scheduler of diffusers, use from_diffusers(network, scheduler)."
         expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
         raise TypeError(error_message("schedule", expected, schedule, remedy))
     name = type(schedule).__name__
@@ -246,7 +250,7 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _check_values(schedule: Schedule, t: Tensor) -> None:
-    """Raise ValueError for the first rule that is broken at the times t, in increasing order."""
+    """Raise ValueError for the first rule that is broken at the increasing times t."""
     name = type(schedule).__name__
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     u = sigma.log() - alpha.log()
@@ -255,7 +259,7 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
         got = f"one that does not from t = {t[i]:g} to t = {t[i + 1]:g}"
         raise ValueError(error_message("schedule", grows, schedule, RANGE, got=got))
 
-    # `time` is the inverse, and is clipped beyond both ends.
+    # `time` must be the inverse of log σ̂, clipped beyond both ends.
     times = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
     sigma, alpha = (_positive(schedule, part, times[1:-1]) for part in ("sigma", "alpha"))
     atol = TOLERANCE * float(u.abs().mean())
@@ -263,7 +267,7 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     if not bool(inverse and times.min() >= t[0] and times.max() <= t[-1]):
         expected = f"time of {name} to be the inverse of its log(sigma/alpha), in [t_min, t_max]"
         remedy = (
-            "Return self.clip(t) from it and override log_sigma_hat as well, or subclass "
+            "Return self.clip(t) from time and override log_sigma_hat too, or subclass "
             "Schedule, where both follow from alpha and sigma."
         )
         raise ValueError(error_message("schedule", expected, schedule, remedy, got="another"))
@@ -279,7 +283,7 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
 
 
 def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
-    """The values of alpha or sigma; ValueError unless they are positive and finite."""
+    """Return the values of alpha or sigma, which must be positive and finite."""
     values = _values(schedule, part, t)
     if (i := _first_broken((values > 0) & values.isfinite())) is not None:
         name, got = type(schedule).__name__, f"{values[i]:g} at t = {t[i]:g}"
@@ -289,12 +293,12 @@ def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
 
 
 def _first_broken(holds: Tensor) -> int | None:
-    """The first index at which a condition is False; None if it holds everywhere."""
+    """Return the first index at which a condition is False; None if it holds everywhere."""
     return None if holds.all() else int(holds.int().argmin())
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
-    """Return a method's values at t; TypeError unless they are a tensor like t."""
+    """Return a method's values at t; raise TypeError unless they are a tensor like t."""
     value = getattr(schedule, method)(t.clone())
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:

@@ -6,8 +6,9 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    1 − α² loses all digits near t_min; σ is computed with expm1 or a product of sines, and is
-    accurate to 1e-6 in float32. Where α² + σ² = 1, σ′ = −(α/σ) α′, in which no digits cancel.
+    1 − α² loses all digits near t_min, so σ is computed with expm1 or as a product of sines, and
+    is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, in which no digits
+    cancel.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -25,7 +26,7 @@ from hosm_losses.schedules.base import Schedule, as_time
 
 ORDERS = {"<": operator.lt, "<=": operator.le}
 SQRT_2 = math.sqrt(2)
-# The smallest mass of a normal distribution that draws in double precision can resolve.
+# The smallest mass of a normal distribution that float64 draws can resolve.
 LEAST_MASS = 1e-9
 
 
@@ -54,7 +55,7 @@ class Parametric(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class _LinearBeta(Parametric):
-    """Base class of VP and sub-VP: β, its integral B, α, and t from B."""
+    """Base class of VP and sub-VP, which defines β, its integral B, α and the inverse of B."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -65,11 +66,11 @@ class _LinearBeta(Parametric):
     _rules = ("0 <= beta_min", "0 < beta_max", "beta_min <= beta_max")
 
     def beta(self, t: Tensor | float) -> Tensor:
-        """β(t) = β₀ + (β₁ − β₀) t."""
+        """Return β(t) = β₀ + (β₁ − β₀) t."""
         return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
 
     def integrated_beta(self, t: Tensor | float) -> Tensor:
-        """B(t) = ∫₀ᵗ β = β₀ t + ½ (β₁ − β₀) t²."""
+        """Return B(t) = ∫₀ᵗ β = β₀ t + ½ (β₁ − β₀) t²."""
         t = as_time(t)
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
@@ -88,9 +89,9 @@ class _LinearBeta(Parametric):
 
 @dataclass(frozen=True, kw_only=True)
 class VPSchedule(_LinearBeta):
-    """Variance preserving, β linear: α = exp(−B/2), σ² = 1 − α², B = β₀ t + ½ (β₁ − β₀) t².
+    """Variance-preserving, with linear β: α = exp(−B/2), σ² = 1 − α², B = β₀ t + ½ (β₁ − β₀) t².
 
-    Its drift is f = −β/2, its squared diffusion g² = β, and B = log(1 + σ̂²).
+    The drift is f = −β/2, the squared diffusion is g² = β, and B = log(1 + σ̂²).
 
     Example:
         >>> alpha, sigma = VPSchedule()(torch.tensor([1e-5, 1.0]))
@@ -116,9 +117,9 @@ class VPSchedule(_LinearBeta):
 
 @dataclass(frozen=True, kw_only=True)
 class SubVPSchedule(_LinearBeta):
-    """Sub-VP, β linear: α = exp(−B/2), σ = 1 − α², with B as in VPSchedule.
+    """Sub-VP, with linear β: α = exp(−B/2), σ = 1 − α², and B as in VPSchedule.
 
-    Its drift is f = −β/2, its squared diffusion g² = β (1 − α⁴), and B = 2 asinh(σ̂/2).
+    The drift is f = −β/2, the squared diffusion is g² = β (1 − α⁴), and B = 2 asinh(σ̂/2).
     """
 
     def sigma(self, t: Tensor | float) -> Tensor:
@@ -138,9 +139,9 @@ class SubVPSchedule(_LinearBeta):
 
 @dataclass(frozen=True, kw_only=True)
 class VESchedule(Parametric):
-    """Variance exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t.
+    """Variance-exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t.
 
-    Its drift is 0, its squared diffusion g² = 2 σ² log(σ_max/σ_min).
+    The drift is 0, and the squared diffusion is g² = 2 σ² log(σ_max/σ_min).
     """
 
     sigma_min: float = 0.01
@@ -158,7 +159,7 @@ class VESchedule(Parametric):
         return torch.ones_like(as_time(t))
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        middle = math.sqrt(self.sigma_min * self.sigma_max)  # from where float32 errs least
+        middle = math.sqrt(self.sigma_min * self.sigma_max)  # centred, for small errors in float32
         return middle * torch.exp(self._log_ratio * (as_time(t) - 0.5))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
@@ -178,8 +179,8 @@ class VESchedule(Parametric):
 class CosineSchedule(Parametric):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
-    Its drift is f = −φ′ tan φ, its squared diffusion −2 f. It ends at t_max = 0.9946, before α
-    reaches 0, so that σ̂ is finite (about 119).
+    The drift is f = −φ′ tan φ, and the squared diffusion is −2 f. The schedule ends at
+    t_max = 0.9946, before α reaches 0, so that σ̂ is finite (about 119).
     """
 
     offset: float = 0.008
@@ -204,11 +205,11 @@ class CosineSchedule(Parametric):
         return torch.sqrt(product) / math.cos(self._rate * self.offset)
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        # cos²φ = cos²φ(0)/(1 + σ̂²). With s = sin φ(0), c = cos φ(0) and r = √(s² + σ̂²) the angle
-        # comes from √(1 + σ̂²) times its sine and its cosine, in both of which no digits cancel:
+        # cos²φ = cos²φ(0)/(1 + σ̂²). With s = sin φ(0), c = cos φ(0) and r = √(s² + σ̂²), the angle
+        # follows from its sine and its cosine, both times √(1 + σ̂²). No digits cancel in either:
         # φ(t) − φ(0) = atan2(c σ̂²/(r + s), c² + s r).
         sine, cosine = math.sin(self._rate * self.offset), math.cos(self._rate * self.offset)
-        # Beyond the range of any schedule in use, yet no square overflows.
+        # The bounds exceed the range of any schedule in use, yet no square overflows.
         square = (2 * as_time(log_sigma_hat).clamp(-40, 40)).exp()
         root = torch.sqrt(sine**2 + square)
         angle = torch.atan2(cosine * square / (root + sine), cosine**2 + sine * root)
@@ -221,7 +222,7 @@ class CosineSchedule(Parametric):
         return -0.5 * self.squared_diffusion(t)
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        # From the sine of φ(t), which has digits where the cosine of the remaining angle has none.
+        # The sine of φ(t) keeps digits where the cosine of the remaining angle has none.
         t = as_time(t)
         (alpha, sigma), factor = self(t), self._rate / math.cos(self._rate * self.offset)
         slope = -factor * torch.sin(self._rate * (t + self.offset))
@@ -232,7 +233,7 @@ class CosineSchedule(Parametric):
 class LinearFlowSchedule(Parametric):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999.
 
-    Its drift is f = −1/(1 − t), its squared diffusion g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).
+    The drift is f = −1/(1 − t), the squared diffusion is g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).
     """
 
     t_min: float = 1e-4
@@ -263,10 +264,10 @@ class LinearFlowSchedule(Parametric):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMSchedule(Parametric):
-    """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t in the range.
+    """EDM's schedule (Karras et al.): α = 1, σ = t; training draws log σ from N(−1.2, 1.2²).
 
-    Its drift is 0, its squared diffusion 2 t. Draws outside [t_min, t_max] (a fraction of 2e-5 for
-    the default range) are moved inside, so that `sample_time` has a density.
+    The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (a fraction of
+    2e-5 for the default range) are moved into the range, so that `sample_time` has a density.
     """
 
     t_min: float = 0.002
@@ -315,7 +316,7 @@ class EDMSchedule(Parametric):
 
     @property
     def _standard(self) -> tuple[int, float, float, float]:
-        """A sign, the range of sign · z for standard normal z, and the mass inside.
+        """A sign, the range of sign · z for standard normal z, and the probability mass inside it.
 
         The sign moves most of the range below 0, where probabilities keep their digits.
         """
@@ -333,5 +334,5 @@ class EDMSchedule(Parametric):
 
 
 def _mass_below(z: float) -> float:
-    """Probability of the standard normal distribution below z."""
+    """Return the probability of the standard normal distribution below z."""
     return 0.5 * math.erfc(-z / SQRT_2)

@@ -1,8 +1,9 @@
 r"""A noise schedule from a table, as used by DDPM trainers.
 
 Source:
-    Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, section 4, for the
-    linear betas; Nichol and Dhariwal, arXiv 2102.09672, equation 17, for the cosine.
+    The linear betas are from Ho et al., "Denoising Diffusion Probabilistic Models", arXiv
+    2006.11239, section 4; the cosine table is from Nichol and Dhariwal, arXiv 2102.09672,
+    equation 17.
 """
 
 import math
@@ -34,7 +35,7 @@ BELOW_1 = math.nextafter(1.0, 0.0)
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    A copy is cached for every device and dtype, so that training steps copy nothing.
+    One copy is cached for each device and dtype, so that training steps copy nothing.
     """
 
     values: tuple[float, ...]
@@ -47,28 +48,28 @@ class Table:
         if len(self.values) < 2:
             got = str(len(self.values))
             raise ValueError(error_message("table", "two entries or more", None, got=got))
-        # Not in `beside`, where torch.compile would trace NumPy as tensors.
+        # Computed here because, in `beside`, torch.compile would trace NumPy as tensors.
         object.__setattr__(self, "_slopes", (*np.diff(self.values).tolist(), 0.0))
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """The numbers and the slopes after them, (2, N), in the dtype and device of `like`."""
+        """Return the numbers and the slopes after them, (2, N), in `like`'s dtype and device."""
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
         # The slopes are rounded from float64, since differences of rounded entries lose digits.
         both = self.values, self._slopes
         with outside_inference_mode():
-            # Via the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
+            # Created on the CPU: elsewhere, torch.tensor fails under forward-mode AD.
             copy = torch.tensor(both, dtype=like.dtype, device="cpu").to(like.device)
         if torch.compiler.is_compiling() or owns_values(copy):
             self._copies[key] = copy
         return copy
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """Return the number at the index t, interpolated; ValueError outside the table."""
+        """Return the interpolated number at the index t; raise ValueError outside the table."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)
@@ -76,7 +77,7 @@ class Table:
         return low + (t - left) * (high - low)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The fractional index of a number in an increasing table."""
+        """Return the fractional index of a number in an increasing table."""
         table = self.beside(value)[0]
         right = torch.searchsorted(table, value.detach().contiguous(), right=True)
         left = (right - 1).clamp(0, len(table) - 2)
@@ -84,7 +85,7 @@ class Table:
         return left + (value - low) / (high - low)
 
     def slope(self, t: Tensor) -> Tensor:
-        """The slope after the entry at or before the index t; at the end, the last slope."""
+        """Return the slope after the entry at or before the index t, or the last slope."""
         return _entries(self.beside(t)[1], self._left(t))
 
     def _left(self, t: Tensor) -> Tensor:
@@ -95,19 +96,19 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
-    Between the entries log σ̂ is linear in t. Losses draw integers, with any time_sampler, and
-    replace integrals over t by sums, using the trapezoidal rule. The likelihood evaluates
-    fractional indices. An index outside the table raises ValueError on the CPU; it is not checked
-    on accelerators, to avoid a synchronisation.
+    Between the entries, log σ̂ is linear in t. Losses draw integer indices, with any time_sampler,
+    and replace integrals over t by sums, using the trapezoidal rule. Likelihoods also evaluate the
+    schedule at fractional indices. On the CPU, an index outside the table raises ValueError; on
+    accelerators, indices are not checked, to avoid a synchronisation.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
-            tensor with one dimension. It is stored as a tuple.
+            tensor with one dimension. The table is stored as a tuple.
 
     Raises:
-        TypeError: if the table is not made of real numbers.
-        ValueError: if it has the wrong shape or does not decrease within (0, 1). A table that ends
-            at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: omit the last entry.
+        TypeError: if the table contains anything other than real numbers.
+        ValueError: if the table has the wrong shape or does not decrease within (0, 1). If the
+            table ends at ᾱ = 0 (zero terminal SNR), σ̂ is infinite at the end: omit the last entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -123,7 +124,7 @@ class DiscreteSchedule(Schedule):
     _log_sigma_hat: Table = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Store the table as a tuple of floats: hashable, comparable, picklable, on no device."""
+        """Store the table as a tuple of floats, which is hashable, picklable and on no device."""
         table = _numbers("alphas_cumprod", self.alphas_cumprod)
         rising = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
         if len(table) < 2 or len(rising) or not (table[-1] > 0 and table[0] < 1):
@@ -131,8 +132,8 @@ class DiscreteSchedule(Schedule):
             expected = "two entries or more that fall from below 1 to above 0"
             remedy = (
                 "A table that ends at 0 (zero terminal SNR) has an infinite sigma/alpha there: "
-                "leave its last entry out. Half precision rounds neighbours to one number. Betas "
-                "go to DiscreteSchedule.from_betas."
+                "omit the last entry. Half precision may round neighbours to the same number. "
+                "Pass betas to DiscreteSchedule.from_betas."
             )
             got = f"{_describe(table)}{where}"
             raise ValueError(error_message("alphas_cumprod", expected, table, remedy, got=got))
@@ -156,8 +157,8 @@ class DiscreteSchedule(Schedule):
         if len(table) < 2 or not ((table > 0) & (table < 1)).all():
             expected, got = "two numbers or more, each in (0, 1)", _describe(table)
             remedy = (
-                "A beta of 1 (zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds "
-                "no noise: leave them out."
+                "A beta of 1 (zero terminal SNR) has an infinite sigma/alpha, and a beta of 0 "
+                "adds no noise: omit such betas."
             )
             raise ValueError(error_message("betas", expected, table, remedy, got=got))
         return cls(np.cumprod(1 - table))
@@ -192,7 +193,7 @@ class DiscreteSchedule(Schedule):
     def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Self:
         """Return the cosine schedule, ᾱ_i ∝ cos²(π/2 (t + s)/(1 + s)) at t = (i + 1)/steps.
 
-        s is the offset. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
+        The offset is s. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
         stays above 0. A ValueError says which of steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1 does
         not hold.
 
@@ -210,28 +211,28 @@ class DiscreteSchedule(Schedule):
         return f"{type(self).__name__}({_describe(np.asarray(self.alphas_cumprod))})"
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
-        """Log σ̂ at the index t, linear between the entries of the table."""
+        """Return log σ̂ at the index t, which is linear between the entries of the table."""
         return self._log_sigma_hat(t)
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        """α = (1 + σ̂²)^−½."""
+        """Return α = (1 + σ̂²)^−½."""
         return torch.sqrt(torch.sigmoid(-2 * self.log_sigma_hat(t)))
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """σ = σ̂ (1 + σ̂²)^−½."""
+        """Return σ = σ̂ (1 + σ̂²)^−½."""
         return torch.sqrt(torch.sigmoid(2 * self.log_sigma_hat(t)))
 
     def drift(self, t: Tensor | float) -> Tensor:
-        """d log α/dt = −½ g², as α² + σ² = 1."""
+        """Return d log α/dt = −½ g², which holds because α² + σ² = 1."""
         return -0.5 * self.squared_diffusion(t)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """g² = 2 σ² d log σ̂/dt, with the slope from the entry before t to the next."""
+        """Return g² = 2 σ² d log σ̂/dt, with the slope between the entries around t."""
         t = as_time(t)
         return 2 * torch.sigmoid(2 * self.log_sigma_hat(t)) * self._log_sigma_hat.slope(t)
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return (dα/dt, dσ/dt), which are α f and −(α²/σ) f."""
+        """Return (dα/dt, dσ/dt), which are α f and −(α²/σ) f for the drift f."""
         t = as_time(t)
         (alpha, sigma), slope = self(t), self._log_sigma_hat.slope(t)
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
@@ -241,7 +242,7 @@ class DiscreteSchedule(Schedule):
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:
-        """The probability of an index, 1/N."""
+        """Return the probability of each index, 1/N."""
         return torch.full_like(t, 1 / len(self.alphas_cumprod))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
@@ -254,10 +255,10 @@ def step_labels(
 ) -> Callable[[Tensor], Tensor]:
     """Return the map from an index of a respaced table to the network's time, factor · step.
 
-    `respaced` lists the steps of the full table that the schedule kept. Between two of them, the
-    result is the step with the same noise as the index, by interpolation: α falls smoothly from 1,
-    so its slope halfway between two respaced steps is taken to be their mean slope, and linear
-    between such midpoints.
+    `respaced` lists the steps of the full table that the schedule kept. Between two of these
+    steps, the result is the step with the same noise as the index, by interpolation. Since α falls
+    smoothly from 1, the slope of α halfway between two respaced steps is taken to be the mean
+    slope between them, and the slope is taken to be linear between such midpoints.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)
@@ -272,14 +273,14 @@ def step_labels(
 
 
 def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
-    """factor · step at the index t; `places` are the indices of the steps from `first` on."""
+    """Return factor · step at the index t; `places` has the indices of the steps from `first`."""
     t = as_time(t)
     check_range("t", t, places.values[0], places.values[-1])
     return factor * (first + places.inverse(t))
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
-    """table[index]; plain indexing reads a single index back under torch.func.vmap, and fails."""
+    """Return table[index]; under torch.func.vmap, plain indexing fails for a single index."""
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
@@ -289,7 +290,7 @@ def _check_beta(name: str, value: object, at_most: float = BELOW_1) -> float:
 
 
 def _numbers(name: str, table: object) -> np.ndarray:
-    """The numbers (N,) in float64 via NumPy, out of reach of PyTorch's modes and transforms."""
+    """Return the numbers (N,) in float64, using NumPy to avoid PyTorch's modes and transforms."""
     expected = "real numbers (N,) in a list, an array or a tensor"
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table

@@ -159,7 +159,7 @@ def _attention(
 def _attend(
     ops: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: float, scale: Any = None
 ) -> tuple[Any, Any]:
-    """Attention's output and weights; the output is zero where a row of the mask allows nothing."""
+    """Attention's output and weights; the output is zero where the mask allows no key."""
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet):
         # The factor is a vector, although a number would do. Autograd saves the vector, but the
