@@ -1,6 +1,6 @@
 """Configuration of the documentation site; see https://www.sphinx-doc.org.
 
-A page asks no other host for anything: the script that sets the formulas comes from a package.
+Pages load nothing from other hosts: the script that renders formulas comes from a package.
 """
 
 import inspect
@@ -54,7 +54,7 @@ html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static/mat
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# The unions that have a name, and the modules in which they are documented.
+# The named unions, and the modules in which they are documented.
 TYPES = {
     "Divergence": "likelihood.divergence",
     "Prediction": "model.score_model",
@@ -85,8 +85,8 @@ autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # a list of the attributes, where each would be a paragraph
-# Methods on the page of a class; "" is all. autosummary has a "members" of its own in templates.
+napoleon_use_ivar = True  # one list of attributes instead of paragraphs
+# Methods on the page of a class; "" means all. In templates, autosummary defines "members" itself.
 autosummary_context = {
     "documented": {
         "ScoreModel": "forward, noise, score, denoise, project, coefficients, native_weight, "
@@ -102,7 +102,7 @@ autosummary_context = {
     | dict.fromkeys([name for name in vars(hosm_losses) if name.endswith("Schedule")], "")
 }
 
-# A build asks no network, so the foreign names that are linked stand here.
+# A build uses no network, so the linked names of other projects are listed here.
 TORCH, PYTHON = "docs.pytorch.org/docs/stable", "docs.python.org/3/library"
 LINKED = {
     "torch.Tensor": f"{TORCH}/tensors.html#torch.Tensor",
@@ -125,14 +125,14 @@ inventory.write_bytes(
     b"# The remainder of this file is compressed using zlib.\n" + zlib.compress(lines.encode())
 )
 intersphinx_mapping = {"linked": ("https://", str(inventory))}
-# Named tuples without a page, whose fields are said where they are returned.
+# Named tuples without a page; their fields are described where they are returned.
 nitpick_ignore = [
     ("py:class", "hosm_losses.likelihood.result.Quantization"),
     ("py:class", "hosm_losses.likelihood.weights.Expectation"),
     ("py:class", "hosm_losses.likelihood.weights.Sandwich"),
 ]
 
-# The tutorials name no style. Who downloads one gets matplotlib's own.
+# The tutorials set no style, so a downloaded tutorial uses matplotlib's default.
 matplotlib.style.use(pictures.STYLE)
 copybutton_exclude = ".linenos, .gp, .go"
 sphinx_gallery_conf = {
@@ -143,15 +143,15 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "backreferences_dir": None,
     "image_scrapers": ("pictures.scrape",),
-    "capture_repr": (),  # or a script that ends in a title shows its Text(0.5, …)
+    "capture_repr": (),  # else a script that ends with a title shows Text(0.5, …)
     "within_subsection_order": "FileNameSortKey",
-    "reset_modules": (),  # which would take the style back
+    "reset_modules": (),  # it would reset the style
     "write_computation_times": False,  # that page loads a script from another host
 }
 
 
 def _tidy_docstring(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
-    """Find the docstring of a union, and keep the star of (B, *) from opening an emphasis."""
+    """Insert the docstring of a union, and escape the star of (B, *), which opens an emphasis."""
     if (alias := name.removeprefix("hosm_losses.")) in TYPES:
         module = ModuleAnalyzer.for_module(f"hosm_losses.{TYPES[alias]}")
         lines[:] = module.find_attr_docs()["", alias]
@@ -159,12 +159,12 @@ def _tidy_docstring(app, what, name, obj, options, lines: list[str]) -> None:  #
 
 
 class BothVersions(SphinxTransform):
-    """Put the dark version of a picture beside the light one; furo shows one of them."""
+    """Put the dark version of a picture beside the light version; furo shows one of the two."""
 
     default_priority = 500
 
     def apply(self, **_: object) -> None:
-        """Add an image for each that has a dark version."""
+        """Add the dark version of every image that has one."""
         for light in list(self.document.findall(nodes.image)):
             file = Path(self.env.relfn2path(light["uri"], self.env.docname)[1])
             if pictures.dark(file).exists():
@@ -176,9 +176,9 @@ class BothVersions(SphinxTransform):
 
 
 class Tidy(SphinxPostTransform):
-    """Write a minus for the hyphen of a number, and keep what belongs to a number on its line.
+    """Turn the hyphen of a number into a minus sign, and keep numbers and units on one line.
 
-    Parts of scripts lose the indentation they have there, and the empty lines at their end.
+    Parts of scripts lose their indentation and their trailing empty lines.
     """
 
     default_priority = 500
@@ -205,7 +205,7 @@ class Tidy(SphinxPostTransform):
 
 
 def setup(app) -> None:  # noqa: ANN001
-    """Tidy docstrings before napoleon, whose priority is 500, writes any markup of its own."""
+    """Tidy docstrings before napoleon, whose priority is 500, adds its own markup."""
     app.connect("autodoc-process-docstring", _tidy_docstring, priority=400)
     app.connect("viewcode-follow-imported", lambda _, __, name: sources.get(name.split(".")[0]))
     app.add_transform(BothVersions)

@@ -1,4 +1,4 @@
-"""The look of every picture: one style, and a version for light pages and one for dark pages."""
+"""The look of every picture: one style, with a version for light and for dark pages."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 STYLE = Path(__file__).parent / "examples" / "style.mplstyle"
-# The colours of the style, and what stands in their places on a dark page.
+# The colours of the style, and the colours that replace them on dark pages.
 DARK = {
     "#1f2328": "#e6edf3",  # text
     "#656d76": "#9aa4ae",  # C5, and the lines of axes
@@ -22,7 +22,7 @@ COLOUR = re.compile("|".join(DARK))
 
 
 def dark(path: Path) -> Path:
-    """The file of the dark version of a picture."""
+    """Return the path of the dark version of a picture."""
     return path.with_stem(f"{path.stem}-dark")
 
 
@@ -35,7 +35,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def scrape(_: Any, variables: dict[str, Any], gallery: dict[str, Any]) -> str:
-    """Save the figures of a part of a tutorial, and return the lines that show them."""
+    """Save the figures of a part of a tutorial, and return the markup that shows them."""
     shown = ""
     for number in pyplot.get_fignums():
         figure = pyplot.figure(number)

@@ -1,8 +1,8 @@
-"""The densities that the ODE gives the 2-D checkerboard, trained with orders one, two and three.
+"""Densities of the ODE on the 2-D checkerboard, after training with orders one, two and three.
 
-Every order trains the same network, for as many steps or, with --seconds, for as much processor
-time. KL is from the data, blurred as at t_min, to the density of the ODE. It is an integral over
-the points of a grid, without sampling error.
+Every order trains the same network for equally many steps or, with --seconds, for equal processor
+time. The KL divergence, from the data blurred as at t_min to the density of the ODE, is an
+integral over the points of a grid, without sampling error.
 
     python docs/examples/checkerboard.py [--steps 6000 | --seconds 90]
 """
@@ -21,7 +21,7 @@ import hosm_losses as hosm
 
 SCHEDULE = hosm.VESchedule(sigma_max=20.0)
 EDGE = 1.25
-# The paper's weights. Its terms are not divided by powers of the dimension, hence d²·0.1.
+# The paper's weights. The paper does not divide its terms by powers of d, hence d²·0.1.
 LOSSES = {
     1: hosm.first_order_dsm,
     2: partial(hosm.second_order_dsm, weights=(1, 0.5, 0)),
@@ -30,7 +30,7 @@ LOSSES = {
 
 
 class Network(nn.Module):
-    """An MLP for ε̂(x, t), scaled and shifted by features of log σ̂ as in mixture_1d.py."""
+    """An MLP for ε̂(x, t) with layers scaled and shifted by features of log σ̂."""
 
     def __init__(self, data: Tensor, waves: int = 4, width: int = 96) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Network(nn.Module):
 
 
 def draw(count: int) -> Tensor:
-    """Points (count, 2), uniform on 8 of the 16 squares of [−1, 1]²."""
+    """Draw points (count, 2), uniform on 8 of the 16 squares of [−1, 1]²."""
     row = torch.randint(4, (count,))
     corner = torch.stack([row, 2 * torch.randint(2, (count,)) + row % 2], 1)
     return (corner + torch.rand(count, 2)) / 2 - 1
 
 
 def log_density(x: Tensor) -> Tensor:
-    """Log-density of the data at t_min: integrals of the normal law over strips of the board."""
+    """Return the log-density of the data at t_min, from normal integrals over strips."""
     below = torch.special.ndtr((x[..., None] - torch.linspace(-1, 1, 5)) / SCHEDULE.sigma_min)
     strips = below[..., :-1] - below[..., 1:]
     even, odd = (strips[..., part::2].sum(-1).prod(-1) for part in (0, 1))
@@ -78,7 +78,7 @@ def train(
     seconds: float | None = None,
     rate: float = 2e-3,
 ) -> str:
-    """Train for a processor time, or else for a number of steps, and say what it took."""
+    """Train for `seconds` of processor time if given, else for `steps`; return what it took."""
     optimizer = torch.optim.Adam(model.parameters())
     start, step, spent = time.process_time(), 0, 0.0
     while (part := spent / seconds if seconds else step / steps) < 1:
@@ -91,7 +91,7 @@ def train(
 
 
 def nll(model: hosm.ScoreModel, x: Tensor) -> Tensor:
-    """−log p of the ODE, (B,), with its exact divergence."""
+    """Return −log p of the ODE, (B,), with the exact divergence."""
     solver = hosm.FixedGrid(96, data_std=3**-0.5)
     return hosm.ode_nll(model, x, solver=solver, divergence="exact", batch_size=4096).nll
 
@@ -116,7 +116,7 @@ def main() -> None:
             model, lambda m=model, f=loss: f(m, draw(256)), options.steps, options.seconds
         )
         log_p = -nll(model, grid)
-        # Points where the data's density is zero in float32 add nothing.
+        # Points where the density of the data is zero in float32 contribute nothing.
         ratio = torch.where(log_q.isinf(), 0, log_q - log_p)
         kl = float((log_q.exp() * ratio).sum() * (axis[1] - axis[0]) ** 2)
         print(f"order {order}: KL {kl:.4f} nats ({cost})", flush=True)

@@ -1,4 +1,4 @@
-"""Plain DistributedDataParallel around the loss module, and not around the network.
+"""Plain DistributedDataParallel around the loss module, rather than around the network.
 
 torchrun --nproc-per-node 2 docs/examples/ddp.py
 """
@@ -14,19 +14,19 @@ from hosm_losses import ScoreModel, ThirdOrderDSM, VPSchedule
 
 
 class Network(nn.Module):
-    """Predicts the noise in points of the plane."""
+    """A network that predicts the noise in points of the plane."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """ε̂(x, t)."""
+        """Return ε̂(x, t)."""
         return self.layers(torch.cat([x, t[:, None]], 1))
 
 
 def main() -> None:
-    """Train on a ring, and check that the processes hold one network."""
+    """Train on a ring, and check that all processes have the same weights."""
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     rank = dist.get_rank()
@@ -37,7 +37,7 @@ def main() -> None:
     objective = ThirdOrderDSM(ScoreModel(network, VPSchedule()), weights=(1, 0.5, 0.5, 0.1))  # +
     model = DistributedDataParallel(objective, device_ids=[rank] if cuda else None)  # +
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    torch.manual_seed(1 + rank)  # data, times, noise and probes of its own in every process
+    torch.manual_seed(1 + rank)  # own data, times, noise and probes in every process
     for _ in range(50):
         angle = 6.2832 * torch.rand(64, device=device)
         x0 = torch.stack([angle.cos(), angle.sin()], 1)
@@ -50,7 +50,7 @@ def main() -> None:
     if rank == 0:
         same = all(torch.equal(weight, other) for other in weights)
         print(f"{len(weights)} processes, the same weights: {same}")
-    del model  # it holds the group, in a cycle, and no process may leave before the others
+    del model  # DDP holds the group in a cycle, and all processes must leave together
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

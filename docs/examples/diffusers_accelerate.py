@@ -1,4 +1,4 @@
-"""diffusers' unconditional training loop with accelerate; "-" marks what goes, "+" what comes.
+"""diffusers' unconditional training loop with accelerate; "-" marks removed, "+" added lines.
 
 accelerate launch docs/examples/diffusers_accelerate.py      (any number of GPUs, or --cpu)
 """

@@ -1,6 +1,6 @@
-"""scikit-learn's 8×8 digits: bits per dimension of what was held out.
+"""Bits per dimension of held-out images from scikit-learn's 8×8 digits.
 
-Order one and orders one and two train the same network for the same processor time.
+The same network is trained with order one, and with orders one and two, for equal processor time.
 
     python docs/examples/digits.py [--seconds 60]
 """
@@ -18,7 +18,7 @@ LEVELS, HELD_OUT = 17, 360
 
 
 def dequantized(levels: Tensor) -> Tensor:
-    """Integers 0 to 16 as numbers in [−1, 1), uniform within their level."""
+    """Return integers 0 to 16 as numbers in [−1, 1), uniform within each level."""
     return 2 * (levels + torch.rand(levels.shape)) / LEVELS - 1
 
 

@@ -1,7 +1,7 @@
-"""diffusers' UNet2DModel: trained by order one in diffusers' own way, then fine-tuned.
+"""diffusers' UNet2DModel, trained with order one in diffusers' own way, then fine-tuned.
 
-The fine-tuning is done twice from the same weights: with orders one and two, and for the same
-number of steps with order one alone, which says what the second order is worth.
+Fine-tuning is done twice, from the same weights and for the same number of steps: with orders one
+and two, and with order one alone, to show what the second order is worth.
 
     python docs/examples/fine_tune_unet.py [--steps 600] [--tuning 200]
 """
@@ -19,7 +19,7 @@ import hosm_losses as hosm
 
 
 def draw(count: int) -> Tensor:
-    """Images (count, 1, 8, 8) of a bright spot somewhere, with a little noise."""
+    """Draw images (count, 1, 8, 8) of a bright spot at a random place, with a little noise."""
     place = torch.arange(8.0)
     x, y = ((place - 1 - 5 * torch.rand(count, 1)).square() for _ in range(2))
     spots = 2 * torch.exp(-(x[:, None, None] + y[:, None, :, None]) / 4) - 1
@@ -27,7 +27,7 @@ def draw(count: int) -> Tensor:
 
 
 def main() -> None:
-    """Train, fine-tune in two ways, and print the likelihood of each."""
+    """Train, fine-tune in two ways, and print the likelihood of each network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600, help="of ordinary training")
     parser.add_argument("--tuning", type=int, default=200, help="steps of fine-tuning")

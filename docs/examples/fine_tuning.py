@@ -1,6 +1,6 @@
 """The paper's regime: a first-order checkpoint, fine-tuned with orders two and three.
 
-With a ramp of the higher orders' weights, gradient clipping and an exponential average:
+The script ramps up the weights of the higher orders, clips gradients and keeps an EMA:
 
     python docs/examples/fine_tuning.py [--steps 1500]
 """
@@ -17,7 +17,7 @@ from hosm_losses import Adaptive, FirstOrderDSM, ScoreModel, ThirdOrderDSM, VPSc
 
 
 class Network(nn.Module):
-    """Predicts the noise in points of the plane from features of log σ̂."""
+    """A network that predicts the noise in points of the plane, given features of log σ̂."""
 
     def __init__(self, schedule: VPSchedule) -> None:
         super().__init__()
@@ -26,19 +26,19 @@ class Network(nn.Module):
         self.layers = nn.Sequential(nn.Linear(5, 128), nn.SiLU(), *hidden, nn.Linear(128, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """ε̂(x, t)."""
+        """Return ε̂(x, t)."""
         level = self.schedule.log_sigma_hat(t)[:, None] / 4
         return self.layers(torch.cat([x, level, level.sin(), level.cos()], 1))
 
 
 def draw(count: int) -> torch.Tensor:
-    """Eight Gaussians on a ring."""
+    """Draw points from eight Gaussians on a ring."""
     angle = torch.randint(0, 8, (count,)) * math.pi / 4
     return torch.stack([angle.cos(), angle.sin()], 1) + 0.15 * torch.randn(count, 2)
 
 
 def main() -> None:
-    """Train, fine-tune, and print the nats of the ODE after each."""
+    """Train, fine-tune, and print the nats of the ODE after each phase."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="of each of the two phases")
     steps = parser.parse_args().steps

@@ -1,7 +1,7 @@
-"""Where the ODE's score goes wrong, at orders one and three, on the 1-D mixture of mixture_1d.py.
+"""Where the ODE's score goes wrong at orders one and three, on the mixture of mixture_1d.py.
 
-One network is trained with each order. `likelihood_gap` compares its score, and the score of its
-ODE's own density, with the truth: the synthetic experiment of Lu et al. (ICML 2022, 2206.08265).
+One network is trained with each order. `likelihood_gap` compares the network's score, and the
+score of the ODE's own density, with the true score, as in Lu et al. (ICML 2022, 2206.08265).
 
     python docs/examples/gap_1d.py [--schedule ve] [--steps 2000] [--nodes 24]
 """
@@ -16,7 +16,7 @@ import hosm_losses as hosm
 
 
 def truth(schedule: hosm.Schedule) -> hosm.ScoreModel:
-    """The mixture's own score at every noise level, in closed form."""
+    """Return a model with the mixture's true score at every noise level, in closed form."""
 
     def noise(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (part[:, None] for part in schedule(t))

@@ -1,8 +1,8 @@
-"""A linear inverse problem whose posterior is known: y = A x + noise, for six Gaussians x.
+"""A linear inverse problem with a known posterior: y = A x + noise, with x from six Gaussians.
 
-A conditional network is trained with order one; then it goes on, or order two takes over, for the
-same processor time. KL is from the posterior p(x | y) to the density of the ODE, averaged over 24
-observations. The variances are those of clean x given a noised one and y.
+A conditional network is trained with order one, and then with either order one or order two for
+equal processor time. KL is from the posterior p(x | y) to the density of the ODE, averaged over 24
+observations. The variances are the posterior variances of clean x, given a noisy x and y.
 
     python docs/examples/inverse_problem.py [--seconds 20]
 """
@@ -43,13 +43,13 @@ class Network(nn.Module):
 
 
 def draw(count: int) -> tuple[Tensor, Tensor]:
-    """Pairs x (count, 2), y (count, 1)."""
+    """Draw pairs of x (count, 2) and y (count, 1)."""
     x = CENTRES[torch.randint(6, (count,))] + STD * torch.randn(count, 2)
     return x, x @ A.T + NOISE * torch.randn(count, 1)
 
 
 def given(prior: MixtureSameFamily, rows: Tensor, noise: Tensor, y: Tensor) -> MixtureSameFamily:
-    """The posterior of x, a mixture (M,) by now, after observations y = rows x + noise (M, n)."""
+    """Return the posterior of x, for a mixture prior (M,), given y = rows x + noise (M, n)."""
     parts = prior.component_distribution
     covariance = rows @ parts.covariance_matrix @ rows.mT + noise.square() * torch.eye(len(rows))
     logits = prior.mixture_distribution.logits
@@ -62,7 +62,7 @@ def given(prior: MixtureSameFamily, rows: Tensor, noise: Tensor, y: Tensor) -> M
 
 
 def train(kind: type, model: hosm.ScoreModel, seconds: float, rate: float) -> str:
-    """Train with a loss, and say what it took."""
+    """Train with a loss, and return the steps and the time that it took."""
     objective = kind(model)
 
     def loss() -> Tensor:
@@ -97,7 +97,7 @@ def main() -> None:
         denoised = hosm.denoising_posterior(model, *at_noised, model_kwargs={"y": y.repeat(20, 1)})
         found = denoised.covariance.diagonal()
         off = (found - variance).norm() / variance.norm()
-        kl = (ratio + (-ratio).exp() - 1).mean(0)  # less noise than the mean of the ratio
+        kl = (ratio + (-ratio).exp() - 1).mean(0)  # less noisy than the mean of the ratio
         error = kl.std() / COUNT**0.5
         print(f"{name}, {cost}: KL {kl.mean():.4f} ± {error:.4f} nats, variances off by {off:.1%}")
 

@@ -1,6 +1,6 @@
-"""Latents and text: fine-tunes a text-to-image UNet, with its text states in model_kwargs.
+"""Fine-tune a text-to-image UNet on latents, with the text states in model_kwargs.
 
-The shapes are those of Stable Diffusion's latents and text encoder; the weights are random.
+The shapes match Stable Diffusion's latents and text encoder; the weights are random.
 
 python docs/examples/latents_and_text.py
 """
@@ -33,10 +33,10 @@ def main(steps: int = 3) -> None:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    # Recomputes activations with the operators that the higher orders need.
+    # This checkpoint recomputes activations with the operators that the higher orders need.
     unet.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
     model = from_diffusers(unet, DDPMScheduler(beta_schedule="scaled_linear"))
-    # Half of the batch for the higher orders, whose weights start low on a trained network.
+    # The higher orders use half of the batch; on a trained network, their weights start low.
     objective = ThirdOrderDSM(model, weighting="native", weights=(1, 0.1, 0.1, 0.02), fraction=0.5)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""A Lightning module: trains with three orders, validates by the likelihood of the ODE.
+"""A Lightning module that trains with three orders and validates by the ODE's likelihood.
 
 python docs/examples/lightning_module.py
 """
@@ -12,19 +12,19 @@ from hosm_losses import FixedGrid, ScoreModel, ThirdOrderDSM, VPSchedule, ode_nl
 
 
 class Network(nn.Module):
-    """Predicts the noise in points of the plane."""
+    """A network that predicts the noise in points of the plane."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """ε̂(x, t)."""
+        """Return ε̂(x, t)."""
         return self.layers(torch.cat([x, t[:, None]], 1))
 
 
 class Diffusion(pl.LightningModule):
-    """Holds the network once, inside the loss module, which Lightning wraps as a whole."""
+    """Holds the network only inside the loss module, so that Lightning wraps both as one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Diffusion(pl.LightningModule):
         self.objective = ThirdOrderDSM(model, weights=(1, 0.5, 0.5, 0.1))
 
     def training_step(self, batch: list[torch.Tensor], _index: int) -> torch.Tensor:
-        """The loss, with its terms for the log."""
+        """Return the loss, and log its terms."""
         loss, terms = self.objective(batch[0], return_terms=True)
         self.log_dict({name: value.mean() for name, value in terms._asdict().items()})
         return loss
@@ -44,7 +44,7 @@ class Diffusion(pl.LightningModule):
         self.log("nll", result.nll.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As for any other module."""
+        """Return an optimizer, as for any other module."""
         return torch.optim.AdamW(self.parameters(), lr=2e-3)
 
 

@@ -1,8 +1,8 @@
-"""Bits per dimension of a test set on as many processes as there are, with accelerate.
+"""Bits per dimension of a test set, on any number of processes, with accelerate.
 
 accelerate launch docs/examples/likelihood_many_gpus.py      (any number of GPUs, or --cpu)
 
-The network is not trained here, so accelerate does not prepare it: every process holds it whole.
+The network is not trained, so accelerate does not prepare it: every process has the whole network.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from hosm_losses import Hutchinson, NLLResult, ScoreModel, VPSchedule, ode_nll
 
 
 def gather(accelerator: Accelerator, result: NLLResult) -> NLLResult:
-    """The result of this batch from all processes, without what the last batch was padded with."""
+    """Gather the result of a batch from all processes, without the padding of the last batch."""
     tensors = {name: value for name, value in vars(result).items() if torch.is_tensor(value)}
     return replace(result, **{n: accelerator.gather_for_metrics(v) for n, v in tensors.items()})
 
@@ -37,7 +37,7 @@ def main() -> None:
     model = ScoreModel(network, VPSchedule(), call=lambda network, x, _t: network(x))
     loader = accelerator.prepare(DataLoader(TensorDataset(images), batch_size=8))
 
-    # Its own generator in every process, so that probes differ between them.
+    # Every process has its own generator, so that the probes differ between processes.
     generator = torch.Generator(accelerator.device).manual_seed(accelerator.process_index)
     divergence = "exact" if args.exact else Hutchinson(2)
     results = []

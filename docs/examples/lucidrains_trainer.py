@@ -1,4 +1,4 @@
-"""The Trainer of denoising-diffusion-pytorch with the third-order loss: one method is replaced.
+"""denoising-diffusion-pytorch's Trainer with the third-order loss, by replacing one method.
 
 python docs/examples/lucidrains_trainer.py
 """
@@ -15,21 +15,21 @@ from hosm_losses import from_denoising_diffusion, third_order_dsm
 
 
 class HighOrderDiffusion(GaussianDiffusion):
-    """The diffusion with the loss of orders one to three; the first term is the project's own."""
+    """A diffusion with the loss of orders one to three; the first term is the project's loss."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # In a tuple, so that the network is not registered a second time.
+        # The tuple keeps the network from being registered a second time.
         self.score_model = (from_denoising_diffusion(self),)
 
     def p_losses(self, x_start: torch.Tensor, t: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Called by the Trainer through forward, which has normalised x_start and drawn t."""
+        """Return the loss; the Trainer's forward has already normalised x_start and drawn t."""
         self.last = third_order_dsm(self.score_model[0], x_start, t=t, weights=(1, 0.5, 0.5, 0.1))
         return self.last
 
 
 def main() -> None:
-    """Train for a few steps on images of one colour each."""
+    """Train for a few steps on single-colour images."""
     torch.manual_seed(0)
     network = Unet(dim=8, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2)
     diffusion = HighOrderDiffusion(network, image_size=8, timesteps=100)

@@ -1,8 +1,8 @@
-"""Sampling an energy with known Z: many wells in 8 and 16 dimensions, whose forces are known.
+"""Sample an energy with known Z and known forces: many wells in 8 and 16 dimensions.
 
-Order one trains on samples of the energy with four kinds of targets, for as many steps each. KL is
-from the energy's distribution to the density of the ODE, log Z and the effective sample size are
-those of importance weights.
+Order one trains on samples of the energy with four kinds of targets, for equally many steps each.
+KL is from the energy's distribution to the density of the ODE; log Z and the effective sample size
+are computed from importance weights.
 
     python docs/examples/many_well.py [--steps 2500] [--samples 500]
 """
@@ -23,26 +23,26 @@ LOG_Z = float(WELL.logsumexp(0) + (AXIS[1] - AXIS[0]).log()) + math.log(2 * math
 
 
 def log_target(x: Tensor) -> Tensor:
-    """Minus the energy Σ a⁴ − 6a² − a/2 + b²/2 of pairs (a, b)."""
+    """Return minus the energy Σ a⁴ − 6a² − a/2 + b²/2 of pairs (a, b)."""
     a, b = x[:, ::2].double(), x[:, 1::2].double()
     return (6 * a**2 + a / 2 - a**4 - b**2 / 2).sum(1)
 
 
 def score(x: Tensor) -> Tensor:
-    """Its gradient, which is ∇log p₀: the forces over kT."""
+    """Return the gradient of `log_target`, which is ∇log p₀: the forces over kT."""
     a, b = x[:, ::2], x[:, 1::2]
     return torch.stack([12 * a + 0.5 - 4 * a**3, -b], 2).reshape(x.shape)
 
 
 def draw(count: int, pairs: int) -> Tensor:
-    """Exact samples (count, 2 · pairs)."""
+    """Draw exact samples (count, 2 · pairs)."""
     rows = torch.multinomial(WELL.softmax(0), count * pairs, replacement=True)
     return torch.stack([AXIS[rows].float(), torch.randn(len(rows))], 1).reshape(count, -1)
 
 
 def kinds_of_targets(data: Tensor) -> dict[str, hosm.AveragedTargets | hosm.TargetScores | None]:
-    """By name; None is the drawn noise."""
-    information = hosm.TargetScores.information_of(data, score(data))  # checks signs and units too
+    """Return the four kinds of targets by name; None means the drawn noise."""
+    information = hosm.TargetScores.information_of(data, score(data))  # also checks signs, units
     averaged = hosm.AveragedTargets()
     return {
         "drawn noise": None,
@@ -53,12 +53,12 @@ def kinds_of_targets(data: Tensor) -> dict[str, hosm.AveragedTargets | hosm.Targ
 
 
 def fresh_loss(objective: torch.nn.Module, pairs: int) -> Tensor:
-    """The loss of 256 samples that were not used before."""
+    """Return the loss on 256 new samples."""
     return objective(draw(256, pairs))
 
 
 def judge(model: hosm.ScoreModel, data: Tensor, points: Tensor) -> str:
-    """Say in a line of numbers how good a model is, at points that it was not trained on."""
+    """Return a line of numbers that judge a model, at points that it was not trained on."""
     options = {"solver": hosm.FixedGrid(data_mean=data.mean(0), data_std=data.std(0))}
     options |= {"divergence": "exact"}
     drawn = hosm.ode_sample(model, points.shape, **options)
@@ -71,7 +71,7 @@ def judge(model: hosm.ScoreModel, data: Tensor, points: Tensor) -> str:
 
 
 def main() -> None:
-    """Train with each kind of targets in both dimensions, and print what the samples are worth."""
+    """Train with each kind of targets in both dimensions, and print how good each model is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--samples", type=int, default=500)

@@ -10,7 +10,7 @@ from hosm_losses import ScoreModel, ThirdOrderDSM, VPSchedule
 
 
 class Network(nn.Module):
-    """Predicts the noise in images of one channel."""
+    """A network that predicts the noise in one-channel images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,14 +19,14 @@ class Network(nn.Module):
         self.last = nn.Conv2d(32, 1, 3, padding=1)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """ε̂(x, t)."""
+        """Return ε̂(x, t)."""
         hidden = self.first(x) + t[:, None, None, None]
         hidden = hidden + self.middle(nn.functional.silu(self.norm(hidden)))
         return self.last(nn.functional.silu(hidden))
 
 
 def main(steps: int = 24) -> None:
-    """Train in bfloat16 on a CPU and in float16 on a GPU, and print the first and last loss."""
+    """Train in bfloat16 on a CPU or in float16 on a GPU, and print the first and last loss."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
@@ -40,7 +40,7 @@ def main(steps: int = 24) -> None:
         x0 = images[torch.randint(256, (32,), device=device)]
         optimizer.zero_grad()
         with torch.autocast(device, dtype=dtype):
-            loss = objective(x0)  # the residuals are in float32 all the same
+            loss = objective(x0)  # the residuals stay in float32
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

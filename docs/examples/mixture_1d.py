@@ -1,21 +1,23 @@
 """A 1-D mixture learned by score matching of orders one to three, judged by exact likelihood.
 
 What it shows:
-    The density that a diffusion model gives data is that of its probability-flow ODE. A small
-    score-matching loss does not suffice to make that density a good one. Here a small network is
-    trained with each of the three orders, on the mixture of three Gaussians of Lu et al. (ICML
-    2022, arXiv 2206.08265). In one dimension KL(q || p_ODE) is an integral over a grid, without
-    sampling error. q is the mixture at t_min, very nearly the data. The error of the ODE's score
-    is the root mean square of d/dx log p_ODE - d/dx log q under q, over that of d/dx log q.
+    A diffusion model defines a density of the data through its probability-flow ODE. A small
+    score-matching loss does not guarantee that this density is good. Here, a small network is
+    trained with each of the three orders on the mixture of three Gaussians of Lu et al. (ICML
+    2022, arXiv 2206.08265). In one dimension, KL(q || p_ODE) is an integral over a grid, without
+    sampling error. q is the mixture at t_min, which is very close to the data. The error of the
+    ODE's score is the root mean square of d/dx log p_ODE - d/dx log q under q, divided by the root
+    mean square of d/dx log q.
 
-    "averaged" is targets=AveragedTargets(): the batch takes the noise of the data out of the
-    targets. docs/worth.md compares the losses on more problems.
+    "averaged" means targets=AveragedTargets(), which averages the targets over the batch to reduce
+    the noise of the data. docs/worth.md compares the losses on more problems.
 
 How the orders are compared:
-    At equal cost: as many evaluations of the network as order three takes in N steps. A sample
-    costs 3 of them at order one, 6 at order two and 12 at order three, a backward pass counted as
-    two. So order one takes 4 N steps and order two 2 N, all under a cosine decay of that length.
-    The table has the processor time, which is that of Python too in a network as small as this.
+    The orders are compared at equal cost: each uses as many evaluations of the network as order
+    three uses in N steps. A sample costs 3 evaluations at order one, 6 at order two and 12 at
+    order three; a backward pass counts as two. So order one takes 4 N steps and order two takes
+    2 N steps, each with a cosine decay of that length. The table shows the processor time, to
+    which Python contributes noticeably because the network is small.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
     python docs/examples/mixture_1d.py [--schedule vp] [--steps 1500] [--seed 0] [--out DIR]
@@ -49,8 +51,8 @@ DATA_MEAN = float(FRACTIONS @ MEANS)
 DATA_STD = math.sqrt(float(FRACTIONS @ (VARIANCES + MEANS.square())) - DATA_MEAN**2)
 GRID = torch.linspace(-1.25, 1.55, 801, dtype=torch.float64)
 BATCH, WIDTH = 512, 128
-# The paper's weights. In one dimension "exact" costs what one random probe costs. It draws no
-# number, so that every order sees the same noise.
+# The paper's weights. In one dimension, "exact" costs as much as one random probe. It draws no
+# random numbers, so every order sees the same noise.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "1": hosm.first_order_dsm,
     "2": partial(hosm.second_order_dsm, weights=(1, 0.5, 0), probes="exact"),
@@ -58,19 +60,20 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 AVERAGED = hosm.AveragedTargets()
 LOSSES |= {f"{order} averaged": partial(LOSSES[order], targets=AVERAGED) for order in "123"}
-EVALUATIONS = {"1": 3, "1 averaged": 3, "2 averaged": 6, "3 averaged": 12}  # a sample and step
+EVALUATIONS = {"1": 3, "1 averaged": 3, "2 averaged": 6, "3 averaged": 12}  # per sample, step
 
 
 def waves(value: Tensor, count: int) -> Tensor:
-    """Features of value (B, 1): itself, and sine and cosine at frequencies 1 to `count`."""
+    """Return `value` (B, 1) with its sines and cosines at frequencies 1 to `count`."""
     angles = value * torch.arange(1, count + 1)
     return torch.cat([value, angles.sin(), angles.cos()], dim=1)
 
 
 class Network(nn.Module):
-    """An MLP for ε̂(x, t) whose every hidden layer is scaled and shifted by features of log σ̂.
+    """An MLP for ε̂(x, t) with hidden layers scaled and shifted by features of log σ̂.
 
-    A mixture's detail lies at small noise: a tiny part of the range of t, a wide one of log σ̂.
+    The details of a mixture matter at small noise, which is a tiny part of the range of t but a
+    wide part of the range of log σ̂.
     """
 
     def __init__(self, schedule: hosm.Schedule) -> None:
@@ -90,12 +93,12 @@ class Network(nn.Module):
         for layer, time_layer in zip(self.layers, self.times, strict=True):
             scale, shift = time_layer(time_features).chunk(2, dim=1)
             hidden = nn.functional.silu(layer(hidden) * (1 + scale) + shift)
-        # The first part is exact for Gaussian data. The network adds the rest.
+        # The first term is exact for Gaussian data; the network adds a correction.
         return sigma / std * standard + self.output(hidden)
 
 
 class Job(NamedTuple):
-    """A training."""
+    """One training run."""
 
     schedule: str
     loss: str
@@ -104,7 +107,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """KL(q || p_ODE) in nats, the error of the score, seconds, and log p_ODE and score on GRID."""
+    """KL(q || p_ODE) in nats, the score error, seconds, and log p_ODE and its score on GRID."""
 
     kl: float
     score_error: float
@@ -114,14 +117,14 @@ class Outcome(NamedTuple):
 
 
 def draw_data(generator: torch.Generator) -> Tensor:
-    """Draw a batch of the mixture, (BATCH, 1)."""
+    """Draw a batch from the mixture, (BATCH, 1)."""
     component = torch.multinomial(FRACTIONS, BATCH, True, generator=generator)
     normal = torch.randn(BATCH, dtype=torch.float64, generator=generator)
     return (MEANS[component] + VARIANCES[component].sqrt() * normal).float()[:, None]
 
 
 def true_density(schedule: hosm.Schedule) -> tuple[Tensor, Tensor]:
-    """Log-density of the mixture at t_min, and its derivative, on GRID."""
+    """Return the log-density of the mixture at t_min and its derivative, on GRID."""
     alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=torch.float64))
     variances = alpha.square() * VARIANCES + sigma.square()
     offsets = GRID[:, None] - alpha * MEANS
@@ -131,14 +134,14 @@ def true_density(schedule: hosm.Schedule) -> tuple[Tensor, Tensor]:
 
 
 def new_model(job: Job) -> hosm.ScoreModel:
-    """Return the network of the job's seed, the same for every loss."""
+    """Return the initial network for the job's seed, which is the same for every loss."""
     torch.manual_seed(job.seed)
     schedule = SCHEDULES[job.schedule]
     return hosm.ScoreModel(Network(schedule), schedule)
 
 
 def training(model: hosm.ScoreModel, job: Job, rate: float = 3e-3) -> Iterator[None]:
-    """Take an optimizer step each time it is advanced."""
+    """Take one optimizer step per iteration of the generator."""
     generator = torch.Generator().manual_seed(job.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
@@ -153,15 +156,15 @@ def training(model: hosm.ScoreModel, job: Job, rate: float = 3e-3) -> Iterator[N
 
 
 def start_process(counter: Any) -> None:
-    """Prepare a process; `counter` is shared between all of them."""
+    """Prepare a process; `counter` is shared by all processes."""
     global progress
     progress = counter
     torch.set_num_threads(1)
 
 
 def exact_kl(model: hosm.ScoreModel) -> tuple[float, Tensor]:
-    """Return KL(q || p_ODE) in nats, NaN where the ODE could not be solved, and log p_ODE."""
-    # Tighter than the default: the KL is then right to about 1e-5 nats.
+    """Return KL(q || p_ODE) in nats, or NaN if the ODE could not be solved, and log p_ODE."""
+    # Tighter than the default, so that the KL is right to about 1e-5 nats.
     solver = hosm.Adaptive(1e-4, data_mean=DATA_MEAN, data_std=DATA_STD)
     result = hosm.ode_nll(model, GRID.float()[:, None], solver=solver, divergence="exact")
     log_density, _ = true_density(model.schedule)
@@ -178,7 +181,7 @@ def score_of(model: hosm.ScoreModel) -> Tensor:
 
 
 def train(job: Job) -> Outcome:
-    """Train a network, then find density and score of its ODE at every point of GRID."""
+    """Train a network, then compute the density and score of its ODE at every point of GRID."""
     model, start = new_model(job), time.process_time()
     for _ in training(model, job):
         with progress.get_lock():
@@ -194,7 +197,7 @@ def train(job: Job) -> Outcome:
 
 
 def train_all(jobs: Sequence[Job]) -> list[Outcome]:
-    """Train in two processes."""
+    """Run all jobs in two processes."""
     context = get_context("spawn")
     counter = context.Value("d", 0.0)
     total = sum(job.steps * EVALUATIONS[job.loss] for job in jobs)
@@ -211,7 +214,7 @@ def train_all(jobs: Sequence[Job]) -> list[Outcome]:
 
 
 def picture(report: Mapping[str, Any]) -> Figure:
-    """Draw density and score of the ODE, at equal cost, over those of the mixture in grey."""
+    """Draw density and score of each ODE, at equal cost, over the mixture's curves in grey."""
     curves = report["curves"]
     figure = Figure((9.3, 4.8), layout="constrained")
     rows = figure.subplots(2, len(report["equal_cost"]), sharex=True, sharey="row")
@@ -268,7 +271,7 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report) + "\n")
-    with style.context([*Path(__file__).parent.glob("style.mplstyle")]):  # that of the pages
+    with style.context([*Path(__file__).parent.glob("style.mplstyle")]):  # as on the pages
         picture(report).savefig(options.out / f"mixture_1d_{options.schedule}.svg")
     print(f"\nFigure and results.json are in {options.out}; {time.perf_counter() - start:.0f} s.")
 

@@ -1,4 +1,4 @@
-"""A torchmetrics metric of the ODE's likelihood, over batches and over processes.
+"""A torchmetrics metric for the ODE's likelihood, over batches and processes.
 
 torchrun --nproc-per-node 2 docs/examples/nll_metric.py
 """
@@ -16,14 +16,14 @@ OTHERS = ("levels", "low", "high", "widening", "elements")  # the same for every
 
 
 class ODELikelihood(Metric):
-    """Gathers results; compute() gives their means and standard errors."""
+    """Gathers results; compute() returns their means and standard errors."""
 
     full_state_update = False
 
     def __init__(self, model: ScoreModel, **options: object) -> None:
         super().__init__()
-        self.model, self.options = (model,), options  # the tuple keeps it out of the state_dict
-        # (B,) in float64 each, as is the empty one of a process that has no batch.
+        self.model, self.options = (model,), options  # a tuple, to stay out of the state_dict
+        # Each state is (B,) in float64, even the empty state of a process without a batch.
         self.set_dtype(torch.float64)
         for name in FIELDS + OTHERS:
             self.add_state(name, default=[], dist_reduce_fx="cat")
@@ -33,13 +33,13 @@ class ODELikelihood(Metric):
         result = ode_nll(self.model[0], x, **self.options)
         known = {"elements": result.latent[0].numel()}
         known |= {} if result.quantization is None else result.quantization._asdict()
-        for name in FIELDS + OTHERS:  # some may be unknown
+        for name in FIELDS + OTHERS:  # some may be missing
             value = getattr(result, name, known.get(name))
             value = torch.as_tensor(torch.nan if value is None else value).to(x.device).double()
             getattr(self, name).append(value.expand(len(x)))
 
     def compute(self) -> dict[str, float | None]:
-        """Means and standard errors over all batches of all processes."""
+        """Return means and standard errors over all batches of all processes."""
         parts = {name: getattr(self, name) for name in FIELDS + OTHERS}
         found = {n: torch.cat(p) if isinstance(p, list) else p for n, p in parts.items()}
         levels, low, high, widening, elements = (found.pop(name)[0].item() for name in OTHERS)
@@ -47,13 +47,13 @@ class ODELikelihood(Metric):
             found[name] = None if found[name].isnan().all() else found[name]
         for name in ("failed", "kinks"):
             found[name] = found[name] if found[name] is None else found[name] > 0
-        latent = found["nll"].new_zeros(len(found["nll"]), int(elements))  # only its size counts
+        latent = found["nll"].new_zeros(len(found["nll"]), int(elements))  # only the size matters
         result = NLLResult(**found, latent=latent, widening=widening)
         return asdict(result.summary(*([int(levels), low, high] if levels > 0 else [])))
 
 
 def main() -> None:
-    """Evaluate a share of the same points in every process."""
+    """Evaluate a different share of the points in every process."""
     if launched := dist.is_torchelastic_launched():  # by torchrun
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)

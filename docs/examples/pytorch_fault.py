@@ -15,7 +15,7 @@ axis = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 5, 2)
 
 
 def loss(moved: float = 0.0) -> Tensor:
-    """The mean square of ∂²f/∂x₁², with the first bias moved."""
+    """Return the mean square of ∂²f/∂x₁², with the first bias shifted."""
     bias.data[0] += moved
     (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(slope[:, 0].sum(), x, create_graph=True)

@@ -15,19 +15,19 @@ Parameters = dict[str, Tensor]
 
 
 class Network(nn.Module):
-    """Predicts the noise in points of the plane."""
+    """A network that predicts the noise in points of the plane."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """ε̂(x, t)."""
+        """Return ε̂(x, t)."""
         return self.layers(torch.cat([x, t[:, None]], 1))
 
 
 def draw(count: int) -> Tensor:
-    """Points near a ring."""
+    """Draw points near a ring."""
     angle = 6.2832 * torch.rand(count)
     return torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(count, 2)
 

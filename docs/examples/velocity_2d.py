@@ -1,4 +1,4 @@
-"""A velocity (flow-matching) network in two dimensions that goes on with order one or two.
+"""A velocity (flow-matching) network in two dimensions, continued with order one or two.
 
 python docs/examples/velocity_2d.py [--steps 2000]
 
@@ -23,13 +23,13 @@ SiLU, Linear = nn.SiLU, nn.Linear
 
 
 def ring(count: int, generator: torch.Generator) -> Tensor:
-    """Points (count, 2) of eight Gaussians on a circle."""
+    """Draw points (count, 2) from eight Gaussians on a circle."""
     centre = CENTRES[torch.randint(8, (count,), generator=generator)]
     return centre + STD * torch.randn(count, 2, generator=generator)
 
 
 def train(model, loss, steps: int, rate: float) -> hosm.ScoreModel:  # noqa: ANN001
-    """Take so many steps of a loss, at a rate that falls to 0."""
+    """Train for a number of steps, with a learning rate that decays to 0."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -42,16 +42,16 @@ def train(model, loss, steps: int, rate: float) -> hosm.ScoreModel:  # noqa: ANN
 
 
 class Velocity(nn.Sequential):
-    """The velocity at x (B, 2) and t (B,), with features of the noise level."""
+    """A network for the velocity at x (B, 2) and t (B,), given the noise level as a feature."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Put the three side by side."""
+        """Evaluate the layers on x, t and the noise level."""
         level = SCHEDULE.log_sigma_hat(t) / 4
         return super().forward(torch.cat([x, t[:, None], level[:, None]], 1))
 
 
 def main() -> None:
-    """Train with order one, go on with each loss, and compare."""
+    """Train with order one, continue with each loss, and compare."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps

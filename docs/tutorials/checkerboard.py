@@ -2,8 +2,9 @@ r"""
 Train a better density
 ======================
 
-Train a small network on a checkerboard with orders one, two and three of score matching, each for
-the same number of network evaluations, and compare density and score of the ODEs with the truth.
+Train a small network on a checkerboard with orders one, two and three of score matching, each
+order for the same number of network evaluations, and compare the density and the score of each ODE
+with the truth.
 """
 
 import matplotlib.pyplot as plt
@@ -26,9 +27,9 @@ torch.set_num_threads(1)
 schedule = VESchedule(sigma_min=0.02, sigma_max=10.0)
 
 # %%
-# The data are uniform on half of the squares of a 4×4 board. The network gets sines of the
-# position, because the board has sharp edges, and of the noise level. Its activations are smooth:
-# the higher orders differentiate them.
+# The data are uniform on half of the squares of a 4×4 board. Because the board has sharp edges,
+# the network gets sines of the position; it also gets sines of the noise level. Its activations
+# are smooth, because the higher orders differentiate them.
 
 
 def draw(count):
@@ -50,7 +51,7 @@ class Network(nn.Module):
 
     def forward(self, x, sigma):
         sigma = sigma[:, None]
-        size = (0.35 + sigma**2).sqrt()  # of x, whose data have the variance 0.35
+        size = (0.35 + sigma**2).sqrt()  # std of x; the data have variance 0.35
         level, h = waves(sigma.log() / 4, 8), torch.cat([x / size, waves(2 * x / size, 4)], 1)
         for layer, times in zip(self.layers, self.times, strict=True):
             scale, shift = times(level).chunk(2, 1)
@@ -59,8 +60,8 @@ class Network(nn.Module):
 
 
 # %%
-# A score model is the network with its schedule. This network takes the noise level in the place
-# of t. ``check_derivatives`` says whether the losses can differentiate it.
+# A score model is a network with its noise schedule. This network takes the noise level in place
+# of t. ``check_derivatives`` says whether the losses can differentiate the network.
 
 
 def new_model():
@@ -71,10 +72,10 @@ def new_model():
 print(check_derivatives(new_model(), draw(8)))
 
 # %%
-# For a sample, order one evaluates the network three times (a backward pass counts twice), order
-# two six times and order three twelve times. So the higher orders get fewer steps.
-# ``AveragedTargets`` replaces the noise of each sample by its average over the batch. That costs
-# no evaluation and helps whenever a batch is dense at the scale of the noise.
+# For each sample, order one evaluates the network three times (a backward pass counts twice),
+# order two six times and order three twelve times. Therefore, the higher orders get fewer steps.
+# ``AveragedTargets`` replaces the noise of each sample by an average over the batch. This costs
+# no evaluation and helps whenever the batch is dense at the scale of the noise.
 
 
 def train(objective, steps, rate):
@@ -97,10 +98,10 @@ for name, loss, steps, rate in (
     train(loss(models[name], targets=AveragedTargets()), steps, rate)
 
 # %%
-# The density of the data is known at the smallest noise level, where the ODE ends. So are its
-# score and the KL divergence to each ODE, a sum over a grid. ``ode_nll`` gives log-densities of
-# the ODE, and their gradient with ``enable_grad``. In two dimensions the exact divergence is
-# cheap.
+# At the smallest noise level, where the ODE ends, the density of the data and its score are known,
+# and the KL divergence to each ODE is a sum over a grid. ``ode_nll`` returns negative
+# log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions, the exact
+# divergence is cheap.
 
 
 def log_density(x):
@@ -129,8 +130,8 @@ for name, model in models.items():
     print(f"{name}: KL {kl[name]:.4f} nats, squared error of the score {error[name]:.2f}")
 
 # %%
-# All three know the squares. They differ in how even the density is inside them, and more so in
-# its slope, the score.
+# All three models find the squares. They differ in how uniform the density is inside the squares,
+# and even more in its slope, the score.
 figure, axes = plt.subplots(1, 4, figsize=(9.3, 3.3), layout="constrained")
 for ax, (name, values) in zip(axes, density.items(), strict=True):
     shown = values.reshape(64, 64).T
@@ -143,6 +144,7 @@ figure.suptitle(
 )
 
 # %%
-# The density depends on the divergence of the field along the whole path, and its score on how
-# that divergence changes. Order one trains neither of them: :ref:`Theory <why>`. This is one seed;
-# :doc:`/worth` has the study, and :doc:`/which_loss` says when a higher order is worth its price.
+# The density depends on the divergence of the field along the whole path, and its score depends on
+# how that divergence changes. Order one trains neither of the two: see :ref:`Theory <why>`. These
+# results are from one seed; :doc:`/worth` has the study, and :doc:`/which_loss` says when a higher
+# order is worth its price.

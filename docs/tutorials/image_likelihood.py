@@ -4,7 +4,7 @@ The likelihood of an image model
 
 Train a small convolutional network on 8×8 digits, measure the likelihood of held-out digits in
 bits per dimension with error bars, check the error bars against an exact result, and draw samples
-with their density.
+with their densities.
 """
 
 import matplotlib.pyplot as plt
@@ -27,8 +27,8 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
-# The pixels are integers from 0 to 16. Uniform noise within a level makes them continuous; the
-# images are scaled to [−1, 1].
+# The pixels are integers from 0 to 16. Uniform noise within each level makes the pixels
+# continuous, and the images are scaled to [−1, 1].
 levels = torch.as_tensor(load_digits().images, dtype=torch.float32)[torch.randperm(1797), None]
 
 
@@ -39,7 +39,7 @@ def dequantize(k):
 train_set, held_out = levels[:1600], dequantize(levels[1600:1664])
 
 # %%
-# Any network will do. This one predicts the noise, and adds its embedding of log σ̂ in every
+# Any network will do. This network predicts the noise, and adds an embedding of log σ̂ in every
 # block.
 
 
@@ -81,13 +81,13 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# First question: is the network wrapped right? Had the schedule or the prediction been another in
-# training, every number below would be wrong without an error.
+# First, is the network wrapped correctly? If it had been trained with another schedule or another
+# prediction type, every number below would be wrong, without an error message.
 report = check_wrapping(model, held_out)
 print(report)
 
 # %%
-# Now the likelihood. Two random probes at each node give every image a standard error.
+# Now measure the likelihood. Two random probes at each node give every image a standard error.
 # ``levels=17`` counts the bits of the integers.
 moments = {"data_mean": float(held_out.mean()), "data_std": float(held_out.std())}
 solver = FixedGrid(64, **moments)
@@ -96,9 +96,10 @@ with torch.no_grad():
 print(result.summary(levels=17))
 
 # %%
-# The summary has three errors. The standard error is that of the mean over images. The part of the
-# probes falls with more probes or steps. The solver's error falls with more steps. Are they right?
-# With d = 64 the exact divergence is affordable for a few images:
+# The summary shows three errors. The first is the standard error of the mean over images. The
+# second is the part of the standard error that is due to the probes, which decreases with more
+# probes or steps. The third is the solver's error, which decreases with more steps. Are the
+# claimed errors right? With d = 64, the exact divergence is affordable for a few images:
 few = 32
 exact = ode_nll(model, held_out[:few], solver=FixedGrid(40, **moments), divergence="exact")
 error, claimed = result.nll[:few] - exact.nll, 2 * result.standard_error[:few]
@@ -113,7 +114,7 @@ ax.set(xlabel="images, from the most to the least likely", ylabel="nats, random 
 ax.set_title(f"Twice the standard error covers {covered:.0%} of the images")
 
 # %%
-# The most and the least likely images:
+# These are the most and the least likely images:
 figure, axes = plt.subplots(2, 8, figsize=(9.3, 2.8), layout="constrained")
 for ax, index in zip(axes.flat, [*order[:8], *order[-8:]], strict=True):
     ax.imshow(held_out[index, 0], cmap="gray_r", vmin=-1, vmax=1)
@@ -124,8 +125,8 @@ figure.suptitle(
 )
 
 # %%
-# The same ODE in the other direction draws samples, each with its density. ``denoise`` removes the
-# noise that is left at t_min.
+# Solved in the other direction, the same ODE draws samples, each with its density. ``denoise``
+# removes the noise that is left at t_min.
 drawn = ode_sample(model, (16, 1, 8, 8), solver=solver, divergence=Hutchinson(2))
 print(drawn.summary(levels=17))
 t = torch.full((16,), schedule.t_min)
@@ -138,4 +139,5 @@ bits, given = (each.bits_per_dim(levels=17).mean() for each in (drawn, result))
 figure.suptitle(f"Samples take {bits:.2f} bits/dim, held-out images {given:.2f}")
 
 # %%
-# Continue with :doc:`/likelihood`, or let the network go on with another loss: :doc:`/which_loss`.
+# Continue with :doc:`/likelihood`, or train the network further with another loss:
+# :doc:`/which_loss`.

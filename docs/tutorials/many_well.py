@@ -2,8 +2,9 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on samples of an energy in eight dimensions, draw samples with their density, and
-correct them to the energy itself: importance weights, the effective sample size, and log Z.
+Train a model on samples of an energy in eight dimensions, draw samples from the model with their
+densities, and reweight them to the energy itself. The importance weights also give the effective
+sample size and log Z.
 """
 
 import math
@@ -28,7 +29,7 @@ torch.set_num_threads(1)
 
 # %%
 # The energy is a sum over four pairs (a, b) of a double well in a and a parabola in b. Each pair
-# has two modes, so there are sixteen. Z is known by quadrature.
+# has two modes, so the energy has sixteen. Z is known by quadrature.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -48,7 +49,7 @@ data = draw(4096)
 mean, std = data.mean(0), data.std(0)
 
 # %%
-# The network is told log σ̂ and gets x in units of its spread at that noise level.
+# The network gets log σ̂, and x in units of its standard deviation at that noise level.
 
 
 class Network(nn.Module):
@@ -82,7 +83,7 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# Samples come with their density, exactly, because the divergence is.
+# Each sample comes with its exact density, because the divergence is exact.
 solver = FixedGrid(64, data_mean=mean, data_std=std)
 drawn = ode_sample(model, (500, 8), solver=solver, divergence="exact")
 weights = importance_weights(drawn, log_target)
@@ -90,16 +91,16 @@ print(weights)
 print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}")
 
 # %%
-# Weights do not see a mode that no sample falls into. Points of the target do: the mean of
-# log π − log q over them is an upper bound on log Z, which a dropped mode would push up.
+# Weights do not reveal a mode into which no sample falls, but points from the target do: the mean
+# of log π − log q over such points is an upper bound on log Z, and a dropped mode would raise it.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
 bounds = weights.sandwich(points, given)
 print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}")
 
 # %%
-# Even weights are a good model. Points far to the left are samples in the wrong place, points far
-# to the right stand for what the model has too little of.
+# If the weights are nearly equal, the model is good. Weights far to the left belong to samples in
+# the wrong place; weights far to the right belong to regions where the model has too few samples.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500
@@ -107,5 +108,5 @@ ax.set(xlabel="log weight, nats", ylabel="samples")
 ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
-# ``weights.expectation`` gives means under the energy with their errors, and ``weights.resample``
-# samples of it: :doc:`/energies`.
+# ``weights.expectation`` returns means under the energy with their errors, and
+# ``weights.resample`` returns samples of the energy: see :doc:`/energies`.

@@ -2,9 +2,9 @@ r"""
 A posterior you can trust
 =========================
 
-Train a conditional model on a simulator, and check its posterior as you would where the exact one
-is unknown: ranks of the true parameters, and the coverage of credible regions. Here the exact
-posterior is known, so it shows what such checks miss.
+Train a conditional model on a simulator, and check its posterior as you would if the exact
+posterior were unknown: by the ranks of the true parameters and the coverage of credible regions.
+Here, the exact posterior is known, so it shows what such checks miss.
 """
 
 import math
@@ -20,9 +20,9 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
-# The simulator is the two moons of `Greenberg et al. <https://arxiv.org/abs/1905.07488>`_. A point
-# y on a thin crescent is moved by θ, which has a uniform prior on [−1, 1]². An absolute value
-# hides on which side θ was, so the posterior of θ has two moons.
+# The simulator is the two-moons problem of `Greenberg et al. <https://arxiv.org/abs/1905.07488>`_.
+# A point y on a thin crescent is shifted by θ, which has a uniform prior on [−1, 1]². An absolute
+# value hides which side θ was on, so the posterior of θ has two moons.
 
 
 def rotated(theta):
@@ -44,8 +44,8 @@ def draw(count):
 
 
 # %%
-# The network predicts the noise in θ, and takes y beside it. Sines help with crescents that are a
-# hundredth thick.
+# The network predicts the noise in θ, and takes y as a second input. Sines help with crescents
+# that are a hundredth thick.
 
 
 def waves(x, frequencies):
@@ -62,7 +62,7 @@ class Network(nn.Module):
 
     def forward(self, theta, sigma, y):
         sigma = sigma[:, None]
-        size = (1 / 3 + sigma**2).sqrt()  # of θ, whose prior has the variance 1/3
+        size = (1 / 3 + sigma**2).sqrt()  # std of θ; the prior has variance 1/3
         level = waves(sigma.log() / 4, torch.arange(1, 9))
         inputs = torch.cat([theta / size, y], 1)
         h = torch.cat([inputs, waves(inputs, math.pi / 2 * 2 ** torch.arange(4))], 1)
@@ -73,8 +73,8 @@ class Network(nn.Module):
 
 
 # %%
-# Every step has new simulations. Where they are dear, keep some for the checks below. The targets
-# are the drawn noise: ``AveragedTargets`` would mix the θ of different y.
+# Every step uses new simulations. If simulations are expensive, keep some for the checks below.
+# The targets are the drawn noise, because ``AveragedTargets`` would mix the θ of different y.
 schedule = VESchedule(sigma_min=0.003, sigma_max=10.0)
 model = ScoreModel(Network(), schedule, time=schedule.sigma)
 objective = FirstOrderDSM(model)
@@ -88,8 +88,8 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# One distribution for each of 300 new observations. A single solve draws 99 samples of each
-# posterior with their densities, another one has the density of the true parameters.
+# Make one distribution for each of 300 new observations. A single solve draws 99 samples from each
+# posterior with their densities; a second solve computes the density of the true parameters.
 count = 300
 theta, y = draw(count)
 solver = FixedGrid(data_std=0.58)
@@ -99,11 +99,12 @@ with torch.no_grad():
     log_q = q.log_prob(theta)
 
 # %%
-# Simulation-based calibration (`Talts et al. <https://arxiv.org/abs/1804.06788>`_): if the
-# posterior is right, the true parameter is one more sample of it, and its rank among the 99 others
-# takes each value from 0 to 99 equally often. So does the rank of its density, and counting how
-# many samples are denser tells which is the smallest region of highest density that holds it.
-# Regions of 90% should hold 90% of the true parameters; if they hold fewer, they are too small.
+# Now apply simulation-based calibration (`Talts et al. <https://arxiv.org/abs/1804.06788>`_). If
+# the posterior is right, the true parameter is like one more sample from it, so its rank among the
+# 99 samples takes each value from 0 to 99 equally often. The rank of the true parameter's density
+# is uniform as well. The number of samples with a higher density determines the smallest region of
+# highest density that contains the true parameter. Regions of 90% should contain 90% of the true
+# parameters; if they contain fewer, the regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
 nominal = torch.arange(101) / 100
@@ -125,9 +126,10 @@ axes[2].set(xlabel="nominal coverage", ylabel="empirical coverage")
 figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the binomial error")
 
 # %%
-# Now the exact posterior. The likelihood is the density of the point on the crescent. Its integral
-# over the prior's box is a mean over a grid of radii and angles: each pair of them leads from y
-# back to two θ, of which those inside the box count.
+# Now compute the exact posterior. The likelihood is the density of the point on the crescent. The
+# integral of the likelihood over the prior's box is a mean over a grid of radii and angles: each
+# pair of a radius and an angle leads from y back to two values of θ, which count if they are
+# inside the box.
 
 
 def log_posterior(theta, y):
@@ -149,10 +151,12 @@ def log_posterior(theta, y):
 
 
 # %%
-# Two numbers that the ranks do not give. The mean difference of both log-densities at the true
-# parameters is the KL divergence from the exact posterior, averaged over y. And the density of an
-# ODE is smooth: it has no edge where the prior has one, so some of it lies outside of the box,
-# most for y whose moons the edge cuts. The largest differences are near the edge as well.
+# There are two numbers that the ranks do not give. One is the KL divergence from the exact
+# posterior, averaged over y: it is the mean difference of the two log-densities at the true
+# parameters. The other is the share of the density outside the box. The density of an ODE is
+# smooth and has no edge where the prior has one, so part of it lies outside the box, and most of
+# all for those y whose moons are cut by the edge. The largest differences are near the edge as
+# well.
 log_p = log_posterior(theta, y)
 kl, kl_error = float((log_p - log_q).mean()), float((log_p - log_q).std()) / count**0.5
 outside = (samples.abs() > 1).any(-1).double().mean(0)
@@ -161,8 +165,9 @@ print(f"KL {kl:.3f} ± {kl_error:.3f} nats")
 print(f"outside of the box: {outside.mean():.1%} of the samples, {outside.max():.0%} for one y")
 
 # %%
-# One posterior on a grid. The colours span twelve nats: the bridges between the moons, which no
-# continuous map of one normal distribution does without, hold little.
+# Finally, plot one posterior on a grid. The colours span twelve nats. Every continuous map of a
+# normal distribution to two moons leaves bridges between the moons; here, they contain little
+# mass.
 observed, half = torch.zeros(2), 0.45
 axis = (torch.arange(100) + 0.5) / 100 * 2 * half - half
 grid = torch.cartesian_prod(axis, axis)
@@ -182,11 +187,13 @@ axes[2].set(xlabel="log p(θ | y), nats", ylabel="log q(θ | y), nats")
 figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2f} nats")
 
 # %%
-# What calibration cannot see: a model that ignored y and returned the prior would pass, because
-# the true parameters are samples of the prior as well. And it averages over y, so regions too wide
-# for some observations make up for those too narrow for others, perhaps for the one you have.
+# Calibration misses two faults. A model that ignored y and returned the prior would pass, because
+# the true parameters are samples from the prior as well. Calibration also averages over y, so
+# regions that are too wide for some observations make up for regions that are too narrow for other
+# observations, perhaps for the one you have.
 #
-# The mean of log q over pairs sees both, and compares two models where the exact posterior is
-# unknown; the prior's is the least to beat. Against the edge reject samples outside of the box
-# and divide the density by the share inside, or train on a map of the box to the plane and add
-# its log-determinant. More on such distributions is in :doc:`/densities`.
+# The mean of log q over pairs of θ and y reveals both faults, and compares two models even if the
+# exact posterior is unknown; the prior's mean log-density is the least value to beat. To handle
+# the edge, reject samples outside the box and divide the density by the share inside, or train on
+# a map from the box to the plane and add its log-determinant. :doc:`/densities` has more on such
+# distributions.

@@ -13,7 +13,7 @@ Five starting points, shown here with standard normal data, for which the best n
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` tests with data whether a trained network is wrapped the way it was trained:
+`check_wrapping` uses data to test whether a trained network is wrapped the way it was trained:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
@@ -23,7 +23,7 @@ on are the corresponding modules:
 
     >>> loss = hosm.third_order_dsm(model, x0)
 
-Targets with less noise can replace the drawn noise in each of them:
+In each loss, targets with less noise can replace the drawn noise:
 
     >>> loss = hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets())
 
@@ -34,7 +34,7 @@ Targets with less noise can replace the drawn noise in each of them:
     2.87 ± 0.08 nats
 
 `Weighting`, `TermWeights`, `TimeSampler`, `Targets`, `Probes`, `Prediction` and `Divergence` are
-the types of arguments that appear in signatures.
+the argument types that appear in signatures.
 """
 
 from hosm_losses import taylor
@@ -186,5 +186,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List only public names: submodules such as `model` would shadow the user's own variables."""
+    """List public names only: submodules such as `model` would shadow the user's own variables."""
     return [*__all__, "__all__", "__doc__", "__version__"]

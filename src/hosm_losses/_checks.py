@@ -1,10 +1,10 @@
 """Helpers for all packages: argument checks, error texts, per-sample sums, a progress bar.
 
 Every public function checks its arguments before any work. Types, names, shapes, dtypes and
-devices are always checked, as that costs nothing: a wrong type or dtype raises TypeError, anything
-else ValueError. Values are only checked where reading them is free: on CPU tensors outside
-`torch.compile` and the transforms of `torch.func`, but not on accelerators, to avoid a
-synchronisation.
+devices are always checked, because that costs nothing: a wrong type or dtype raises TypeError, and
+anything else ValueError. Values are only checked if reading them is free: on CPU tensors outside
+`torch.compile` and the transforms of `torch.func`, but not on accelerators, where the check would
+cause a synchronisation.
 """
 
 import math
@@ -30,7 +30,7 @@ BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fm
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """Return an error text: what was expected, `got` or a description of the value, a remedy."""
+    """Return an error text: what was expected, what came (`value` or `got`), and a remedy."""
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
@@ -43,7 +43,7 @@ def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
 
 
 def describe_value(value: object) -> str:
-    """Describe a value: dtype, shape and device of a tensor or array, the type of an object."""
+    """Describe a tensor by its dtype, shape and device, and other objects by their type."""
     if isinstance(value, Tensor):
         shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor of {shape} on {value.device}"
@@ -55,20 +55,20 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return the repr of an argument; tensors appear by shape, functions by name."""
+    """Return the repr of an argument, with tensors shown by shape and functions by name."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
         return f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
     if isinstance(value, partial):
         return f"partial({shown(value.func)}, ...)"
-    if type(value).__repr__ is object.__repr__:  # which would print an address
+    if type(value).__repr__ is object.__repr__:  # would print an address
         return f"<{type(value).__name__}>"
     return getattr(value, "__qualname__", None) or repr(value)
 
 
 def warn(message: str) -> None:
-    """Warn at the user's line, the first outside this package and torch."""
+    """Issue a warning at the user's line, the first one outside this package and torch."""
     level, frame, libraries = 1, sys._getframe(), ("hosm_losses.", "torch.")
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
@@ -76,12 +76,12 @@ def warn(message: str) -> None:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether reading a value of `tensor` back to the host is free."""
+    """Return whether the host can read the values of `tensor` at no cost."""
     return tensor.device.type == "cpu" and not is_traced() and owns_values(tensor)
 
 
 def owns_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values in memory, unlike fake tensors and those of torch.func."""
+    """Return whether a tensor has values in memory, unlike fake and torch.func tensors."""
     try:
         return tensor.untyped_storage().device.type == tensor.device.type
     except (NotImplementedError, RuntimeError):
@@ -89,7 +89,7 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+    """Raise TypeError unless `value` is a string, and ValueError unless it is in `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         kind = ValueError if isinstance(value, str) else TypeError
@@ -105,7 +105,8 @@ def check_flag(name: str, value: object) -> None:
 def check_whole(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int.
 
-    Raise TypeError unless it is a Python or NumPy integer, ValueError if it is below the minimum.
+    Raise TypeError unless `value` is a Python or NumPy integer, and ValueError if it is below the
+    minimum.
     """
     expected = f"a whole number of at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -120,20 +121,20 @@ def check_number(
 ) -> float:
     """Return `value` as a float.
 
-    Raise TypeError unless it is a real Python or NumPy number, ValueError unless it is finite and
-    in (above, at_most]; `what` describes that condition in words.
+    Raise TypeError unless `value` is a real Python or NumPy number, and ValueError unless it is
+    finite and in (above, at_most]; `what` describes this condition in words.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_message(name, what, value))
     number = float(value)
-    # Only comparisons, as torch.compile can trace those.
+    # Comparisons are used because torch.compile can trace them.
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))
     return number
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator` if it is None or is on the device of the draws."""
+    """Return `generator`, which must be None or on the device of the draws."""
     if generator is None:
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
@@ -142,13 +143,13 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
     own = generator.device
     # Nothing is drawn on meta, which has no generators.
     if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
-        expected, got = f"one on {device}, the device of the data", f"one on {own}"
+        expected, got = f"a generator on {device}, like the data", f"a generator on {own}"
         raise ValueError(error_message("generator", expected, generator, remedy, got=got))
     return generator
 
 
 def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
-    """Return the network's keyword arguments as a dict, {} for None."""
+    """Return the network's keyword arguments as a dict, which is empty for None."""
     if model_kwargs is None:
         return {}
     name = "model_kwargs"
@@ -157,15 +158,15 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
         raise TypeError(error_message(name, expected, model_kwargs))
     for key in {"x", "t", "self"} & model_kwargs.keys():
         expected = "no 'x', 't' or 'self', which are set when the network is called"
-        remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
+        remedy = "Leave out this argument, or rename it with ScoreModel(..., call=...)."
         raise ValueError(error_message(name, expected, key, remedy))
     return dict(model_kwargs)
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError for a sparse or nested tensor, or one with another unusual layout."""
+    """Raise TypeError for a sparse or nested tensor, or for another unusual layout."""
     if value.is_nested or value.layout != torch.strided:
-        got = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        got = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
         raise TypeError(error_message(name, "a dense tensor (B, *)", value, got=got))
 
 
@@ -202,24 +203,24 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device, which `of` describes."""
+    """Return `value` if it is a tensor of this shape, dtype and device; `of` names their owner."""
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
     if tuple(value.shape) != shape:
-        expected = f"shape {shape}, that of {of}"
+        expected = f"shape {shape}, to match {of}"
         raise ValueError(error_message(name, expected, value, "Nothing is broadcast."))
     if value.dtype != dtype:
         remedy = f"Convert it with {name}.to({dtype})."
-        raise TypeError(error_message(name, f"{dtype}, to go with {of}", value, remedy))
+        raise TypeError(error_message(name, f"{dtype}, to match {of}", value, remedy))
     if value.device != device:
         remedy = f"Move it with {name}.to({str(device)!r})."
-        raise ValueError(error_message(name, f"device {device}, that of {of}", value, remedy))
+        raise ValueError(error_message(name, f"device {device}, to match {of}", value, remedy))
     return value
 
 
 def check_prediction(predicted: object, x: Tensor) -> None:
-    """Raise unless a network returned a real tensor like x."""
+    """Raise an error unless a network returned a floating-point tensor like x."""
     kind = TypeError
     if isinstance(predicted, Tensor) and predicted.is_floating_point():
         if predicted.shape == x.shape and predicted.device == x.device:
@@ -229,7 +230,7 @@ def check_prediction(predicted: object, x: Tensor) -> None:
     remedy = (
         "Select the prediction with ScoreModel(..., output=...): output=lambda out: out[0], "
         "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
-        "lambda out: out[:, :C]. Give a single sample as x[None]."
+        "lambda out: out[:, :C]. Pass a single sample as x[None]."
     )
     raise kind(error_message("network", expected, predicted, remedy))
 
@@ -241,7 +242,7 @@ def check_finite(name: str, value: Tensor) -> None:
     # A sum takes one pass, and is finite only if all its terms are.
     if not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
-        got = f"{bad} NaN or infinite of {value.numel()}"
+        got = f"{bad} NaN or infinite values among {value.numel()}"
         raise ValueError(error_message(name, "finite values", value, got=got))
 
 
@@ -253,39 +254,39 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
         got = f"{least:.9g}" if least == largest else f"values in [{least:.9g}, {largest:.9g}]"
         remedy = (
             "If the network uses another time, convert it with ScoreModel(..., time=...), and "
-            "give t in the schedule's units. If a solver steps over the end, give it "
+            "pass t in the schedule's units. If a solver steps past the end, give it "
             "schedule.clip(t)."
         )
         raise ValueError(error_message(name, expected, value, remedy, got=got))
 
 
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
-    """View a per-sample (B,) as (B, 1, …) so that it multiplies `like` (B, *) sample by sample."""
+    """View a tensor (B,) as (B, 1, …), so that it multiplies `like` (B, *) sample by sample."""
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
     """Sum over the elements of a sample, (K, B, *) to (K, B), in at least float32.
 
-    `leading` is the number of dimensions before those of a sample, 1 for (B, *).
+    `leading` is the number of dimensions before the dimensions of a sample, 1 for (B, *).
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(*tensor.shape[:leading], -1).sum(-1, dtype=wide)
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """Keyword arguments that pass a generator.
+    """Return the keyword arguments that pass a generator, which are empty for None.
 
-    torch.compile refuses generator=None where a size may vary between calls.
+    torch.compile refuses generator=None if a size may vary between calls.
     """
     return {} if generator is None else {"generator": generator}
 
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances the bar by an amount, in `unit` and out of `total`.
+    """Yield a function that advances the bar by an amount in `unit`; the bar ends at `total`.
 
-    Nothing is shown, and tqdm is not needed, unless `visible`. The extra `progress` installs tqdm.
+    Unless `visible`, nothing is shown and tqdm is not needed. The extra `progress` installs tqdm.
     """
     if not visible:
         yield lambda _: None

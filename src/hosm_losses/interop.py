@@ -1,6 +1,6 @@
-"""ScoreModels built from the objects of other projects, none of which is imported.
+"""Build ScoreModels from the objects of other projects, without importing those projects.
 
-Each function reads the attributes it needs, and an error names the one that is missing.
+Each function reads the attributes that it needs; if one is missing, an error names it.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from hosm_losses.schedules import (
     step_labels,
 )
 
-# Each project's names for predictions, and ours.
+# The prediction types of other projects, and their names in this package.
 OBJECTIVES: dict[str, Prediction] = {
     "pred_noise": "epsilon",
     "pred_x0": "x0",
@@ -35,19 +35,19 @@ PREDICTION_TYPES: dict[str, Prediction] = {
     "v_prediction": "v",
 }
 MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "x0"}
-ZERO = (0.0, 2.0**-24)  # diffusers writes the second in place of the first
+ZERO = (0.0, 2.0**-24)  # diffusers writes 2⁻²⁴ in place of 0
 BUILD = "For another object, build a ScoreModel with its schedule and prediction."
-# diffusers' flow-matching models that multiply by the number of timesteps themselves.
+# Flow-matching models of diffusers that multiply t by the number of timesteps themselves.
 TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # Models whose pipelines negate the velocity or reverse the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
-# A model that computes in the dtype of its timestep. UNets may look up integers in a table.
+# This model computes in the dtype of its timestep. UNets may index a table by integer timesteps.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 FLOW = "a model that takes the noise level and predicts noise minus data"
 WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'velocity', ...)."
-LABELS = "A network trained on sde.N discrete steps takes their numbers as labels: "
+LABELS = "A network trained on sde.N discrete steps takes step numbers as labels. Write "
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
     "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
@@ -59,43 +59,47 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
-    DiscreteSchedule: t is the timestep, an integer in training and fractional in the likelihood; a
-    HunyuanDiT gets it in the dtype of x. x is the model's input: for Euler, it is its sample
-    passed through `scheduler.scale_model_input`. A flow-matching scheduler, or one with
-    `use_flow_sigmas` and "flow_prediction" such as UniPC, becomes a LinearFlowSchedule: t is its
-    sigma, and the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t,
-    as in their pipelines. A scheduler's shift only affects which times are drawn: draw them
-    yourself and pass t. With timestep_type="continuous" and "v_prediction", the model gets ¼
-    log(σ/α). Class labels, text embeddings and so on go into `model_kwargs`.
+    DiscreteSchedule. Then t is the timestep, an integer in training and fractional in the
+    likelihood; a HunyuanDiT gets t in the dtype of x. x is the model's input; for Euler, this is
+    the sample passed through `scheduler.scale_model_input`.
+
+    A flow-matching scheduler becomes a LinearFlowSchedule, as does a scheduler such as UniPC with
+    `use_flow_sigmas` and "flow_prediction". Then t is the scheduler's sigma, and the model gets
+    t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t itself, as in their
+    pipelines. The shift of a scheduler only affects which times are drawn: to use a shift, draw
+    the times yourself and pass them as t.
+
+    With timestep_type="continuous" and "v_prediction", the model gets ¼ log(σ/α). Class labels,
+    text embeddings and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
-            another that takes (sample, timestep=...) and returns an object with `.sample`. If it
-            has twice as many output channels as input channels, the second half, a variance, is
-            dropped.
-        scheduler: a scheduler with a table, or one for flow matching.
+            another model that takes (sample, timestep=...) and returns an object with `.sample`.
+            If the model has twice as many output channels as input channels, the second half, a
+            variance, is dropped.
+        scheduler: a scheduler with a table, or a flow-matching scheduler.
 
     Raises:
-        TypeError: if the model is not an nn.Module (but, for example, a pipeline), or the
+        TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or the
             scheduler is of neither kind or has no prediction type.
-        ValueError: for zero terminal SNR, an unknown prediction type, one other than
-            "flow_prediction" with `use_flow_sigmas`, or a model such as Lumina2 or ZImage, which
-            takes 1 - t and predicts data minus noise.
+        ValueError: if the table has zero terminal SNR; if the prediction type is unknown or, with
+            `use_flow_sigmas`, is not "flow_prediction"; or if the model takes 1 - t and predicts
+            data minus noise, as Lumina2 and ZImage do.
 
     Example:
-        A pipeline holds both parts::
+        A pipeline contains both the model and the scheduler::
 
             pipeline = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
             model = from_diffusers(pipeline.unet, pipeline.scheduler)
             loss = third_order_dsm(model, images, weighting="native")
     """
-    if not isinstance(model, nn.Module):  # a pipeline, perhaps
+    if not isinstance(model, nn.Module):  # perhaps a pipeline
         expected = "an nn.Module, such as pipeline.unet or pipeline.transformer"
         raise TypeError(error_message("model", expected, model))
     of_model = getattr(model, "config", None)
     inputs, outputs = (getattr(of_model, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
-    learned |= bool(getattr(of_model, "learn_sigma", False))  # where no channels say so
+    learned |= bool(getattr(of_model, "learn_sigma", False))  # if no channels are given
     names = _class_names(model)
     like_x = any(name.startswith(TAKES_ITS_DTYPE_FROM_T) for name in names)
     options = dict[str, Any](
@@ -111,11 +115,11 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         if getattr(config, "invert_sigmas", False):
             reversed_by.insert(0, "invert_sigmas=True")
         if reversed_by:
-            got = f"{reversed_by[0]}, which reverses one of these"
+            got = f"{reversed_by[0]}, which reverses the time or the sign"
             raise ValueError(error_message("model", FLOW, model, WRITE_FLOW, got=got))
         factor = 1.0 if any(name.startswith(TAKE_FRACTIONS) for name in names) else factor
         return ScoreModel(model, LinearFlowSchedule(), "velocity", time=factor, **options)
-    expected = "one with {}, such as DDPMScheduler, or a flow-matching one"
+    expected = "a scheduler with {}, such as DDPMScheduler, or a flow-matching scheduler"
     check_has("scheduler", scheduler, expected, "alphas_cumprod")
     kind = getattr(config, "prediction_type", None)
     prediction = our_prediction(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
@@ -128,7 +132,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 def _class_names(model: nn.Module) -> list[str]:
     """Return the class names of a module and, if it is a wrapper, of the modules inside."""
     names, modules = list[str](), [model]
-    for module in modules:  # which grows
+    for module in modules:  # grows during the loop
         names += [kind.__name__ for kind in type(module).__mro__]
         inside = (module._modules.get(name) for name in WRAPPED)
         modules += [wrapped for wrapped in inside if wrapped is not None]
@@ -136,16 +140,16 @@ def _class_names(model: nn.Module) -> list[str]:
 
 
 def _samples_a_flow(scheduler: Any, config: Any) -> bool:
-    """Whether a scheduler with a table samples along alpha = 1 - sigma instead of the table."""
+    """Return whether a scheduler with a table ignores it and samples along alpha = 1 - sigma."""
     if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
         return False
     if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
         return True
     expected = "prediction_type='flow_prediction' with use_flow_sigmas=True"
     remedy = (
-        "It samples along alpha = 1 - sigma, not by its table alphas_cumprod. Set "
-        "use_flow_sigmas=False for a model trained with the table, or write "
-        "ScoreModel(model, LinearFlowSchedule(), ...) for one trained with the flow."
+        "The scheduler samples along alpha = 1 - sigma and ignores its table alphas_cumprod. For "
+        "a model trained with the table, set use_flow_sigmas=False. For a model trained with the "
+        "flow, write ScoreModel(model, LinearFlowSchedule(), ...)."
     )
     raise ValueError(error_message("scheduler.config", expected, kind, remedy))
 
@@ -155,7 +159,7 @@ def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
 
 
 def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-    return model(x, timestep=t, **kwargs)  # not every model has it as the second argument
+    return model(x, timestep=t, **kwargs)  # not always the second argument
 
 
 def _by_name_like_x(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
@@ -173,20 +177,21 @@ def _half_of_sample(returned: Any) -> Tensor:
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
 
-    t is the index in the table. x is in the range the network sees: pass
-    `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
-    first term here; with min_snr_loss_weight, pass the weighting min(SNR, min_snr_gamma)/SNR, for
-    any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
-    hold its parameters. The network of `classifier_free_guidance` drops classes at every call, as
-    in the project's loss, but not after `.eval()`. The variance of a LearnedGaussianDiffusion is
-    not used.
+    t is an index into the table. x is scaled as the network expects: pass
+    `diffusion.normalize(images)` to the losses and to `ode_nll`. The first term of the losses is
+    the project's own loss; to reproduce min_snr_loss_weight, pass the weighting
+    min(SNR, min_snr_gamma)/SNR, whatever the objective. The network is `diffusion.model`, so the
+    project's Trainer, optimizer and EMA share its parameters. A `classifier_free_guidance` network
+    drops classes at every call, as in the project's loss, except after `.eval()`. The variance of
+    a LearnedGaussianDiffusion is not used.
 
     Raises:
         TypeError: if the object is not a GaussianDiffusion.
-        ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
+        ValueError: if the network is self-conditioned, the objective is unknown, or the table has
+            zero terminal SNR.
 
     Example:
-        The project's objects as they are::
+        Pass the project's objects unchanged::
 
             diffusion = GaussianDiffusion(Unet(dim=64), image_size=32)
             model = from_denoising_diffusion(diffusion)
@@ -196,8 +201,8 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     check_has("diffusion", diffusion, "a GaussianDiffusion with {}", *names)
     if getattr(diffusion, "self_condition", False):
         remedy = (
-            "Its prediction depends on an earlier one, so it has no score that could be matched "
-            "or integrated: build the Unet with self_condition=False."
+            "Its prediction depends on an earlier prediction, so it has no score that could be "
+            "matched or integrated. Build the Unet with self_condition=False."
         )
         expected, got = "a network without self-conditioning", "self_condition=True"
         raise ValueError(error_message("diffusion", expected, diffusion, remedy, got=got))
@@ -221,9 +226,9 @@ def from_edm(net: Any) -> ScoreModel:
 
     The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
     the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
-    third="laplacian" needs plain attention in place of EDM's.
+    third="laplacian" needs plain attention in place of EDM's own attention.
 
-    The first term equals the loss of EDM's trainer with
+    With the following objective, the first term equals the loss of EDM's trainer:
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
@@ -238,7 +243,7 @@ def from_edm(net: Any) -> ScoreModel:
         80.0
     """
     expected = "an EDM network with {}, such as EDMPrecond"
-    remedy = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'x0')."
+    remedy = "For another denoiser D(x, sigma), write ScoreModel(net, EDMSchedule(), 'x0')."
     check_has("net", net, expected, "sigma_min", "sigma_max", remedy=remedy)
     low = max(float(net.sigma_min), EDMSchedule.t_min)
     high = min(float(net.sigma_max), EDMSchedule.t_max)
@@ -255,16 +260,16 @@ def from_flow_matching(
 ) -> ScoreModel:
     """Return the ScoreModel of a velocity network of flow matching or rectified flow.
 
-    The network predicts dx/dt in its own time. In this package, the data are at t = 0: with
-    data_at=1, the network is given 1 - t, and its velocity changes sign.
+    The network predicts dx/dt in its own time. In this package, the data are at t = 0. Hence, with
+    data_at=1, the network gets 1 - t, and its velocity changes sign.
 
     Args:
         network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` with `time_first`.
         schedule: the path, with time counted from the data. None means the straight path,
             `LinearFlowSchedule()`.
-        data_at: the network's time at the data: 1 in torchcfm, flow_matching and RectifiedFlow, 0
-            where the velocity is noise minus data, as in Stable Diffusion 3.
-        time: the factor on the network's time, such as 999 for RectifiedFlow.
+        data_at: the network's time at the data. It is 1 in torchcfm, flow_matching and
+            RectifiedFlow, and 0 if the velocity is noise minus data, as in Stable Diffusion 3.
+        time: the factor by which the network's time is multiplied, such as 999 for RectifiedFlow.
         time_first: whether the network takes its time before x, as in torchcfm.
 
     Raises:
@@ -302,18 +307,19 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index in the diffusion's own table. The model gets the step before respacing, as in the
-    project, or between two indices, the step with the same noise; with rescale_timesteps, it is
-    multiplied by 1000 over the number of steps. Class labels go into `model_kwargs` as y. If the
-    model learns its variance, the first half of its channels is used. Above order one, the
-    project's own checkpoint, which its attention also calls, has to be replaced.
+    t is an index into the diffusion's own table. As in the project, the model gets the number that
+    the step had before respacing; between two indices, it gets the step with the same noise. With
+    rescale_timesteps, this number is multiplied by 1000 over the number of steps. Class labels go
+    into `model_kwargs` as y. If the model learns its variance, only the first half of its output
+    channels is used. Above order one, replace the project's own checkpoint function, which its
+    attention calls as well.
 
     Raises:
-        TypeError: if `diffusion` is neither.
+        TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
         ValueError: if the network predicts the previous x, or the table has zero terminal SNR.
 
     Example:
-        Both come from the project's own function::
+        The project's own function returns both objects::
 
             unet, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults())
             model = from_guided_diffusion(unet, diffusion)
@@ -337,24 +343,24 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
     """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
-    Under VPSDE and subVPSDE, the network predicts the noise and gets 999 t. Under VESDE, it
-    predicts the score and gets σ(t). `create_model` returns a DataParallel: for orders two and
-    three, pass the network inside it, `model.module`.
+    Under VPSDE and subVPSDE, the network predicts the noise and gets 999 t. Under VESDE, the
+    network predicts the score and gets σ(t). The project's `create_model` returns a DataParallel:
+    for orders two and three, pass the network inside it, `model.module`.
 
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
-        continuous: the value of `config.training.continuous`. A network trained with False, except
-            under subVPSDE, takes step numbers: it is rejected, and the error says what to write
-            instead. If a network stores its configuration, as NCSN++ does, that is checked as
-            well.
+        continuous: the value of `config.training.continuous`. Except under subVPSDE, a network
+            trained with False takes step numbers; such a network is rejected, and the error says
+            what to write instead. If a network stores its configuration, as NCSN++ does, the value
+            in that configuration is checked as well.
 
     Raises:
-        TypeError: if the SDE is a different one, judging by its attributes or `marginal_prob`.
+        TypeError: if the SDE's attributes or its `marginal_prob` match none of these SDEs.
         ValueError: if the network was trained on discrete steps.
 
     Example:
-        The network inside of DataParallel, with the SDE it was trained under::
+        Pass the network inside the DataParallel, and the SDE used in training::
 
             sde = sde_lib.VESDE(sigma_min=0.01, sigma_max=50, N=1000)
             model = from_score_sde(score_model.module, sde, continuous=True)
@@ -365,7 +371,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         _refuse_discrete(model, continuous, DISCRETE_VE)
         exploding = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
         return ScoreModel(model, _check_marginal(exploding, sde), "score", time=exploding.sigma)
-    expected = "a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
+    expected = "a VPSDE or subVPSDE with {}, or a VESDE with sigma_min and sigma_max"
     check_has("sde", sde, expected, "beta_0", "beta_1")
     kind = SubVPSchedule
     # VPSDE has DDPM's discrete betas besides the continuous ones; subVPSDE does not.
@@ -377,7 +383,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 
 
 def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
-    """Raise ValueError if the caller or the network says that it was trained on steps."""
+    """Raise ValueError if `continuous`, or its value in the network's configuration, is False."""
     config = getattr(getattr(model, "module", model), "config", None)
     configured = getattr(getattr(config, "training", None), "continuous", True)
     if not (continuous and configured):
@@ -387,14 +393,14 @@ def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
 
 
 def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
-    """Return the schedule; TypeError if the SDE's `marginal_prob` implies a different α or σ."""
+    """Return the schedule, or raise TypeError if `sde.marginal_prob` implies another α or σ."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
-        # One number at one time: data may have any dimension.
+        # One number at one time is enough, since the data may have any dimension.
         alpha_sigma = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
         if not torch.allclose(alpha_sigma, torch.cat(schedule(t)), rtol=1e-3):
             expected = f"the marginal_prob(x, t) of {schedule}"
-            got = f"{describe_value(sde)}, with another"
+            got = f"{describe_value(sde)} with another marginal_prob"
             raise TypeError(error_message("sde", expected, sde, BUILD, got=got))
     return schedule
 
@@ -402,32 +408,32 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
 def check_has(
     name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
 ) -> None:
-    """Raise TypeError unless a foreign object has these attributes, which fill in `expected`."""
+    """Raise TypeError if a foreign object lacks one of the attributes; `expected` names it."""
     for attribute in attributes:
         if getattr(value, attribute, None) is None:
             raise TypeError(error_message(name, expected.format(attribute), value, remedy))
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
-    """The schedule of a foreign object's table ᾱ; ValueError if it ends at 0."""
+    """Return the schedule of a foreign object's table ᾱ, or raise ValueError if ᾱ ends at 0."""
     where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
     if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
-        # If both are in float32, it has the digits that 1 − ᾱ has lost at the first steps.
+        # If both are in float32, √(1 − ᾱ) keeps digits that 1 − ᾱ loses at the first steps.
         table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
     if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
-        expected = "a table that falls and stays above 0"
-        got = f"one in {kind}, which rounds neighbours to one number and the smallest to 0"
+        expected = "a table that decreases and stays above 0"
+        got = f"one in {kind}, which rounds neighbours to the same number and the smallest to 0"
         remedy = (
-            f"Make the ScoreModel before .half() or .to({kind}) of the {name}, or convert its "
-            "network alone."
+            f"Make the ScoreModel before .half() or .to({kind}) is called on the {name}, or "
+            "convert only its network."
         )
         raise ValueError(error_message(where, expected, table, remedy, got=got))
     if zero:
         got = f"one that ends at {float(owner.alphas_cumprod[-1]):g} (zero terminal SNR)"
         remedy = (
-            "There sigma/alpha is infinite. Leave out the last entry and wrap the network "
+            "At its end, sigma/alpha is infinite. Leave out the last entry and wrap the network "
             f"yourself: ScoreModel(network, DiscreteSchedule({where}[:-1]), prediction=..., ...)."
         )
         raise ValueError(error_message(where, "a table that ends above 0", table, remedy, got=got))
@@ -438,11 +444,11 @@ def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -
     """Translate the prediction type of another project, found at `where`."""
     if isinstance(value, str) and value in names:
         return names[value]
-    remedy = "Build a ScoreModel with the prediction it stands for, or convert its output."
+    remedy = "Build a ScoreModel with an equivalent prediction, or convert the network's output."
     kind = ValueError if isinstance(value, str) else TypeError
     raise kind(error_message(where, f"one of {', '.join(map(repr, names))}", value, remedy))
 
 
 def first_half(returned: Tensor) -> Tensor:
-    """Return the prediction of a network that also returns as many channels for the variance."""
+    """Return the first half of the channels: the prediction, without the variance."""
     return returned.chunk(2, 1)[0]

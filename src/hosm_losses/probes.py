@@ -1,7 +1,7 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 Estimates:
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products replace a Jacobian.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: products with v replace the whole matrix A.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -39,10 +39,10 @@ from hosm_losses._checks import (
     generator_kwargs,
 )
 
-CHUNK_ELEMENTS = 2**22  # elements of unit vectors in one chunk
+CHUNK_ELEMENTS = 2**22  # largest chunk of unit vectors, in elements
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# In bytes. A loss holds several tensors of this size and the network many: no device has enough
-# memory.
+# This limit is in bytes. A loss allocates several tensors of the size of the unit vectors, and the
+# network many: beyond this limit, no device has enough memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -71,10 +71,10 @@ def _dct(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
 
 
 def _from_cosines(amplitudes: Tensor) -> Tensor:
-    """Σ_k a_k q_k along the last dimension, q_k the rows of the orthonormal DCT-II."""
+    """Return Σ_k a_k q_k along the last dimension; q_k is a row of the orthonormal DCT-II."""
     n = amplitudes.shape[-1]
     index = torch.arange(n, dtype=amplitudes.dtype, device=amplitudes.device)
-    # hfft adds the conjugates of all but the first: twice their real part.
+    # hfft adds the conjugate of every term but the first, which doubles its real part.
     scaled = amplitudes * torch.where(index == 0, 2.0, 1.0).to(index.dtype).div(2 * n).sqrt()
     phase = -math.pi / (2 * n) * index
     half = torch.stack([scaled * phase.cos(), scaled * phase.sin()], -1)
@@ -90,10 +90,10 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
 
 
 def _check_drawn(value: "Hutchinson | Paired", fewest: int) -> None:
-    """Check both fields of a value; a NumPy integer becomes a Python int."""
+    """Check the count and the distribution, and convert a NumPy count to a Python int."""
     name = type(value).__name__
     count = check_whole(f"{name}.count", value.count, fewest)
-    if count is not value.count:  # a no-op write would be traced by torch.compile
+    if count is not value.count:  # torch.compile would trace even a no-op write
         object.__setattr__(value, "count", count)
     check_choice(f"{name}.distribution", value.distribution, DISTRIBUTIONS)
 
@@ -106,13 +106,13 @@ class Hutchinson:
         count: K, the number of independent probes per sample, at least 1.
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
-        mode: how a likelihood computes divergences: "reverse", by vector-Jacobian products, which
-            costs least; or "forward", by derivatives along the evaluation, which stores no
-            activations. Losses reject "forward": they have `engine`.
+        mode: how a likelihood computes divergences. "reverse" uses vector-Jacobian products and
+            costs least; "forward" uses forward-mode AD and stores no activations. The losses
+            reject "forward", because they have the option `engine` instead.
 
     Raises:
-        TypeError: if the count is not a whole number, or a name not a string.
-        ValueError: if the count is below 1, or a name unknown.
+        TypeError: if the count is not a whole number, or the distribution or mode is not a string.
+        ValueError: if the count is below 1, or the distribution or mode is unknown.
 
     Example:
         >>> Hutchinson(4, "dct")
@@ -131,19 +131,20 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class ToStandardError:
-    """As many random probes as each sample needs to reach a standard error of its likelihood.
+    """As many random probes as each sample's likelihood needs to reach a given standard error.
 
-    Four pilot probes at each node of a fixed grid determine how many more are drawn there, up to
-    all unit vectors. The pilots do not enter the estimate, which is unbiased.
+    Four pilot probes at each node of a fixed grid determine how many more probes are drawn at that
+    node, up to all unit vectors. The estimate does not use the pilot probes and is unbiased.
 
     Args:
-        nats: the standard error per sample, in nats, averaged over samples. That of a single
-            sample may be larger, as pilots only estimate a variance; the result reports it.
+        nats: the standard error of a sample's likelihood, in nats, averaged over samples. A single
+            sample's standard error may be larger, because the pilot probes only estimate the
+            variance; the result reports the standard error of each sample.
         distribution: as in `Hutchinson`.
 
     Raises:
-        TypeError: if `nats` is not a number, or the distribution not a string.
-        ValueError: if `nats` is not positive and finite, or the distribution unknown.
+        TypeError: if `nats` is not a number, or the distribution is not a string.
+        ValueError: if `nats` is not positive and finite, or the distribution is unknown.
 
     Example:
         >>> ToStandardError(0.1)
@@ -165,18 +166,18 @@ class ToStandardError:
 class Paired:
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
-    The square of a noisy estimate is too large by its variance; the product of two independent
-    estimates is unbiased. The terms have the same mean as with `probes="exact"`, and may be
-    negative for single samples.
+    On average, the square of a noisy estimate is too large by the estimate's variance, whereas the
+    product of two independent estimates is unbiased. The terms have the same mean as with
+    `probes="exact"`, and may be negative for single samples.
 
     Args:
-        count: K, the number of independent probes per sample, at least 2: the estimates of the
-            first half are multiplied with those of the second.
+        count: K, the number of independent probes per sample, at least 2. Estimates from the first
+            half of the probes are multiplied by estimates from the second half.
         distribution: as in `Hutchinson`.
 
     Raises:
-        TypeError: if the count is not a whole number, or the distribution not a string.
-        ValueError: if the count is below 2, or the distribution unknown.
+        TypeError: if the count is not a whole number, or the distribution is not a string.
+        ValueError: if the count is below 2, or the distribution is unknown.
 
     Example:
         >>> Paired()
@@ -197,10 +198,10 @@ def draw_probes(
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw K = `count` independent probes (K, B, *) for a batch (B, *), of its dtype and device.
+    """Draw K = `count` independent probes (K, B, *), in the dtype and on the device of `like`.
 
-    E[v vᵀ] = I over the elements of a sample. If `generator` is None, the device's global one is
-    used.
+    `like` is a batch (B, *), and E[v vᵀ] = I over the elements of a sample. If `generator` is
+    None, the device's global generator is used.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -208,9 +209,9 @@ def draw_probes(
 
 
 def unit_vectors(like: Tensor) -> Tensor:
-    """All d unit vectors as probes (d, B, *), with which a SUM over probes is exact.
+    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact.
 
-    Raises ValueError if these alone would take more than 16 GiB.
+    Raise ValueError if the unit vectors alone would take more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
@@ -218,10 +219,9 @@ def unit_vectors(like: Tensor) -> Tensor:
         expected = f"a number of probes for samples of d = {d} elements"
         got = (
             f"'exact', which evaluates the network on all d unit vectors at once, "
-            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before anything is computed with "
-            "them"
+            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before the network is evaluated"
         )
-        remedy = "Use probes=2 or so; the likelihood has divergence='exact', in chunks."
+        remedy = "Use probes=2, for example. A likelihood takes divergence='exact' in chunks."
         raise ValueError(error_message("probes", expected, like, remedy, got=got))
     (units,) = unit_vector_chunks(like, d)
     return units
@@ -230,7 +230,7 @@ def unit_vectors(like: Tensor) -> Tensor:
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
     """Yield the d unit vectors as probes (k, B, *), with k up to `size`.
 
-    By default a chunk has up to CHUNK_ELEMENTS elements.
+    By default, a chunk has up to CHUNK_ELEMENTS elements.
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil, and logs that go with them."""
+"""Checkpoints that a killed process cannot corrupt, and the logs that belong to them."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import torch
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint in one move: `path` is the old one or the new one, never half of one."""
+    """Write a checkpoint atomically: `path` is the old file or the new file, never half a file."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         torch.save(state, file)
@@ -21,18 +21,18 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return a checkpoint, on the CPU. Nothing but tensors and plain values is loaded.
+    """Return a checkpoint on the CPU. Only tensors and plain values are loaded.
 
     Raises:
-        ValueError: for a file that `save` did not write.
+        ValueError: if `save` did not write the file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # of as many types as there are ways to be another file
-        # PyTorch's text advises weights_only=False, by which a file can run code.
-        reason = f"one that torch.load refuses ({type(error).__name__})"
+    except Exception as error:  # its type depends on the contents of the file
+        # PyTorch's message advises weights_only=False, with which a file can run code.
+        reason = f"a file that torch.load refuses ({type(error).__name__})"
         raise ValueError(f"{path}: expected a checkpoint of train.py; got {reason}.") from None
     if not (isinstance(state, dict) and {"step", "options", "ema"} <= state.keys()):
         raise ValueError(f"{path}: expected a checkpoint of train.py; got other contents.")
@@ -40,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """A short text that differs where weights do."""
+    """Return a short text that differs if the weights differ."""
     summed = hashlib.sha256()
     for name, tensor in tensors.items():
         summed.update(name.encode())
@@ -57,13 +57,13 @@ def check_same(saved: dict[str, Any], args: dict[str, Any], names: Iterable[str]
     ]
     if differing:
         raise ValueError(
-            f"expected the options of the checkpoint; got {', '.join(differing)}. Give those of "
-            "the checkpoint, or another --out for another run."
+            f"expected the options of the checkpoint; got {', '.join(differing)}. Pass the "
+            "options of the checkpoint, or start another run with another --out."
         )
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drop from a log of JSON lines what came after a step, and a line that a kill cut off."""
+    """Remove from a log of JSON lines the entries after a step and any incomplete line."""
     if not path.exists():
         return
     lines = []

@@ -1,8 +1,9 @@
-"""CIFAR-10 in its binary version, the order in which it is trained on, and a stand-in for it.
+"""CIFAR-10 in its binary version, the order of its training images, and a stand-in for it.
 
-Format of a file: records of 3073 bytes, a label from 0 to 9 and 3 x 32 x 32 pixels, red first, row
-by row. Five files are for training and one for the test, each of 10 000 records. The python
-version of CIFAR-10 is made of pickles, which can run code when they are loaded: it is not read.
+A file consists of records of 3073 bytes: a label from 0 to 9 and 3 x 32 x 32 pixels, red first,
+row by row. Five files are for training and one is for testing, each with 10 000 records. The
+Python version of CIFAR-10 consists of pickles, which can run code when they are loaded, so it is
+not read.
 """
 
 from functools import lru_cache
@@ -21,16 +22,16 @@ def load(folder: str | Path, *, train: bool) -> torch.Tensor:
     """Return the images of the training or of the test set, uint8 (N, 3, 32, 32).
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: for a file that is cut off, or of another format.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is cut off or has another format.
     """
     folder = Path(folder)
     sizes = {name: _size(folder, name) for name in (*TRAIN, *TEST)}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size // RECORD}" for name, size in sizes.items())
         raise ValueError(
-            f"{folder}: expected as many records in every file, 10000 in CIFAR-10; got {listed}. "
-            "Unpack the short ones again."
+            f"{folder}: expected equally many records in every file, 10000 in CIFAR-10; got "
+            f"{listed}. Unpack the short files again."
         )
     parts = [_records(folder / name) for name in (TRAIN if train else TEST)]
     return torch.from_numpy(np.concatenate(parts)[:, 1:].reshape(-1, *SHAPE))
@@ -41,15 +42,15 @@ def _size(folder: Path, name: str) -> int:
     if not path.is_file():
         advice = "Unpack CIFAR-10's binary version there, or make a stand-in: --make-stand-in."
         if (folder / path.stem).exists():
-            advice = f"{path.stem} is a pickle, of the python version, and not read. {advice}"
-        raise FileNotFoundError(f"expected {path}, of 10000 records; there is none. {advice}")
+            advice = f"{path.stem} is a pickle of the Python version, which is not read. {advice}"
+        raise FileNotFoundError(f"expected {path}, with 10000 records; got no such file. {advice}")
     size = path.stat().st_size
     whole, over = divmod(size, RECORD)
     if over or not whole:
         raise ValueError(
-            f"{path}: expected whole records of {RECORD} bytes, in CIFAR-10 10000 of them and "
+            f"{path}: expected whole records of {RECORD} bytes, in CIFAR-10 10000 records and "
             f"{10_000 * RECORD} bytes; got {size} bytes, {whole} records and {over} bytes. The "
-            "file is cut off or of another format: unpack it again."
+            "file is cut off or has another format: unpack it again."
         )
     return size
 
@@ -67,10 +68,11 @@ def _records(path: Path) -> np.ndarray:
 def batch_rows(
     count: int, *, seed: int, step: int, batch: int, rank: int = 0, ranks: int = 1
 ) -> np.ndarray:
-    """Return which of `count` images the process `rank` trains on in a step.
+    """Return the rows of the `count` images that the process `rank` trains on in a step.
 
-    It depends on the arguments alone, so that a resumed run goes on where the killed one was.
-    Every epoch has an order of its own; what is left of an epoch after whole batches is skipped.
+    The rows depend on the arguments alone, so that a resumed run continues where the killed run
+    stopped. Every epoch has its own order; images that do not fill a whole batch at the end of an
+    epoch are skipped.
     """
     epoch, place = divmod(step, count // batch)
     return _order(count, seed, epoch)[place * batch : (place + 1) * batch][rank::ranks]
@@ -82,9 +84,10 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def prepared(images: torch.Tensor, *, flip: bool, dequantize: bool) -> torch.Tensor:
-    """Return uint8 images as float32 in [-1, 1], uniformly dequantized or not, flipped by a coin.
+    """Return uint8 images as float32 in [-1, 1], optionally dequantized and randomly flipped.
 
-    Without dequantization level 0 is -1 and level 255 is 1, as `TruncatedNormal` has them.
+    Dequantization adds uniform noise. Without it, level 0 is -1 and level 255 is 1, as in
+    `TruncatedNormal`.
     """
     x = -1 + 2 * images.float() / 255
     if dequantize:
@@ -96,9 +99,9 @@ def prepared(images: torch.Tensor, *, flip: bool, dequantize: bool) -> torch.Ten
 
 
 def write_stand_in(folder: str | Path, *, records: int = 400, seed: int = 0) -> None:
-    """Write generated pictures to the six files of the format, `records` to each.
+    """Write generated pictures to the six files of the format, `records` to each file.
 
-    A picture is a gradient with a few soft discs and a little noise, in colours of its own.
+    Each picture is a colour gradient with a few soft discs and a little noise.
     """
     folder, random = Path(folder), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""A table of the evaluations of several runs, the last of which is compared with each other one.
+"""A table of the evaluations of several runs; the last run is compared with each other run.
 
     python compare.py one more dear three
 
-Each is a folder with an evaluation.json. For the question whether a higher order is worth its cost
-they are the start, order one continued for as many steps, order one continued for as many FLOPs,
-and the higher order. A difference is that of the bits of single images, of those that all runs
-have; its error is the standard error of its mean. The images, the dequantization and the probes
-are the same, so it is far smaller than the errors of the values.
+Each argument is a folder with an evaluation.json. To find out whether a higher order is worth its
+cost, pass the start, order one continued for as many steps, order one continued for as many FLOPs,
+and the higher order. Bits are subtracted image by image, for the images that all runs have, and
+the error is the standard error of the mean difference. Because the images, the dequantization and
+the probes are the same, this error is far smaller than the errors of the values.
 """
 
 import json
@@ -23,19 +23,19 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the evaluation in a folder.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if the folder has no evaluation.
     """
     path = folder / "evaluation.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected {path}; there is none. Run evaluate.py there first.")
+        raise FileNotFoundError(f"expected {path}; got no such file. Run evaluate.py there first.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Return the table, in Markdown: bits per dimension, and what the last run has less.
+    """Return a Markdown table of bits per dimension, and of the differences from the last run.
 
     Raises:
-        ValueError: for evaluations of other images or with other settings, and for runs that were
+        ValueError: if the evaluations have different images or settings, or if the runs were
             continued from different weights.
     """
     (*others, last) = runs
@@ -51,8 +51,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     starts |= {run["weights"] for run in runs.values() if starts and run["origin"] is None}
     if len(starts) > 1:
         raise ValueError(
-            f"expected runs that went on from one checkpoint; {', '.join(runs)} have "
-            f"{len(starts)}. Compare those of one --init-from, and it."
+            f"expected runs that went on from one checkpoint; got {', '.join(runs)}, which went "
+            f"on from {len(starts)}. Compare a checkpoint with runs that have it as --init-from."
         )
     heads = ["", *runs, *(f"{last} less {name}" for name in others)]
     rows = [heads, ["---"] * len(heads)]

@@ -1,10 +1,10 @@
-"""What the runs cost: FLOPs and memory of a step, counted, and the hours that follow.
+"""The cost of the runs: counted FLOPs and memory of a step, and the resulting hours.
 
     python cost.py --sde ve --size deep --tflops 100
 
-Nothing is trained: the tensors are on the device "meta", which has shapes and no numbers. FLOPs
-are those of matrix products and convolutions. Memory is what one image more takes, of all tensors
-that are alive at once.
+Nothing is trained: the tensors are on the device "meta", which has shapes but no values. FLOPs are
+counted for matrix products and convolutions. Memory is what one additional image takes in all
+tensors that are alive at once.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from torch.utils.flop_counter import flop_registry
 
 SHAPE = (3, 32, 32)
 BATCHES = (8, 16)
-# Evaluations of the network, of which a step of order one takes three: 66 of an ODE, each with a
-# product of the Jacobian, for three quantities, and 72 of the bound.
+# Network evaluations per image. Three quantities take 66 evaluations each, all with a Jacobian
+# product, for their ODEs; the bound takes 72. For comparison, a step of order one takes three.
 EVALUATION = 3 * 66 * 2 + 72
 
 
 class Flops(TorchDispatchMode):
-    """Counts the FLOPs inside of it. `FlopCounterMode` also replaces operators by others."""
+    """Counts FLOPs. Unlike `FlopCounterMode`, it does not replace operators by others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Flops(TorchDispatchMode):
 
 
 class Memory(TorchDispatchMode):
-    """Notes the most bytes that tensors made inside of it hold at once."""
+    """Records the largest number of bytes that tensors made inside it occupy at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Memory(TorchDispatchMode):
 
 
 def step(sde: str, size: str, loss: str) -> tuple[float, float]:
-    """Return the FLOPs of a step and the bytes that it takes, for an image."""
+    """Return the FLOPs and the bytes that a step takes per image."""
     with torch.device("meta"):
         model = score_model(sde, size)
     higher = {} if loss == "first" else {"weights": WEIGHTS[loss]}

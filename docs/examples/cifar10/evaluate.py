@@ -6,14 +6,15 @@
 It evaluates the averaged weights, without TF32, and writes evaluation.json beside the checkpoint,
 with the bits of every image:
 
-    uniform             the ODE's, of images with uniform noise on their levels, from t_min on
-    truncated normal    the ODE's, of images with the noise that half a cell is three times of
-    clean               as uniform, but for clean data: noise is added to reach t_min
-    bound               the SDE's, of the same points
+    uniform             by the ODE, for images with uniform noise on their levels, from t_min on
+    truncated normal    by the ODE, for images with normal noise whose std is a sixth of a cell
+    clean               like uniform, but for clean data: noise is added to reach t_min
+    bound               by the bound of the SDE, for the same points
     gap                 bound less clean
 
-What is random in a batch of images is drawn from a seed made of --seed and the batch's number. So
-the numbers do not depend on the number of processes, and two checkpoints are given the same draws.
+All random numbers for a batch of images are drawn from a seed made of --seed and the batch's
+number. So the results do not depend on the number of processes, and two checkpoints get the same
+draws.
 """
 
 import argparse
@@ -89,9 +90,9 @@ def of_all(
     args: argparse.Namespace,
     processes: Processes,
 ) -> tuple[NLLResult, dict[int, str]]:
-    """Return the likelihood of all images, and why some failed, by their rows.
+    """Return the likelihood of all images, and the reasons of failures by row.
 
-    Every process evaluates some batches. Where a batch raises an error, its images have failed.
+    Every process evaluates some batches. If a batch raises an error, all its images have failed.
     """
     numbers = torch.zeros(len(images), len(NUMBERS), dtype=torch.float64, device=processes.device)
     starts, failures = range(0, len(images), args.batch), dict[int, str]()
@@ -103,7 +104,7 @@ def of_all(
         x = images[part].to(processes.device)
         try:
             result = likelihood(x, dequantization=dequantization, generator=generator)
-        except Exception as error:  # the other batches are evaluated and written all the same
+        except Exception as error:  # the other batches are still evaluated and written
             failures |= dict.fromkeys(rows, f"{type(error).__name__}: {error}")
             numbers[part] = torch.nan
             continue
@@ -114,10 +115,10 @@ def of_all(
     if processes.many:
         dist.all_reduce(numbers)
     columns = dict(zip(NUMBERS, numbers.unbind(1), strict=True))
-    failed = columns.pop("failed") != 0  # also not a number
-    columns = {k: None if bool(v.isnan().all()) else v for k, v in columns.items()}  # unknown ones
+    failed = columns.pop("failed") != 0  # true for NaN as well
+    columns = {k: None if bool(v.isnan().all()) else v for k, v in columns.items()}  # unknown
     columns |= {name: numbers[:, NUMBERS.index(name)] for name in ("nll", "nfe")}
-    latent = numbers.new_zeros(()).expand(len(images), *SHAPE)  # only its size counts
+    latent = numbers.new_zeros(()).expand(len(images), *SHAPE)  # only the size matters
     quantization = dequantization.quantization
     result = NLLResult(**columns, latent=latent, failed=failed, quantization=quantization)
     return result, dict(sorted(processes.merged(failures).items()))
@@ -125,7 +126,7 @@ def of_all(
 
 @torch.no_grad()
 def save_samples(model: ScoreModel, path: Path, args: argparse.Namespace) -> None:
-    """Draw samples by the ODE, take off the noise of t_min, and save them as one picture."""
+    """Draw samples by the ODE, remove the noise of t_min, and save them as one picture."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
     ode = {"solver": FixedGrid(args.steps), "divergence": None, "batch_size": args.batch}
@@ -150,10 +151,10 @@ def evaluate(
     args: argparse.Namespace,
     processes: Processes,
 ) -> list[str]:
-    """Add all quantities to the report, each of which is written before it is summarised.
+    """Add all quantities to the report, and write each quantity before it is summarised.
 
     Returns:
-        The names of the quantities that no image has.
+        The names of the quantities that are missing for all images.
     """
     ode = partial(ode_nll, model, solver=FixedGrid(args.steps))
     ode = partial(ode, divergence=Hutchinson(args.probes, args.distribution))
@@ -190,7 +191,7 @@ def evaluate(
 
 
 def write(report: dict[str, Any], path: Path, processes: Processes) -> None:
-    """Write the report, in one process."""
+    """Write the report, from one process only."""
     if processes.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report), encoding="utf-8")
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {name: state[name] for name in ("step", "flops", "origin", "options")}
     report |= {"weights": digest(state["ema"]), "settings": settings}
     settings |= {"limit": len(images), "images": zlib.crc32(images.numpy().tobytes())}
-    settings |= {"device": processes.device.type}  # on which the draws depend
+    settings |= {"device": processes.device.type}  # the draws depend on it
     torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(allow_tf32=False):
         empty = evaluate(model, images, report, out / "evaluation.json", args, processes)

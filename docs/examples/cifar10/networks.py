@@ -1,15 +1,15 @@
 """The networks and the losses of the experiment, by name.
 
-Both networks are diffusers' UNet2DModel with attention at 16 x 16. Its options make it
+Both networks are diffusers' UNet2DModel with attention at 16 x 16. Its options make it resemble
 
-    vp   like DDPM++: resampling by convolution, a positional embedding of 999 t. It predicts the
-         noise.
-    ve   like NCSN++: FIR resampling, the input added and the output gathered at every resolution,
-         Fourier features of log σ. For these the UNet is given σ, takes the logarithm itself and
-         divides its last layer h by σ. It predicts the score h/σ: the noise it stands for is −h.
+    vp   DDPM++, with resampling by convolution and a positional embedding of 999 t. The network
+         predicts the noise.
+    ve   NCSN++, with FIR resampling, the input added and the output gathered at every resolution,
+         and Fourier features of log σ. The UNet gets σ, takes the logarithm itself, and divides
+         the output h of its last layer by σ. It predicts the score h/σ, so the noise is −h.
 
-Data in [-1, 1] has twice the scale of data in [0, 1]. So σ from 0.02 to 100 is here what 0.01 to
-50 is in the paper's code.
+Data in [-1, 1] have twice the scale of data in [0, 1]. Hence σ from 0.02 to 100 here corresponds
+to σ from 0.01 to 50 in the paper's code.
 """
 
 from operator import attrgetter
@@ -31,8 +31,8 @@ from hosm_losses import (
     VPSchedule,
 )
 
-# Channels at each resolution, residual blocks at each, groups of a group norm. "deep" has the 8
-# blocks of the paper's deep networks.
+# Channels at each resolution, residual blocks at each resolution, and groups of each group norm.
+# "deep" has 8 blocks, like the paper's deep networks.
 SIZES = {
     "tiny": ((8, 32), 1, 4),
     "small": ((32, 64, 64), 2, 8),
@@ -54,20 +54,20 @@ TIMES = ("log_sigma_hat", "schedule")
 
 
 def model_of(options: dict[str, Any], code: Path | None) -> ScoreModel:
-    """Return the new network that options of train.py name; `code` is score_sde's."""
+    """Return a new network with the options of train.py; `code` is score_sde's checkout."""
     if (name := options["score_sde_config"]) is None:
         return score_model(options["sde"], options["size"], options["dropout"])
     if code is None:
-        raise ValueError(f"{name}: expected --score-sde-code FOLDER, where its code is; got none.")
+        raise ValueError(f"{name}: expected --score-sde-code FOLDER, with its code; got none.")
     return score_sde_model(code, name)
 
 
 def score_model(sde: str, size: str, dropout: float = 0.0) -> ScoreModel:
-    """Return a new network of a size, with its schedule, "ve" or "vp"."""
-    from diffusers import UNet2DModel  # score_sde's networks do without
+    """Return a new network of the given size, with the schedule "ve" or "vp"."""
+    from diffusers import UNet2DModel  # score_sde's networks do not need it
 
     channels, layers, groups = SIZES[size]
-    if sde == "ve":  # whose blocks have group norms of 32 groups
+    if sde == "ve":  # its blocks have group norms of 32 groups
         channels = tuple(max(32, width) for width in channels)
     skip = "Skip" if sde == "ve" else ""
     down = [f"{skip}DownBlock2D"] * len(channels)
@@ -93,10 +93,11 @@ def score_model(sde: str, size: str, dropout: float = 0.0) -> ScoreModel:
 
 
 def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn.Module:
-    """Return the module of a loss; options that are None are left to their defaults.
+    """Return the module of a loss; options that are None keep the module's defaults.
 
-    With times="log_sigma_hat" log σ̂ is uniform for every term and no term is reweighted. The first
-    term is then the likelihood-weighted one over the number of pixels and the range of log σ̂.
+    With times="log_sigma_hat", log σ̂ is uniform for every term, and no term is reweighted. The
+    first term is then the likelihood-weighted term divided by the number of elements and by the
+    range of log σ̂.
     """
     kind, probes = LOSSES[loss]
     chosen = {name: value for name, value in options.items() if value is not None}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from networks import LOSSES, SIZES, TIMES, WEIGHTS
 
-HELD_OUT = 50  # one in so many training images, with --validate
+HELD_OUT = 50  # with --validate, one training image in 50 is held out
 
 
 def read(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options, with the values that follow from others."""
+    """Return the options, including values that follow from other options."""
     parser = argparse.ArgumentParser(
         description="Train an image model with a loss of any order.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -71,14 +71,14 @@ def read(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse networks and starts that contradict each other."""
+    """Refuse options for the network and for the start that contradict each other."""
     if (args.score_sde_code is None) != (args.score_sde_config is None):
         parser.error("expected --score-sde-code and --score-sde-config together; got one of them")
     if args.score_sde_code is None and args.score_sde_checkpoint is not None:
         parser.error("--score-sde-checkpoint: expected --score-sde-code and --score-sde-config")
     if args.score_sde_checkpoint is not None:
         if args.init_from is not None:
-            parser.error("--init-from: expected none with --score-sde-checkpoint, another start")
+            parser.error("--init-from: expected none with --score-sde-checkpoint as the start")
         if args.validate:
             parser.error("--validate: expected 0, as the network has seen all training images")
     if args.score_sde_code is not None:
@@ -89,7 +89,7 @@ def _check_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def _weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[float] | None:
-    """The weight of each term; None with order one, which has one term."""
+    """Return the weight of each term, or None for order one, which has one term."""
     if args.loss == "first":
         for name, default in (("weights", None), ("probes", None), ("fraction", 1)):
             if getattr(args, name) != default:

@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Processes:
-    """This process among those that torchrun started, or alone."""
+    """This process, either alone or among the processes that torchrun started."""
 
     def __init__(self) -> None:
         self.many = "RANK" in os.environ
@@ -29,18 +29,18 @@ class Processes:
             torch.cuda.set_device(self.device)
 
     def mean(self, values: torch.Tensor) -> list[float]:
-        """The mean over all processes, as numbers."""
+        """Return the mean over all processes, as Python numbers."""
         values = values.double().to(self.device)
         if self.many:
             dist.all_reduce(values)
         return (values / self.count).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether a process has the flag."""
+        """Return whether the flag is set in any process."""
         return sum(self.mean(torch.tensor([float(flag)]))) > 0
 
     def merged(self, texts: dict[int, str]) -> dict[int, str]:
-        """The dicts of all processes in one."""
+        """Return the dicts of all processes, merged into one."""
         if not self.many:
             return texts
         gathered: list[Any] = [None] * self.count
@@ -48,26 +48,26 @@ class Processes:
         return {row: text for part in gathered for row, text in part.items()}
 
     def check_same_weights(self, network: nn.Module) -> None:
-        """Raise where the networks of the processes have come apart."""
+        """Raise RuntimeError if the networks of the processes have diverged."""
         total = sum(weight.detach().double().abs().sum() for weight in network.parameters())
         (mean,) = self.mean(total.reshape(1).clone())
         if self.many and abs(mean - float(total)) > 1e-9 * abs(mean):
             raise RuntimeError(
-                f"expected one network in all processes; the weights of process {self.rank} add "
-                f"up to {float(total)}, in the mean to {mean}. Go on from the last checkpoint."
+                f"expected the same weights in all processes; got a sum of {float(total)} in "
+                f"process {self.rank} and of {mean} on average. Continue from the last checkpoint."
             )
 
     def close(self) -> None:
-        """Leave together."""
+        """Leave the process group together."""
         if self.many:
-            gc.collect()  # DDP holds the group, in a cycle
+            gc.collect()  # DDP holds the group in a reference cycle
             dist.barrier()
             dist.destroy_process_group()
 
 
 @contextmanager
 def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of the end of the process."""
+    """Yield an event that SIGTERM sets, instead of ending the process."""
     event = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:

@@ -1,12 +1,14 @@
-"""Networks and checkpoints of score_sde_pytorch, by the user's own checkout of its code.
+"""Networks and checkpoints of score_sde_pytorch, built with the user's own checkout of its code.
 
-Its configurations name the network, the SDE and the range of the data. Networks under VE are
-given data in [0, 1], where `centered` is False; here data is in [-1, 1]. With y = (x + 1)/2 the
-score in x is half of that in y, and σ is twice as large: the network is given the σ of y.
+The configurations of score_sde_pytorch name the network, the SDE and the range of the data. Under
+VE, `centered` is False and the networks take data y in [0, 1], but here data x are in [-1, 1].
+With y = (x + 1)/2, the score of x is half the score of y, and σ is twice as large, so the network
+gets the σ of y.
 
-A checkpoint is a dict: `model` has every tensor of the network, its names behind "module.", and
-`ema` has averages in `shadow_params`, a list in the order of the parameters that require a
-gradient. What requires none, such as the frequencies of Fourier features, is in `model` alone.
+A checkpoint is a dict. `model` has every tensor of the network, with names that start with
+"module.", and `ema` has averages in `shadow_params`, a list in the order of the parameters that
+require a gradient. Tensors that require no gradient, such as the frequencies of Fourier features,
+are in `model` only.
 """
 
 import importlib
@@ -32,22 +34,22 @@ def score_sde_model(code: Path, name: str) -> ScoreModel:
 
     Args:
         code: the checkout, a folder with `models`, `configs` and `sde_lib.py`.
-        name: of the configuration, such as "vp/cifar10_ddpmpp_deep_continuous".
+        name: the name of the configuration, such as "vp/cifar10_ddpmpp_deep_continuous".
 
     Raises:
-        FileNotFoundError: where the checkout has no such configuration.
-        ValueError: for a network trained on discrete steps.
+        FileNotFoundError: if the checkout has no such configuration.
+        ValueError: if the network was trained on discrete steps.
     """
     path = code / "configs" / f"{name}.py"
     if not path.is_file() or not (code / "sde_lib.py").is_file():
         raise FileNotFoundError(
-            f"expected score_sde_pytorch's code in {code}, with {path}; it is not there. "
-            "--score-sde-code is the checkout, --score-sde-config a file of its configs."
+            f"expected score_sde_pytorch's code in {code}, with {path}; got no such file. Pass "
+            "the checkout as --score-sde-code, and a file of its configs as --score-sde-config."
         )
     config = _module(code, f"configs.{name.replace('/', '.')}").get_config()
-    _module(code, f"models.{config.model.name}")  # it puts the network on the project's list
+    _module(code, f"models.{config.model.name}")  # this registers the network
     network = _module(code, "models.utils").create_model(config)
-    network = getattr(network, "module", network).to("cpu")  # inside of DataParallel
+    network = getattr(network, "module", network).to("cpu")  # inside DataParallel
     kind, names = SDES[config.training.sde.lower()]
     options = {key: getattr(config.model, key) for key in names}
     sde = getattr(_module(code, "sde_lib"), kind)(**options, N=config.model.num_scales)
@@ -56,8 +58,8 @@ def score_sde_model(code: Path, name: str) -> ScoreModel:
         return model
     if not isinstance(model.schedule, VESchedule):
         raise ValueError(
-            f"{name}: expected data.centered=True under {kind}; got False. Data in [0, 1] is "
-            "translated under VESDE alone."
+            f"{name}: expected data.centered=True under {kind}; got False. Data in [0, 1] are "
+            "supported under VESDE only."
         )
     sigma_min, sigma_max = (2 * getattr(sde, key) for key in names)
     schedule = VESchedule(sigma_min=sigma_min, sigma_max=sigma_max)
@@ -69,7 +71,7 @@ def _of_unit_interval(network: nn.Module, x: torch.Tensor, sigma: torch.Tensor) 
 
 
 def _module(code: Path, name: str) -> ModuleType:
-    """Import a module of the checkout, and of no other folder."""
+    """Import a module from the checkout, and from no other folder."""
     if str(code) not in sys.path:
         sys.path.insert(0, str(code))
     module = importlib.import_module(name)
@@ -82,10 +84,10 @@ def _module(code: Path, name: str) -> ModuleType:
 
 
 def load_score_sde(network: nn.Module, path: Path) -> None:
-    """Put the averaged weights of a checkpoint into a network.
+    """Load the averaged weights of a checkpoint into a network.
 
     Raises:
-        ValueError: for another file, or one of another network.
+        ValueError: if the file is not such a checkpoint, or belongs to another network.
     """
     expected = "a checkpoint of score_sde_pytorch, with model and ema"
     try:
@@ -102,8 +104,8 @@ def load_score_sde(network: nn.Module, path: Path) -> None:
     if shapes != [tuple(average.shape) for average in averages]:
         raise ValueError(
             f"{path}: expected an average for each of the network's {len(weights)} trained "
-            f"parameters, in their order and shapes; got {len(averages)} others. Take the "
-            "--score-sde-config that it was trained with."
+            f"parameters, in the same order and shapes; got {len(averages)} averages that do not "
+            "match. Pass the --score-sde-config that was used in training."
         )
     with torch.no_grad():
         for weight, average in zip(weights, averages, strict=True):

@@ -3,14 +3,14 @@
     torchrun --nproc-per-node 8 train.py --data FOLDER --out one --sde ve --loss first
     torchrun --nproc-per-node 8 train.py --data FOLDER --out three --sde ve --loss paired3 \
         --init-from one/checkpoint.pt --steps 20000 --warmup 1000 --lr 5e-5
-    # The control: order one goes on for as long
+    # The control: order one continued for as many steps
     torchrun --nproc-per-node 8 train.py --data FOLDER --out more --sde ve --loss first \
         --init-from one/checkpoint.pt --steps 20000 --warmup 1000 --lr 5e-5
 
-The same command again goes on from OUT/checkpoint.pt, which SIGTERM writes as well. All that is
-random in a step, the images, the times, the noise, the probes and the dropout, is drawn from a
-seed made of --seed, the step and the rank. So a resumed run repeats the losses of one that was
-never stopped, and a checkpoint needs no state of a generator.
+Repeating a command continues from OUT/checkpoint.pt, which SIGTERM writes as well. Everything
+random in a step (the images, times, noise, probes and dropout) is drawn from a seed made of
+--seed, the step and the rank. So a resumed run repeats the losses of a run that was never
+stopped, and a checkpoint does not contain the state of a generator.
 """
 
 import argparse
@@ -39,7 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hosm_losses import check_derivatives, first_order_dsm
 
-# What may not change when a run goes on. The others only say how it is computed or reported.
+# Options that may not change when a run continues. Other options only affect how the run is
+# computed or reported.
 FIXED = (
     *("sde", "size", "dropout", "score_sde_config", "loss", "weights", "probes", "fraction"),
     *("times", "batch", "lr", "warmup", "cosine", "clip", "ema", "flip", "dequantize", "validate"),
@@ -47,12 +48,12 @@ FIXED = (
 )
 NETWORK = ("sde", "size", "score_sde_config", "dequantize")
 LEVELS, VALIDATED = 8, 100  # noise levels of a validation, and images at a time
-ASKED_EVERY = 10  # steps after which many processes agree on whether to stop
-LEAST_SHARE = 0.01  # of the gradient's norm, below which a term is warned of
+ASKED_EVERY = 10  # steps after which several processes agree on whether to stop
+LEAST_SHARE = 0.01  # share of the gradient's norm below which a term causes a warning
 
 
 class Run:
-    """The network that is trained, its average, and what a checkpoint holds of them."""
+    """The network in training, its average, and the state that a checkpoint stores."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.step, self.flops = args, 0, 0
@@ -73,7 +74,7 @@ class Run:
             if args.validate and not first["options"]["validate"]:
                 raise ValueError(
                     "--validate: expected 0, as --init-from was trained on all training images; "
-                    f"got {args.validate}. Train it with --validate as well."
+                    f"got {args.validate}. Train that checkpoint with --validate as well."
                 )
             network.load_state_dict(first["ema"])
             self.origin = digest(first["ema"])
@@ -82,7 +83,7 @@ class Run:
             self.origin = digest(network.state_dict())
         self.model.to(device)
         for weight in network.parameters() if args.bf16 else ():
-            if weight.ndim == 4 and weight.shape[-1] > 1:  # of a convolution, for tensor cores
+            if weight.ndim == 4 and weight.shape[-1] > 1:  # convolutions, for tensor cores
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         higher = ("weights", "probes", "fraction") if args.loss != "first" else ()
         chosen = {name: getattr(args, name) for name in higher}
@@ -96,7 +97,7 @@ class Run:
             self.optimizer.load_state_dict(resumed["optimizer"])
 
     def save(self) -> None:
-        """Write the checkpoint, and a copy that stays where --keep-every asks for one."""
+        """Write the checkpoint, and a permanent copy if --keep-every asks for one."""
         state = {
             "step": self.step,
             "flops": self.flops,
@@ -111,7 +112,7 @@ class Run:
             save(self.path.with_name(f"checkpoint-{self.step}.pt"), state)
 
     def keeps(self) -> bool:
-        """Whether --keep-every asks for a checkpoint of this step that stays."""
+        """Return whether --keep-every asks for a permanent checkpoint of this step."""
         return self.args.keep_every > 0 and self.step % self.args.keep_every == 0
 
     def write(self, entry: dict[str, Any], processes: Processes) -> None:
@@ -121,7 +122,7 @@ class Run:
                 file.write(json.dumps({"step": self.step, **entry}) + "\n")
 
     def update(self) -> torch.Tensor:
-        """Take a step along the gradient, at the rate of this step; return the gradient's norm."""
+        """Take an optimizer step at the current learning rate; return the gradient's norm."""
         args, network = self.args, self.model.network
         norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip)
         for group in self.optimizer.param_groups:
@@ -136,7 +137,7 @@ class Run:
         return norm
 
     def rate(self) -> float:
-        """The learning rate of the step that comes."""
+        """Return the learning rate of the next step."""
         args = self.args
         rate = args.lr * min(1.0, (self.step + 1) / max(1, args.warmup))
         return rate * (1 + math.cos(math.pi * self.step / args.steps)) / 2 if args.cosine else rate
@@ -149,7 +150,7 @@ def train(
     processes: Processes,
     terminated: threading.Event,
 ) -> None:
-    """Take the steps that are left, or those until SIGTERM."""
+    """Take the remaining steps, or stop early at SIGTERM."""
     args, device = run.args, processes.device
     loss_of: nn.Module = run.objective.train()
     if processes.many:
@@ -166,10 +167,10 @@ def train(
         run.optimizer.zero_grad()
         with nullcontext() if flops else Flops() as counter:
             means = add_gradients(loss_of, x0, args)
-        flops = flops or processes.count * counter.total  # as many in every step
+        flops = flops or processes.count * counter.total  # the same in every step
         norm, rate = run.update().detach(), run.optimizer.param_groups[0]["lr"]
         run.flops += flops
-        worst = torch.maximum(worst, norm)  # not a number, once it was
+        worst = torch.maximum(worst, norm)  # stays NaN once it is NaN
 
         if not processes.many or run.step % ASKED_EVERY == 0:
             stops = processes.any(terminated.is_set())
@@ -179,8 +180,8 @@ def train(
         if (logs or saves or norms) and not torch.isfinite(worst):
             raise RuntimeError(
                 f"expected finite gradients up to step {run.step}; got a norm of {float(worst)}. "
-                f"{run.path} is from before, if there is one. Take a smaller --lr or --clip, or "
-                "leave out --bf16."
+                f"{run.path}, if it exists, is from an earlier step. Use a smaller --lr or "
+                "--clip, or leave out --bf16."
             )
         if norms:
             shares = {name: float(part / norm) for name, part in norms.items()}
@@ -202,7 +203,7 @@ def train(
 
 
 def draw(images: torch.Tensor, run: Run, processes: Processes) -> tuple[torch.Tensor, int]:
-    """The batch of this process in the step that comes, and the seed of the rest of the step."""
+    """Return this process's batch for the next step, and the seed for the rest of the step."""
     args, rank = run.args, processes.rank
     place = {"step": run.step, "batch": args.batch, "rank": rank, "ranks": processes.count}
     rows = batch_rows(len(images), seed=args.seed, **place)
@@ -216,7 +217,7 @@ def draw(images: torch.Tensor, run: Run, processes: Processes) -> tuple[torch.Te
 def add_gradients(
     loss_of: nn.Module, x0: torch.Tensor, args: argparse.Namespace, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Accumulate the gradient of a batch in parts; return its loss and terms, averaged."""
+    """Accumulate the gradient of a batch in parts; return the mean loss and the mean terms."""
     means: dict[str, torch.Tensor] = {}
     parts = x0.chunk(args.parts)
     for place, part in enumerate(parts, 1):
@@ -235,11 +236,11 @@ def add_gradients(
 
 
 def term_norms(run: Run, loss_of: nn.Module, x0: torch.Tensor, seed: int) -> dict[str, Any]:
-    """The norm of the gradient of each term that has a weight, with its weight.
+    """Return the norm of the weighted gradient of each term whose weight is not zero.
 
-    The terms have the times, noise, probes and dropout of the step itself, so their gradients add
-    up to that of the step. A tensor of zero leaves a term out of the loss, but not out of what is
-    drawn.
+    The terms use the times, noise, probes and dropout of the step itself, so their gradients add
+    up to the gradient of the step. A term whose weight is a tensor of zero does not contribute to
+    the loss, but the draws stay the same.
     """
     norms = {}
     for place, name in enumerate(("first", "second", "trace", "third")[: len(run.args.weights)]):
@@ -258,20 +259,20 @@ def term_norms(run: Run, loss_of: nn.Module, x0: torch.Tensor, seed: int) -> dic
 
 
 def warn_of_small(shares: dict[str, float], processes: Processes) -> None:
-    """Warn of terms that are paid for and hardly move the network."""
+    """Warn about terms that cost evaluations but hardly change the network."""
     for name in shares:
         if shares[name] < LEAST_SHARE and processes.rank == 0:
             warnings.warn(
                 f"the gradient of the term {name!r} has less than {LEAST_SHARE:.0%} of the norm "
-                "of the whole: it costs its evaluations and changes next to nothing. Raise its "
-                "weight, or set it to 0; log.jsonl has the shares.",
+                "of the total gradient: the term costs evaluations and changes next to nothing. "
+                "Raise its weight, or set it to 0; log.jsonl lists the shares.",
                 stacklevel=2,
             )
 
 
 @torch.no_grad()
 def validate(run: Run, images: torch.Tensor, processes: Processes) -> None:
-    """Log the loss of order one of the averaged weights on held-out images, by noise level."""
+    """Log the order-one loss of the averaged weights on held-out images, by noise level."""
     args, schedule = run.args, run.model.schedule
     low, high = schedule.log_sigma_hat_range
     levels = low + (high - low) * (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.validate and len(held_out) < processes.count:
         raise ValueError(
             f"--validate: expected {HELD_OUT} training images or more for each process; got "
-            f"{len(images)} for {processes.count}. Leave it out."
+            f"{len(images)} for {processes.count}. Leave out --validate."
         )
     if args.batch % processes.count or not 0 < args.batch <= len(images):
         raise ValueError(
@@ -314,21 +315,21 @@ def main(argv: list[str] | None = None) -> None:
     (mean,) = processes.mean(torch.tensor([float(run.step)]))
     if mean != run.step:
         raise RuntimeError(
-            f"expected all processes to start from one step; process {processes.rank} has "
-            f"{run.step}, the mean is {mean}. --out has to be a folder that all of them see."
+            f"expected all processes to start from the same step; got {run.step} in process "
+            f"{processes.rank} and {mean} on average. Pass an --out that all processes can read."
         )
     images, held_out = images.to(processes.device), held_out.to(processes.device)
     if args.score_sde_code is not None and args.loss != "first":
-        # Its resampling on a GPU is an operator of its own, of which PyTorch knows no derivatives.
+        # On a GPU, score_sde resamples with an operator whose derivatives PyTorch does not know.
         x0 = prepared(images[:2], flip=False, dequantize=args.dequantize)
-        with torch.backends.cudnn.flags(allow_tf32=False):  # a comparison with differences
+        with torch.backends.cudnn.flags(allow_tf32=False):  # for finite differences
             print(check_derivatives(run.model.train(), x0, len(args.weights) - 1))
     if processes.rank == 0:
         truncate_log(run.log, run.step)
         size = sum(weight.numel() for weight in run.model.parameters())
         print(f"{args.loss}, {size / 1e6:.1f} million weights, from step {run.step}")
         if args.steps == 0 and not run.path.exists():
-            run.save()  # to evaluate what is continued
+            run.save()  # for an evaluation of the start
     with sigterm() as terminated:
         train(run, images, held_out, processes, terminated)
     if processes.rank == 0:
