@@ -177,15 +177,17 @@ def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estima
     Both are geometric means with the interval of log-ratios, over the seeds that have lost no mode
     in either. Those of KL are of seeds, over all points: a mean over a block may be below 0. The
     chance of the points, which all seeds share, is not in it. Those of the score are of single
-    points. NaN where fewer than two seeds are left, or a KL divergence is not above 0.
+    points. NaN where fewer than two seeds are left, or a KL divergence is not above 0. Where the
+    density is not known, the mean difference in nats is all there is.
     """
     whole = ~(lost(row) | lost(base))
+    if "log_score" not in row:
+        return {"difference": over_seeds(np.subtract(row["kl"], base["kl"])[whole])}
     log_ratios = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         kl = np.log(np.mean(row["kl"], 1) / np.mean(base["kl"], 1))
     log_ratios["kl"] = kl[whole, None]
-    if "log_score" in row:
-        log_ratios["score"] = np.subtract(row["log_score"], base["log_score"])[whole]
+    log_ratios["score"] = np.subtract(row["log_score"], base["log_score"])[whole]
     return {
         name: Estimate(*np.exp(over_seeds(values)).tolist())
         if len(values) > 1
@@ -210,6 +212,8 @@ def base_of(name: str) -> str:
 def ratios(report: Row) -> Row:
     """For each row of a cell: nats, the ratios to its base, and how many seeds lost a mode.
 
+    Where the density is not known: nats, the difference from its base, and 0 lost modes.
+
     A ratio is None where fewer than two seeds kept all modes, or where a KL divergence, a mean
     over points, is not above 0: then "below" is 1.
     """
@@ -222,7 +226,7 @@ def ratios(report: Row) -> Row:
             continue
         for key, estimate in compare(row, other).items():
             found[name][key] = None if np.isnan(estimate.value) else [*estimate]
-        if found[name]["kl"] is None and np.sum(~lost(row) & ~lost(other)) > 1:
+        if found[name].get("kl", 0) is None and np.sum(~lost(row) & ~lost(other)) > 1:
             found[name]["below"] = 1
     return found
 
@@ -233,7 +237,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     for values in (x, y):
         _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum() - (counts - 1) / 2)[places])
-    return float(np.corrcoef(*ranks)[0, 1])
+    with np.errstate(invalid="ignore"):  # NaN if all values are equal
+        return float(np.corrcoef(*ranks)[0, 1])
 
 
 def dependence(reports: Sequence[Row]) -> Row:

@@ -631,7 +631,7 @@ TOLD = [
         r"x in torch\.float64 .* parameters are in torch\.float32",
     ),
     (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
-    (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Betas.*go to .*from_betas"),
+    (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Pass betas to .*from_betas"),
     (
         lambda: hosm.NLLResult.cat([X]),
         r"expected NLLResults in a list; got a torch\.float64 tensor",

@@ -31,7 +31,11 @@ LEAST, MOST = 0.01, 5  # a ratio outside is a triangle at the edge
 def cells(reports: list[Found]) -> Found:
     """Every cell with a row that is compared, in the order of the study."""
     found = {report["name"]: ratios(report) for report in reports}
-    done = {name for name, rows in found.items() if any("kl" in row for row in rows.values())}
+    done = {
+        name
+        for name, rows in found.items()
+        if any(row.keys() & {"kl", "difference"} for row in rows.values())
+    }
     return {name: found[name] for name in CELLS if name in done}
 
 
@@ -50,6 +54,9 @@ def settings(reports: list[Found]) -> Found:
 
 def picture(found: Found) -> Figure:
     """KL divergence and score error of each row over its base, a line for each problem."""
+    found = {
+        name: rows for name, rows in found.items() if any("kl" in row for row in rows.values())
+    }
     figure = Figure((9.3, 0.45 * len(found) + 2.2), layout="constrained")
     titles = {"kl": "KL divergence", "score": "error of the ODE's score"}
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):

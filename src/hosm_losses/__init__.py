@@ -1,6 +1,6 @@
-"""High-order denoising score matching, and the likelihood of diffusion ODEs, for PyTorch.
+"""High-order denoising score matching and likelihoods of diffusion ODEs, for PyTorch.
 
-Five starting points, shown here with standard normal data, for which the best network is known:
+Five starting points, shown here for standard normal data, whose optimal network is known:
 
     >>> import torch
     >>> import hosm_losses as hosm
@@ -9,25 +9,25 @@ Five starting points, shown here with standard normal data, for which the best n
     >>> def network(x, t):
     ...     return schedule.sigma(t)[:, None] * x
 
-`ScoreModel` wraps a network with its noise schedule and prediction:
+`ScoreModel` combines a network, its noise schedule and the type of its prediction:
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` uses data to test whether a trained network is wrapped the way it was trained:
+`check_wrapping` uses data to test whether the wrapping agrees with how the network was trained:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
 
-`first_order_dsm`, `second_order_dsm` and `third_order_dsm` are the losses; `FirstOrderDSM` and so
-on are the corresponding modules:
+The losses are `first_order_dsm`, `second_order_dsm` and `third_order_dsm`; each of them is also
+available as a module, such as `ThirdOrderDSM`:
 
     >>> loss = hosm.third_order_dsm(model, x0)
 
-In each loss, targets with less noise can replace the drawn noise:
+In each loss, the noise that was drawn can be replaced by targets that vary less:
 
     >>> loss = hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets())
 
-`ode_nll` returns the likelihood of the model's ODE, with error estimates:
+`ode_nll` returns negative log-likelihoods under the model's ODE, with error estimates:
 
     >>> summary = hosm.ode_nll(model, x0).summary()
     >>> print(f"{summary.nll:.2f} ± {summary.standard_error:.2f} nats")
@@ -186,5 +186,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List public names only: submodules such as `model` would shadow the user's own variables."""
+    """List only the public names, and leave out submodules such as `model`."""
     return [*__all__, "__all__", "__doc__", "__version__"]

@@ -1,10 +1,10 @@
-"""Helpers for all packages: argument checks, error texts, per-sample sums, a progress bar.
+"""Helpers for all packages: argument checks, error messages, per-sample sums, a progress bar.
 
-Every public function checks its arguments before any work. Types, names, shapes, dtypes and
-devices are always checked, because that costs nothing: a wrong type or dtype raises TypeError, and
-anything else ValueError. Values are only checked if reading them is free: on CPU tensors outside
-`torch.compile` and the transforms of `torch.func`, but not on accelerators, where the check would
-cause a synchronisation.
+Every public function checks its arguments before it does any work. Types, names, shapes, dtypes
+and devices are always checked, because these checks cost nothing. A wrong type or dtype raises
+TypeError, and any other invalid argument raises ValueError. Values are checked only where reading
+them is free: in CPU tensors outside `torch.compile` and `torch.func` transforms, but not in
+tensors on an accelerator, where the check would force a synchronisation.
 """
 
 import math
@@ -30,13 +30,16 @@ BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fm
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """Return an error text: what was expected, what came (`value` or `got`), and a remedy."""
+    """Return an error message that says what was expected, what was received, and the remedy.
+
+    What was received is `got`, or a description of `value` if `got` is None.
+    """
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """Return the error for a value that is not a tensor, with advice for a NumPy array."""
+    """Return the error for a value that is not a tensor, including a remedy for a NumPy array."""
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -68,7 +71,7 @@ def shown(value: object) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a warning at the user's line, the first one outside this package and torch."""
+    """Issue a warning that points to the first caller outside this package and torch."""
     level, frame, libraries = 1, sys._getframe(), ("hosm_losses.", "torch.")
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
@@ -134,7 +137,7 @@ def check_number(
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator`, which must be None or on the device of the draws."""
+    """Return `generator`, which must be None or a generator on the device of the draws."""
     if generator is None:
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
@@ -149,7 +152,7 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
 
 
 def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
-    """Return the network's keyword arguments as a dict, which is empty for None."""
+    """Return the network's keyword arguments as a dict; None becomes an empty dict."""
     if model_kwargs is None:
         return {}
     name = "model_kwargs"
@@ -164,7 +167,7 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError for a sparse or nested tensor, or for another unusual layout."""
+    """Raise TypeError if a tensor is nested, sparse or otherwise not strided."""
     if value.is_nested or value.layout != torch.strided:
         got = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
         raise TypeError(error_message(name, "a dense tensor (B, *)", value, got=got))
@@ -186,7 +189,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     check_dense(name, value)
     if not value.is_floating_point():
         remedy = (
-            "Scale integer images to the range the network was trained on first, for example "
+            "First scale integer images to the range the network was trained on, for example "
             f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
         )
         raise TypeError(error_message(name, f"a {expected}", value, remedy))
@@ -203,7 +206,10 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device; `of` names their owner."""
+    """Return `value` if it is a tensor of this shape, dtype and device.
+
+    `of` says, in error messages, what the tensor must match.
+    """
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
@@ -220,7 +226,7 @@ def check_like(
 
 
 def check_prediction(predicted: object, x: Tensor) -> None:
-    """Raise an error unless a network returned a floating-point tensor like x."""
+    """Raise an error unless `predicted` is a floating-point tensor with x's shape and device."""
     kind = TypeError
     if isinstance(predicted, Tensor) and predicted.is_floating_point():
         if predicted.shape == x.shape and predicted.device == x.device:
@@ -261,32 +267,33 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
-    """View a tensor (B,) as (B, 1, …), so that it multiplies `like` (B, *) sample by sample."""
+    """Reshape a tensor (B,) to (B, 1, …), so that it can multiply `like` (B, *) per sample."""
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
-    """Sum over the elements of a sample, (K, B, *) to (K, B), in at least float32.
+    """Sum over the elements of each sample, from (K, B, *) to (K, B), in at least float32.
 
-    `leading` is the number of dimensions before the dimensions of a sample, 1 for (B, *).
+    `leading` is the number of dimensions in front of the sample dimensions: 1 for (B, *).
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(*tensor.shape[:leading], -1).sum(-1, dtype=wide)
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the keyword arguments that pass a generator, which are empty for None.
+    """Return keyword arguments that pass on a generator; for None, the dict is empty.
 
-    torch.compile refuses generator=None if a size may vary between calls.
+    torch.compile rejects generator=None if tensor sizes may vary between calls.
     """
     return {} if generator is None else {"generator": generator}
 
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances the bar by an amount in `unit`; the bar ends at `total`.
+    """Yield a function that advances the bar by a number of units; the bar ends at `total`.
 
-    Unless `visible`, nothing is shown and tqdm is not needed. The extra `progress` installs tqdm.
+    If `visible` is False, no bar is shown and tqdm is not needed. The extra `progress` installs
+    tqdm.
     """
     if not visible:
         yield lambda _: None

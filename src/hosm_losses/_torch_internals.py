@@ -1,8 +1,8 @@
-"""Private names and error texts of PyTorch; the Taylor engine has its own in `taylor._torch`.
+"""PyTorch's private names and error messages; `taylor._torch` has those of the Taylor engine.
 
-PyTorch does not guarantee that names and texts stay the same. `tests/test_torch_internals.py`
-tests the names and texts that could change silently, and lists the PyTorch versions that have
-them. If one of these tests fails, change this file.
+PyTorch does not guarantee that these names and messages stay the same.
+`tests/test_torch_internals.py` tests the names and messages that could change silently, and lists
+the PyTorch versions that have them. If a test in that file fails, update this module.
 """
 
 from collections.abc import Iterable, Iterator
@@ -48,12 +48,12 @@ _autograd: Any = torch.autograd
 
 
 def vmapped() -> bool:
-    """Return whether torch.func.vmap surrounds this call, so that a tensor may stand for many."""
+    """Return whether this call is inside torch.func.vmap, where one tensor may represent many."""
     return _C._functorch.TransformType.Vmap in _transforms()
 
 
 def differentiated() -> bool:
-    """Return whether torch.func.grad, vjp or jacrev surrounds this call and gradients are on."""
+    """Return whether gradients are on and this call is inside torch.func.grad, vjp or jacrev."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 
@@ -64,7 +64,7 @@ def _transforms() -> list[Any]:
 
 
 def surroundings() -> tuple[Any, ...]:
-    """Return the user's transforms, modes, saved-tensor hooks and profiler around this call."""
+    """Describe the transforms, modes, saved-tensor hooks and profiler active around this call."""
     return (
         tuple(_transforms()),
         tuple(map(type, _get_current_function_mode_stack())),
@@ -75,7 +75,7 @@ def surroundings() -> tuple[Any, ...]:
 
 
 def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:
-    """Yield every node of the tensors' autograd graphs once, up to the node of `point`."""
+    """Yield each node of the tensors' autograd graphs once, stopping at the node of `point`."""
     nodes = [tensor.grad_fn for tensor in tensors]
     seen = set() if point is None else {gradient_node(point)}
     while nodes:
@@ -92,11 +92,11 @@ def gradient_node(tensor: Tensor) -> Any:
 
 
 def custom_function(node: object) -> type | None:
-    """Return the torch.autograd.Function of an autograd node; None for PyTorch's own nodes."""
+    """Return an autograd node's torch.autograd.Function, or None if the node is PyTorch's own."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Return whether a gradient can be differentiated again, unlike once_differentiable ones."""
+    """Return whether a gradient can be differentiated again: once_differentiable prevents this."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)

@@ -1,6 +1,6 @@
 """Build ScoreModels from the objects of other projects, without importing those projects.
 
-Each function reads the attributes that it needs; if one is missing, an error names it.
+Each function reads the attributes that it needs; an error names any missing attribute.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from hosm_losses.schedules import (
     step_labels,
 )
 
-# The prediction types of other projects, and their names in this package.
+# The prediction types of other projects, with their names in this package.
 OBJECTIVES: dict[str, Prediction] = {
     "pred_noise": "epsilon",
     "pred_x0": "x0",
@@ -42,7 +42,7 @@ TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "Ov
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # Models whose pipelines negate the velocity or reverse the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
-# This model computes in the dtype of its timestep. UNets may index a table by integer timesteps.
+# This model computes in its timestep's dtype. UNets may index a table with integer timesteps.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 FLOW = "a model that takes the noise level and predicts noise minus data"
@@ -59,29 +59,29 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
-    DiscreteSchedule. Then t is the timestep, an integer in training and fractional in the
-    likelihood; a HunyuanDiT gets t in the dtype of x. x is the model's input; for Euler, this is
-    the sample passed through `scheduler.scale_model_input`.
+    DiscreteSchedule. With such a schedule, t is the timestep, which is an integer in training and
+    fractional in the likelihood; a HunyuanDiT gets t in the dtype of x. x is the model's input;
+    with an Euler scheduler, this is the sample as scaled by `scheduler.scale_model_input`.
 
     A flow-matching scheduler becomes a LinearFlowSchedule, as does a scheduler such as UniPC with
-    `use_flow_sigmas` and "flow_prediction". Then t is the scheduler's sigma, and the model gets
-    t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t itself, as in their
-    pipelines. The shift of a scheduler only affects which times are drawn: to use a shift, draw
-    the times yourself and pass them as t.
+    `use_flow_sigmas` and "flow_prediction". With such a schedule, t is the scheduler's sigma, and
+    the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t itself, as
+    in their pipelines. The shift of a scheduler only affects which times are drawn: to use a
+    shift, draw the times yourself and pass them as t.
 
-    With timestep_type="continuous" and "v_prediction", the model gets ¼ log(σ/α). Class labels,
-    text embeddings and so on go into `model_kwargs`.
+    With timestep_type="continuous" and "v_prediction", the model gets ¼ log(σ/α) as the timestep.
+    Class labels, text embeddings and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
             another model that takes (sample, timestep=...) and returns an object with `.sample`.
-            If the model has twice as many output channels as input channels, the second half, a
-            variance, is dropped.
+            If the model has twice as many output channels as input channels, the second half of
+            the output, which is a variance, is dropped.
         scheduler: a scheduler with a table, or a flow-matching scheduler.
 
     Raises:
-        TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or the
-            scheduler is of neither kind or has no prediction type.
+        TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or if the
+            scheduler is not a flow-matching scheduler and lacks a table or a prediction type.
         ValueError: if the table has zero terminal SNR; if the prediction type is unknown or, with
             `use_flow_sigmas`, is not "flow_prediction"; or if the model takes 1 - t and predicts
             data minus noise, as Lumina2 and ZImage do.
@@ -130,7 +130,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
 
 def _class_names(model: nn.Module) -> list[str]:
-    """Return the class names of a module and, if it is a wrapper, of the modules inside."""
+    """Return the class names of a module and, if it is a wrapper, of the modules inside it."""
     names, modules = list[str](), [model]
     for module in modules:  # grows during the loop
         names += [kind.__name__ for kind in type(module).__mro__]
@@ -140,7 +140,7 @@ def _class_names(model: nn.Module) -> list[str]:
 
 
 def _samples_a_flow(scheduler: Any, config: Any) -> bool:
-    """Return whether a scheduler with a table ignores it and samples along alpha = 1 - sigma."""
+    """Return whether a scheduler ignores its table and samples along alpha = 1 - sigma."""
     if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
         return False
     if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
@@ -175,15 +175,15 @@ def _half_of_sample(returned: Any) -> Tensor:
 
 
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
-    """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
+    """Return the ScoreModel of a GaussianDiffusion: its network, with its table and objective.
 
     t is an index into the table. x is scaled as the network expects: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The first term of the losses is
     the project's own loss; to reproduce min_snr_loss_weight, pass the weighting
-    min(SNR, min_snr_gamma)/SNR, whatever the objective. The network is `diffusion.model`, so the
-    project's Trainer, optimizer and EMA share its parameters. A `classifier_free_guidance` network
-    drops classes at every call, as in the project's loss, except after `.eval()`. The variance of
-    a LearnedGaussianDiffusion is not used.
+    min(SNR, min_snr_gamma)/SNR, whatever the objective is. The network is `diffusion.model`, so
+    the project's Trainer, optimizer and EMA share its parameters. A network from the project's
+    `classifier_free_guidance` drops classes at random in every call, as in the project's loss,
+    except after `.eval()`. The variance of a LearnedGaussianDiffusion is not used.
 
     Raises:
         TypeError: if the object is not a GaussianDiffusion.
@@ -226,14 +226,14 @@ def from_edm(net: Any) -> ScoreModel:
 
     The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
     the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
-    third="laplacian" needs plain attention in place of EDM's own attention.
+    third="laplacian" works only if EDM's own attention is replaced with plain attention.
 
     With the following objective, the first term equals the loss of EDM's trainer:
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
     Raises:
-        TypeError: if the network has no sigma_min and sigma_max.
+        TypeError: if the network lacks sigma_min or sigma_max.
 
     Example:
         >>> from torch import nn
@@ -258,16 +258,16 @@ def from_flow_matching(
     time: float = 1.0,
     time_first: bool = False,
 ) -> ScoreModel:
-    """Return the ScoreModel of a velocity network of flow matching or rectified flow.
+    """Return the ScoreModel of a velocity network from flow matching or rectified flow.
 
-    The network predicts dx/dt in its own time. In this package, the data are at t = 0. Hence, with
-    data_at=1, the network gets 1 - t, and its velocity changes sign.
+    The network predicts dx/dt with respect to its own time. In this package, the data are at
+    t = 0. Hence, with data_at=1, the network gets 1 - t, and its velocity is negated.
 
     Args:
-        network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` with `time_first`.
-        schedule: the path, with time counted from the data. None means the straight path,
-            `LinearFlowSchedule()`.
-        data_at: the network's time at the data. It is 1 in torchcfm, flow_matching and
+        network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` if `time_first` is True.
+        schedule: the path, with time running from the data to the noise. None means the straight
+            path, `LinearFlowSchedule()`.
+        data_at: the network's time for clean data. It is 1 in torchcfm, flow_matching and
             RectifiedFlow, and 0 if the velocity is noise minus data, as in Stable Diffusion 3.
         time: the factor by which the network's time is multiplied, such as 999 for RectifiedFlow.
         time_first: whether the network takes its time before x, as in torchcfm.
@@ -281,7 +281,7 @@ def from_flow_matching(
         >>> model.denoise(torch.ones(1, 2), torch.tensor([0.5]))
         tensor([[0.5000, 0.5000]])
     """
-    expected = "0 or 1, the network's time at the data"
+    expected = "0 or 1, the network's time for clean data"
     if check_number("data_at", data_at, expected) not in (0, 1):
         raise ValueError(error_message("data_at", expected, data_at))
     check_number("time", time, "a finite factor")
@@ -305,14 +305,15 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 
 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
-    """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
+    """Return the ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index into the diffusion's own table. As in the project, the model gets the number that
-    the step had before respacing; between two indices, it gets the step with the same noise. With
-    rescale_timesteps, this number is multiplied by 1000 over the number of steps. Class labels go
-    into `model_kwargs` as y. If the model learns its variance, only the first half of its output
-    channels is used. Above order one, replace the project's own checkpoint function, which its
-    attention calls as well.
+    the step had before respacing; for a t between two indices, the model gets the fractional step
+    number with the same noise level as t. With rescale_timesteps, this number is multiplied by
+    1000 and divided by the original number of steps. Class labels go into `model_kwargs` as y. If
+    the model learns its variance, only the first half of its output channels is used. For orders
+    above one, replace the project's own checkpoint function, which the project's attention blocks
+    call as well.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -351,9 +352,9 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
         continuous: the value of `config.training.continuous`. Except under subVPSDE, a network
-            trained with False takes step numbers; such a network is rejected, and the error says
-            what to write instead. If a network stores its configuration, as NCSN++ does, the value
-            in that configuration is checked as well.
+            trained with continuous=False takes step numbers; such a network is rejected, and the
+            error says what to write instead. If a network stores its configuration, as NCSN++
+            does, the value in that configuration is checked as well.
 
     Raises:
         TypeError: if the SDE's attributes or its `marginal_prob` match none of these SDEs.
@@ -408,14 +409,14 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
 def check_has(
     name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
 ) -> None:
-    """Raise TypeError if a foreign object lacks one of the attributes; `expected` names it."""
+    """Raise TypeError if an attribute is missing; its name replaces the {} in `expected`."""
     for attribute in attributes:
         if getattr(value, attribute, None) is None:
             raise TypeError(error_message(name, expected.format(attribute), value, remedy))
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
-    """Return the schedule of a foreign object's table ᾱ, or raise ValueError if ᾱ ends at 0."""
+    """Return the schedule for a foreign object's table ᾱ; raise ValueError if ᾱ ends at 0."""
     where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
@@ -441,7 +442,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 
 
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
-    """Translate the prediction type of another project, found at `where`."""
+    """Translate another project's prediction type, which was read from `where`."""
     if isinstance(value, str) and value in names:
         return names[value]
     remedy = "Build a ScoreModel with an equivalent prediction, or convert the network's output."

@@ -1,7 +1,7 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 Estimates:
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: products with v replace the whole matrix A.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so products with v replace the whole matrix A.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -12,14 +12,14 @@ Formula:
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
     channels: three colours become brightness and two opponent colours. If neighbouring elements
-    interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S. Qᵀ is
-    applied by FFT; along one dimension,
+    interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S is.
+    Qᵀ is applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, else c_k = √(2/n).
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,
-    "The eigenvalues of mega-dimensional matrices" (1989). Ahmed, Natarajan and Rao, "Discrete
-    cosine transform", IEEE Transactions on Computers (1974), for Q.
+    "The eigenvalues of mega-dimensional matrices" (1989). Q is from Ahmed, Natarajan and Rao,
+    "Discrete cosine transform", IEEE Transactions on Computers (1974).
 """
 
 import math
@@ -41,8 +41,8 @@ from hosm_losses._checks import (
 
 CHUNK_ELEMENTS = 2**22  # largest chunk of unit vectors, in elements
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# This limit is in bytes. A loss allocates several tensors of the size of the unit vectors, and the
-# network many: beyond this limit, no device has enough memory.
+# This limit is in bytes. A loss allocates several tensors as large as the unit vectors, and the
+# network allocates many: beyond this limit, no device has enough memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -107,12 +107,13 @@ class Hutchinson:
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
         mode: how a likelihood computes divergences. "reverse" uses vector-Jacobian products and
-            costs least; "forward" uses forward-mode AD and stores no activations. The losses
+            costs the least; "forward" uses forward-mode AD and stores no activations. The losses
             reject "forward", because they have the option `engine` instead.
 
     Raises:
-        TypeError: if the count is not a whole number, or the distribution or mode is not a string.
-        ValueError: if the count is below 1, or the distribution or mode is unknown.
+        TypeError: if `count` is not a whole number, or if `distribution` or `mode` is not a
+            string.
+        ValueError: if `count` is below 1, or if `distribution` or `mode` is unknown.
 
     Example:
         >>> Hutchinson(4, "dct")
@@ -134,17 +135,18 @@ class ToStandardError:
     """As many random probes as each sample's likelihood needs to reach a given standard error.
 
     Four pilot probes at each node of a fixed grid determine how many more probes are drawn at that
-    node, up to all unit vectors. The estimate does not use the pilot probes and is unbiased.
+    node; if this number reaches d, all d unit vectors are used instead. The estimate does not use
+    the pilot probes and is unbiased.
 
     Args:
-        nats: the standard error of a sample's likelihood, in nats, averaged over samples. A single
-            sample's standard error may be larger, because the pilot probes only estimate the
-            variance; the result reports the standard error of each sample.
+        nats: the standard error, in nats, that a sample's likelihood should have on average. A
+            single sample's standard error may be larger, because the pilot probes only estimate
+            the variance; the result reports the standard error of each sample.
         distribution: as in `Hutchinson`.
 
     Raises:
-        TypeError: if `nats` is not a number, or the distribution is not a string.
-        ValueError: if `nats` is not positive and finite, or the distribution is unknown.
+        TypeError: if `nats` is not a number, or if `distribution` is not a string.
+        ValueError: if `nats` is not both positive and finite, or if `distribution` is unknown.
 
     Example:
         >>> ToStandardError(0.1)
@@ -168,7 +170,7 @@ class Paired:
 
     On average, the square of a noisy estimate is too large by the estimate's variance, whereas the
     product of two independent estimates is unbiased. The terms have the same mean as with
-    `probes="exact"`, and may be negative for single samples.
+    `probes="exact"`, but may be negative for individual samples.
 
     Args:
         count: K, the number of independent probes per sample, at least 2. Estimates from the first
@@ -176,8 +178,8 @@ class Paired:
         distribution: as in `Hutchinson`.
 
     Raises:
-        TypeError: if the count is not a whole number, or the distribution is not a string.
-        ValueError: if the count is below 2, or the distribution is unknown.
+        TypeError: if `count` is not a whole number, or if `distribution` is not a string.
+        ValueError: if `count` is below 2, or if `distribution` is unknown.
 
     Example:
         >>> Paired()
@@ -218,19 +220,19 @@ def unit_vectors(like: Tensor) -> Tensor:
     if size > LARGEST_UNITS:
         expected = f"a number of probes for samples of d = {d} elements"
         got = (
-            f"'exact', which evaluates the network on all d unit vectors at once, "
-            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before the network is evaluated"
+            "'exact', which evaluates the network on all d unit vectors at once and needs "
+            f"{size / 2**30:.0f} GiB for the unit vectors of a batch of {len(like)} alone"
         )
-        remedy = "Use probes=2, for example. A likelihood takes divergence='exact' in chunks."
+        remedy = "Use probes=2, for example. A likelihood evaluates divergence='exact' in chunks."
         raise ValueError(error_message("probes", expected, like, remedy, got=got))
     (units,) = unit_vector_chunks(like, d)
     return units
 
 
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
-    """Yield the d unit vectors as probes (k, B, *), with k up to `size`.
+    """Yield the d unit vectors in chunks, as probes (k, B, *) with k of at most `size`.
 
-    By default, a chunk has up to CHUNK_ELEMENTS elements.
+    By default, a chunk has at most CHUNK_ELEMENTS elements.
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size

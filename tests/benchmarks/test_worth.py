@@ -480,6 +480,15 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         worth.Study("cell", replace(cell, budget=5), tmp_path, tmp_path)
 
 
+def test_without_a_density_rows_are_compared_by_their_difference():
+    """Of likelihoods, which may be negative, a ratio would mean nothing."""
+    base = {"kl": [[-20.0, -22.0], [-21.0, -23.0]], "lost": [0.0, 0.0]}
+    row = base | {"kl": [[-21.0, -23.0], [-22.0, -24.0]]}
+    assert compare(row, base) == {"difference": pytest.approx([-1.0, -1.0, -1.0])}
+    found = ratios({"rows": {"one": base, "one, averaged": row}})["one, averaged"]
+    assert found == {"nats": -22.5, "lost": 0, "difference": pytest.approx([-1.0] * 3)}
+
+
 def test_the_noise_of_targets_is_the_loss_of_the_true_score():
     """Of a Gaussian N(0, 1) in each element, Var(ε | x) = 1/(1 + σ̂²): ∫ du over u = log σ̂."""
     cell = replace(small("many-well, d = 2"), density=standard_normals(), points=512)
@@ -503,8 +512,9 @@ def test_rank_correlations_are_of_ranks_with_ties():
 
 def test_the_dependence_is_over_cells_that_have_the_row():
     def report(elements, ratio, noise):
-        plain = {"kl": [[1.0], [1.0]], "lost": [0, 0], "j_sm": [0.5 * elements] * 2}
-        averaged = {"kl": [[ratio], [ratio]], "lost": [0, 0]}
+        known = {"log_score": [[0.0, 1.0]] * 2, "lost": [0, 0]}
+        plain = known | {"kl": [[1.0, 1.0]] * 2, "j_sm": [0.5 * elements] * 2}
+        averaged = known | {"kl": [[ratio, ratio]] * 2}
         rows = {"one": plain, "one, averaged": averaged}
         return {"rows": rows, "facts": {"elements": elements, "noise": noise}}
 
@@ -515,7 +525,7 @@ def test_the_dependence_is_over_cells_that_have_the_row():
         report(8, 0.9, 1.0),
     ]
     found = dependence(reports)
-    assert found.keys() == {"one, averaged: kl"}
+    assert found.keys() == {"one, averaged: kl", "one, averaged: score"}
     row = found["one, averaged: kl"]
     assert row["cells"] == 4
     # A KL divergence below 0 ranks lowest, and a cell without noise is left out of its column.

@@ -278,14 +278,14 @@ def test_an_error_with_other_rows_says_what_followed_them():
     engine = {"engine": "reverse", "model_kwargs": kwargs}
     note = noted(hosm.third_order_dsm, masked, x0, probes=3, **engine)
     assert "called with 6 rows for a batch of 2" in note
-    assert "followed by model_kwargs['y'] (6,); passed" in note
+    assert "Passed per sample: model_kwargs['y'] (6,); passed" in note
     assert "unchanged: model_kwargs['edges'][0] (18, 1). " in note
     note = noted(hosm.second_order_dsm, masked, x0, fraction=0.5, **engine)
     assert "called with 1 rows for a batch of 2" in note
     assert "fraction" in note
     note = noted(hosm.third_order_dsm, lambda x, t: x * t.item(), x0[:1], probes=2)
     assert "called with 2 rows for a batch of 1" in note
-    assert "followed" not in note
+    assert "Passed per sample" not in note
     with pytest.raises(RuntimeError) as caught:
         hosm.first_order_dsm(hosm.ScoreModel(lambda x, t: x * t.item(), VP), x0)
     assert not hasattr(caught.value, "__notes__")

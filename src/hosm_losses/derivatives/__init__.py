@@ -1,9 +1,9 @@
-"""Derivatives of a network along probes, and their gradients with respect to the parameters.
+"""Derivatives of a network along probes, and gradients of these derivatives.
 
 - `select`: how the engine is chosen, and how a failed attempt is undone.
 - `engines`: the two engines, "taylor" and "reverse", and products of the Jacobian with vectors.
-- `kinks`: operators whose derivative jumps, the warning about them, and what is remembered about
-  a network.
+- `kinks`: operators with discontinuous derivatives, the warning about such operators, and what is
+  remembered about a network.
 - `backward`: backward passes, lost graphs, and remedies for known errors.
 - `checkpointing`: activation checkpoints inside a network.
 """

@@ -8,7 +8,7 @@ Purpose:
     The graph of a derivative with respect to x ends at the engine's own copy of x. If the graph
     has no other leaf, for example because all parameters are frozen, there is nothing to train.
     The engine then returns tensors without a graph, and PyTorch raises its usual error when a loss
-    of these tensors is differentiated.
+    computed from these tensors is differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ class DroppedGraphError(DerivativeError):
 
 
 def explain(error: Exception) -> None:
-    """Raise a DerivativeError with the remedy, if one is known for this PyTorch error."""
+    """Raise a DerivativeError that names the remedy, if this PyTorch error has a known remedy."""
     if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     for words, advice in REMEDIES.items():
@@ -88,17 +88,20 @@ def explain(error: Exception) -> None:
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
-    """Raise ScriptedError if a torch.jit function caused an error of the taylor engine."""
+    """Raise ScriptedError if a torch.jit function caused an error in the taylor engine."""
     if engine == "taylor" and internals.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """If `wanted`, make the backward pass from `value` raise when a Function drops its graph.
+    """Make the backward pass from `value` raise an error if a Function drops the graph.
 
-    The node of such a Function receives a gradient that requires grad, but returns only gradients
-    that do not require it. Nodes behind `point` are not checked. Returns whether the graph
-    contains a custom Function, because hooks cannot see what a Function does under vmap.
+    A Function that drops the graph receives a gradient that requires grad, but returns only
+    gradients that do not require grad. Nodes beyond `point` are not checked; if `wanted` is False,
+    no node is checked.
+
+    Returns whether the graph contains a custom Function. If it does, vmap must be avoided, because
+    the hooks cannot see what a Function does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -140,7 +143,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return a point to differentiate at: x if its gradient may be needed, otherwise a copy."""
+    """Return the point at which to differentiate: x if it may need a gradient, or else a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -153,10 +156,11 @@ def vjp(
 ) -> tuple[Tensor, Any, PassBack]:
     """Call a function that returns (value, more); return both and the value's backward pass.
 
-    The backward pass maps a cotangent in the shape of the value to one gradient per point, with or
-    without a `graph`. If the value does not depend on a point, the gradient there is zero. If this
-    happens at the last point and `lost` is set, an error with that text is raised instead. Under
-    torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
+    The backward pass maps a cotangent of the value's shape to one gradient per point; the
+    gradients have a graph if `graph` is True. If the value does not depend on a point, the
+    gradient with respect to that point is zero. If the value does not depend on the last point and
+    `lost` is given, a DerivativeError with the text `lost` is raised instead. Under torch.compile
+    and torch.func, the backward pass comes from `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -174,7 +178,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """Return the backward pass of `vjp` for a value that was computed earlier, in eager mode."""
+    """Return the backward pass of `vjp` in eager mode, for a value that is already computed."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -200,10 +204,10 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return the gradients (K, B, *) of a backward pass to a single point, for K cotangents.
+    """Apply a backward pass with a single point to K cotangents; return K gradients (K, B, *).
 
-    It uses vmap, or K calls in turn if vmap fails, which may happen in the backward of a custom
-    autograd.Function.
+    The backward pass is called under vmap. If vmap fails, which may happen in the backward of a
+    custom autograd.Function, there are K separate calls.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
@@ -218,7 +222,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a scalar; they are zero for inputs that it does not depend on."""
+    """Return the gradients of a scalar, which are zero for inputs that do not affect it."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

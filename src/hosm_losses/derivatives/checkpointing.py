@@ -15,18 +15,19 @@ ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Activation checkpointing for use inside a network that is trained with order two or three.
+    """Activation checkpointing inside a network that is trained with a loss of order two or three.
 
     This is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
-    engines: the recomputation uses the safe primitives if the first computation did. With torch's
-    own checkpoint, a network that needs a primitive raises an error in the reverse engine.
+    engines: the recomputation uses the safe primitives if the first computation used them. With
+    torch's own checkpoint, the reverse engine raises an error if the network needs the safe
+    primitives.
 
     Args:
         function: a part of the network.
         args: its arguments.
         kwargs: its keyword arguments. In addition, `preserve_rng_state`, `determinism_check`,
             `debug` and `early_stop` are passed on to torch's checkpoint, and
-            `use_reentrant=False` is accepted without effect.
+            `use_reentrant=False` is accepted but has no effect.
 
     Returns:
         The result of `function`.

@@ -1,26 +1,36 @@
-r"""The two engines: a network's value, directional derivative, third-order part and products.
+r"""The two engines, which compute a network's value, derivatives and Jacobian products.
 
-Formula, along w = σ v:
-    taylor    the network is called on a `Jet` of x; reverse mode gives G, the gradient of w·D.
-    reverse   g = (∂f/∂x)ᵀ c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, with the Jacobian itself,
-              not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
+Formula:
+    All derivatives are taken along directions w = σ v.
+
+    The taylor engine calls the network on a `Jet` of x to compute D. A backward pass then gives G,
+    the gradient of w·D.
+
+    Reverse mode starts from g = (∂f/∂x)ᵀ c, which is linear in c. Hence ∂(w·g)/∂c = ∂f/∂x w = D,
+    which contains the Jacobian itself and not its transpose. At c = w, the same backward pass also
+    gives ∂(w·g)/∂x = G.
 
     Instead of G, the taylor engine can compute C = ∂²f[w, w], the Laplacian form, without a
-    backward pass. If only the sum over the directions is needed, this engine uses one backward
-    pass for G or carries one second derivative for C, and all directions share the value.
+    backward pass. If only the sum over the directions is needed, the taylor engine computes the
+    sum of G by a single backward pass, or carries a single second derivative for the sum of C. In
+    both cases, all directions share one value.
 
-    Products, for the value f and a fixed c = cotangent(f):
-    vjp_c = (∂f/∂x)ᵀ c    by a backward pass from f, with its graph
-    jvp_c = ∂f/∂x c       as the gradient of vjp_c·v with respect to c at v = c (vjp_c is linear)
+    There are two products with a fixed c = cotangent(f), where f is the value. The product
+    vjp_c = (∂f/∂x)ᵀ c comes from a backward pass from f and keeps its graph. The product
+    jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c is linear
+    in c.
 
     The network is called once. Reverse mode computes vjp_c in any case, because D is the gradient
-    of vjp_c·w with respect to c; all directions share f. In the taylor engine, each direction that
-    needs G has its own copy of x, and hence its own dropout mask.
+    of vjp_c·w with respect to c. In reverse mode, all directions share f. In the taylor engine,
+    each direction for which G is computed separately has its own copy of x, and hence its own
+    dropout mask.
 
-Cost of a training step with products and K directions, in network evaluations (order one: 3):
-    order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
-    order 3    7 + 9 K in reverse mode; in the taylor engine 20 K, because each direction has its
-               own f, or 7 + 14 K with C instead of G
+Cost:
+    A training step of order one costs 3 network evaluations. A step of order 2 with products and K
+    directions costs 6 + 3 K evaluations in reverse mode, and 6 + 6 K evaluations in the taylor
+    engine. A step of order 3 costs 7 + 9 K evaluations in reverse mode. In the taylor engine, a
+    step of order 3 costs 20 K evaluations, because each direction has its own f. With C instead of
+    G, the cost in the taylor engine is 7 + 14 K evaluations.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
@@ -54,7 +64,7 @@ Cotangent = Callable[[Tensor], Tensor]
 
 
 class Network(Protocol):
-    """A function of x (B, *) that treats samples independently and has its conditions bound."""
+    """A function of x (B, *) that treats samples independently; its conditions are fixed."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value at x (B, *)."""
@@ -67,7 +77,7 @@ class Network(Protocol):
 
     @property
     def native(self) -> "Network":
-        """This function with PyTorch's own operators, for values and first derivatives only."""
+        """This function, with PyTorch's own operators, for values and first derivatives only."""
         ...
 
     def repeat(self, count: int) -> "Network":
@@ -79,11 +89,12 @@ class Derivatives(NamedTuple):
     """The value of a network and its derivatives along directions.
 
     Attributes:
-        value: f, of shape (1, B, *) if the directions share it, (K, B, *) if each has its own.
+        value: f, of shape (1, B, *) if all directions share the value, and of shape (K, B, *) if
+            each direction has its own value.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] if requested and supported by the engine, of
-            shape (K, B, *). If the sum over the directions is enough, `third` may be that sum, of
-            shape (1, B, *). None at order 2.
+        third: a tensor (K, B, *) that contains G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] if C is
+            requested and the engine supports it. If only the sum over the directions is requested,
+            `third` may be that sum, of shape (1, B, *). None at order 2.
     """
 
     value: Tensor
@@ -92,7 +103,7 @@ class Derivatives(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Derivatives at x (B, *), and Jacobian products in the shape of the network's value.
+    """Derivatives at x (B, *), and Jacobian products of the same shape as the network's value.
 
     Attributes:
         derived: the derivatives computed by an engine.
@@ -108,7 +119,7 @@ class Products(NamedTuple):
 
 
 def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Tensor]:
-    """Return the network, x and the directions for one larger batch, with K copies of x."""
+    """Return the network, x and the directions for a larger batch that contains K copies of x."""
     count = len(w)
     rows = x.repeat(count, *(1,) * (x.ndim - 1))
     return (network.repeat(count) if count > 1 else network), rows, w.flatten(0, 1)
@@ -122,7 +133,7 @@ def taylor(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """Return the value and its derivatives from one call.
+    """Return the network's value and its derivatives from a single call to the network.
 
     Raises TaylorError for operators that the engine does not know.
     """
@@ -164,7 +175,7 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the value and its derivatives from two backward passes; `third` is G, never C.
+    """Return the network's value and its derivatives from backward passes; `third` is never C.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
@@ -200,7 +211,10 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
 def reverse_products(
     network: Network, x: Tensor, w: Tensor, order: int, cotangent: Cotangent, push: bool
 ) -> Products:
-    """Return derivatives and products in reverse mode; raises DerivativeError like `reverse`."""
+    """Return derivatives and products, both computed in reverse mode.
+
+    Raises DerivativeError if autograd cannot differentiate the network twice.
+    """
     wanted = torch.is_grad_enabled()
     point = leaf(x, wanted)
     value, _, back = vjp(
@@ -220,7 +234,7 @@ def reverse_products(
     if order == 2:
         parts = [value.unsqueeze(0), pull_each(again, w)]
     else:
-        # One direction at a time: each has its own G, and a batch would have to call f for each.
+        # One direction at a time: each has its own G, and a batch would evaluate f for each one.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
@@ -242,7 +256,7 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, and products from backward passes that start at its value.
+    """Return an engine's derivatives, and products from backward passes that start at the value.
 
     If `copied`, each direction has its own copy of x and its own value.
     """
@@ -260,7 +274,7 @@ def products_beside(
     value, parts, back = vjp(derived, point, graph=wanted or push)
     wanted = wanted and may_train(value, x, point)
     c = cotangent(value.reshape(shape)).detach()
-    # vjp_c is linear in c: differentiating it in c reveals a Function that drops the graph.
+    # vjp_c is linear in c, so differentiating it reveals a Function that drops the graph.
     start = leaf(c.reshape(value.shape), False)
     vjp_c, _, again = vjp(lambda c: (back(c)[0], ()), start, graph=False)
     jvp_c = again(start)[0].detach().reshape(shape) if push else None
@@ -271,7 +285,7 @@ def products_beside(
 
 
 def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield (∂f/∂x)ᵀ w for chunks w (k, B, *) of directions, from one forward pass.
+    """Yield (∂f/∂x)ᵀ w for each chunk w (k, B, *) of directions, after a single forward pass.
 
     The results have no graph. Raises DerivativeError if no graph leads from the output to x.
     """
@@ -287,8 +301,8 @@ def quadratic_forms(
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
     This takes one forward pass, and one backward pass for each chunk (k, B, *) of directions.
-    Raises DerivativeError if no graph leads from the output to x, or if the graph of the result is
-    dropped.
+    Raises DerivativeError if no graph leads from the output to x, or if a custom autograd.Function
+    drops the graph.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False

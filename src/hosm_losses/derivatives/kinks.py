@@ -1,12 +1,13 @@
-r"""Operators whose derivative jumps, the warning about them, and facts known about a network.
+r"""Operators with discontinuous derivatives, the warning about them, and facts about a network.
 
 Purpose:
     In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A
-    second-order term then has no gradient for that bias, and too small a gradient for other
-    parameters. Yet the mean of the term over the data depends on all these parameters, because
-    they determine how often the data cross a kink. No derivative of the network shows this
-    dependence, in any engine. The first call of a network is therefore watched for such operators
-    between x and the output. Clamps are ignored, because most of them only guard against overflow.
+    second-order term then has no gradient with respect to that bias, and too small a gradient with
+    respect to other parameters. Yet the mean of the term over the data depends on all these
+    parameters, because they determine how often the data cross a kink. Derivatives of the network
+    do not show this dependence, whichever engine computes them. The first call of a network is
+    therefore searched for operators with discontinuous derivatives between x and the output.
+    Clamps are ignored, because most of them only guard against overflow.
 """
 
 import weakref
@@ -43,12 +44,13 @@ class NetworkMemory:
     """Facts about a network, learned from earlier calls.
 
     Attributes:
-        refused: the reason why an engine refuses a kind of call, keyed by (engine, kind).
-        failed: the reason why an engine failed once, in a call that the other engine may manage.
-        served: engines and kinds of calls that succeeded, with the transforms and modes around
-            them.
-        warned: whether the user was warned that reverse mode takes over.
-        orders: the orders (2, 3) that need no further warning about jumps.
+        refused: for each (engine, kind), the reason why the engine refuses this kind of call.
+        failed: for each (engine, kind), the reason for a first failure, which may not recur.
+        served: each combination of engine, kind of call, and surrounding transforms and modes that
+            has succeeded.
+        warned: whether the user has been warned that reverse mode takes over.
+        orders: the orders (2, 3) for which no further warning about discontinuous derivatives is
+            needed.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
@@ -62,7 +64,7 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """The reason why the taylor engine refused a call of this order; None if it refused none."""
+    """The reason why the taylor engine refuses calls of this order, or None if it does not."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
@@ -70,7 +72,7 @@ def refusal(owner: object, order: int) -> str | None:
 
 
 def memory_of(owner: object) -> NetworkMemory:
-    """The NetworkMemory of a network; a new one if it cannot be hashed or weakly referenced."""
+    """The memory of `owner`; always a new one if `owner` cannot be hashed or weakly referenced."""
     try:
         return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
@@ -78,7 +80,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return the field, wrapped to warn about jumps in the first call with gradients."""
+    """Return the field; for its first call with gradients, it is wrapped to warn about jumps."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -95,9 +97,10 @@ def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tenso
 def find_jumps(
     field: Callable[[Tensor], Tensor], point: Tensor, order: int
 ) -> tuple[Tensor, str | None]:
-    """Return a field's value, and a phrase that names the operators whose derivatives jump.
+    """Return a field's value, and a phrase that names operators with discontinuous derivatives.
 
-    At order two, only first derivatives are checked; at order three, second derivatives as well.
+    At order two, only first derivatives are checked; at order three, second derivatives are
+    checked too.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
@@ -110,7 +113,7 @@ def find_jumps(
 
 
 def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Which derivative of an operator jumps: 1 or 2, or 0 if neither does."""
+    """The order of an operator's first discontinuous derivative, 1 or 2; 0 if it has none."""
     if name == "elu":
         return 2 if named.get("alpha", args[1] if len(args) > 1 else 1.0) == 1 else 1
     if name == "smooth_l1_loss" and named.get("beta") == 0:
@@ -121,7 +124,7 @@ def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
 
 
 class _Noted(NamedTuple):
-    """The result of an operator whose derivative jumps."""
+    """The result of an operator with a discontinuous derivative."""
 
     name: str
     jumps: int
@@ -131,7 +134,7 @@ class _Noted(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the Jets or plain tensors returned by operators whose derivative jumps."""
+    """Records the Jets or plain tensors that operators with discontinuous derivatives return."""
 
     def __init__(self, kind: type[Tensor]) -> None:
         super().__init__()
@@ -156,7 +159,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield each noted operator among graph nodes, with the derivative that jumps."""
+        """Yield each recorded operator in `nodes`, and which of its derivatives has a jump."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
@@ -168,7 +171,10 @@ class _Watch(TorchFunctionMode):
 
 
 def _between(point: Tensor, value: Tensor) -> set[Any]:
-    """Return the graph nodes from a point to a value; for a Jet, None and all below the value."""
+    """Return the graph nodes between a point and a value.
+
+    For a Jet, these are all nodes of the value's graph, and None.
+    """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):
         for below, _ in node.next_functions:
@@ -185,5 +191,5 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
 
 
 def _stack(x: Any) -> Any:
-    """Return a Jet's stack, or anything else unchanged."""
+    """Return the stack of a Jet; return anything else unchanged."""
     return x.stack if isinstance(x, Jet) else x

@@ -1,13 +1,13 @@
 r"""How the engine that differentiates a network is chosen, and what "auto" remembers.
 
 Purpose:
-    "auto" tries the taylor engine. If this engine cannot carry derivatives through the network,
-    reverse mode takes over, in eager mode only. A failed attempt leaves buffers and generators
-    unchanged, and the user is warned once. A refusal is remembered immediately for calls of the
-    same kind. Any other error is remembered only if it recurs in the next such call, because a bad
-    batch may have caused it. Once an engine has succeeded in a kind of call, there is no fallback
-    for that kind, and errors reach the user. `check_derivatives` finds errors that only a backward
-    pass would raise.
+    "auto" tries the taylor engine first. If the taylor engine cannot differentiate the network,
+    reverse mode takes over, but only in eager mode. A failed attempt leaves buffers and generators
+    unchanged, and the user is warned once. If an engine refuses a call, the refusal is remembered
+    immediately for all calls of the same kind. After any other error, the engine is abandoned only
+    if the next call of the same kind also fails, because a bad batch may have caused the error.
+    Once an engine has succeeded with a kind of call, errors in calls of that kind reach the user,
+    without a fallback. `check_derivatives` finds errors that only a backward pass would raise.
 
     An error raised here while torch.compile is tracing breaks the graph, and the call is repeated
     in eager mode. With fullgraph=True, the error reaches the user.
@@ -43,8 +43,8 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
     "network: expected operators that the engine 'taylor' knows; got {}. Use engine='reverse' and "
     "third='exact' without torch.compile, or compile without fullgraph=True. Alternatively, "
-    "replace .detach_() and torch.no_grad() by .detach(), and other unknown operators by known "
-    "ones."
+    "replace .detach_() and torch.no_grad() with .detach(), and other unknown operators with "
+    "known operators."
 )
 STATISTICS = (
     "network: expected no running statistics in training, such as batch norm's, in a compiled "
@@ -57,7 +57,7 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 
 
 class NetworkState:
-    """A saved copy of a network's buffers and of the states of torch's random generators.
+    """Saved copies of a network's buffers and of the states of torch's random generators.
 
     There are no buffers to restore if the network is neither a Module nor a Module's method. The
     saved generators belong to the CPU and to the device of x.
@@ -103,10 +103,10 @@ def derive(
 ) -> Derivatives:
     """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
 
-    Order 2 gives D; order 3 also gives G or, with `laplacian`, C = ∂²f[w, w] from the taylor
-    engine. With `summed`, an engine may return only the sum of G or C over the directions. Under
-    `torch.no_grad`, the results have no graph. Raises DerivativeError if the engine (with "auto",
-    both engines) cannot differentiate the network.
+    At order 2, the derivative is D. Order 3 adds G or, with `laplacian`, C = ∂²f[w, w], which only
+    the taylor engine can compute. With `summed`, an engine may return only the sum of G or C over
+    the directions. Under `torch.no_grad`, the results have no graph. Raises DerivativeError if the
+    engine cannot differentiate the network or, with "auto", if neither engine can.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
@@ -176,9 +176,10 @@ def derive_with_products(
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
-    """Return the result of `derive`, (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c, for c = cotangent(f).
+    """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    "auto" first tries reverse mode, which costs least in this case, then proceeds as in `derive`.
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. With products, reverse mode is the
+    cheapest choice, so "auto" tries it first and then proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -223,14 +224,14 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
-    """Raise if a buffer would change, as PyTorch would fail without a fallback to eager mode."""
+    """Raise an error if a buffer would change: PyTorch would then fail, without a fallback."""
     for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
 
 
 def _explain_engine(engine: str, error: RuntimeError) -> None:
-    """Raise a DerivativeError if PyTorch's error says that this engine cannot be used."""
+    """Raise a DerivativeError if PyTorch's error shows that this engine cannot be used."""
     refuse_scripted(engine, error)
     why = str(error)
     energy = engine == "taylor" and NO_GRAPH in why
@@ -244,7 +245,7 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
 
 
 class EngineAttempts:
-    """The engines tried in turn for one call, each with the network in its original state."""
+    """The engines tried in turn for one call; each attempt starts from the same network state."""
 
     def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
         self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
@@ -254,7 +255,7 @@ class EngineAttempts:
         self.notes: dict[Any, dict[Any, str]] = {}
 
     def is_refused(self, engine: str) -> bool:
-        """Whether this engine has already refused such a call."""
+        """Whether this engine has already refused a call of this kind."""
         why = self.memory.refused.get((engine, self.kind))
         if why is not None:
             self.reasons[engine] = why
@@ -262,7 +263,7 @@ class EngineAttempts:
 
     @contextlib.contextmanager
     def attempt(self, engine: str) -> Iterator[None]:
-        """Suppress an error of this engine if the other engine may succeed."""
+        """Suppress an error in this engine if the other engine may succeed."""
         call = engine, self.kind
         served = (*call, self.surroundings)
         if served in self.memory.served:  # no copy of the buffers, which may be large
@@ -295,7 +296,7 @@ class EngineAttempts:
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether the other engine may succeed; an error of the network itself occurs in both."""
+    """Whether the other engine may succeed; an error in the network itself occurs in both."""
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
@@ -310,7 +311,7 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
 
 def _warn_once(attempts: EngineAttempts) -> None:
-    """Warn that reverse mode takes over, once for each network."""
+    """Warn, once for each network, that reverse mode takes over."""
     if not attempts.memory.warned:
         attempts.memory.warned = True
         warn(

@@ -1,9 +1,9 @@
-"""Checks of a model's wrapping and derivatives, and the gap between its ODE and its SDE.
+"""Checks of a model's wrapping and derivatives, and the likelihood gap between its ODE and SDE.
 
-- `gap`: `likelihood_gap`, the errors of all orders by noise level, and both likelihoods.
+- `gap`: `likelihood_gap`, which compares the likelihoods of the ODE and the SDE.
 - `wrapping`: `check_wrapping`, which evaluates a trained network under other wrappings.
-- `check`: `check_derivatives`, and the remedies for the faults it finds.
-- `values`: conditions on the network's values, without which its derivatives are meaningless.
+- `check`: `check_derivatives`, and remedies for the faults that it finds.
+- `values`: conditions that the network's values must meet for a meaningful derivative.
 - `differences`: the comparison of derivatives with finite differences, and the search for jumps.
 - `localize`: the search for the module at fault.
 """

@@ -1,10 +1,10 @@
-"""A start-up check that the derivatives of a network are correct.
+"""A check, before training, that the derivatives of a network are correct.
 
 An operator may have wrong higher derivatives without raising an error. Examples are a custom
-autograd.Function whose backward drops the graph, a kernel whose forward derivative drops the
-parameters, and a detach. The check compares the derivatives of a copy of the network with finite
-differences of the copy's values. A loss itself cannot be checked this way, because its detached
-parts make its gradient differ from the slope of its values.
+autograd.Function whose backward drops the graph, a kernel whose forward-mode derivative ignores
+the parameters, and a call to .detach(). The check compares the derivatives of a copy of the
+network with finite differences of the copy's values. A loss itself cannot be checked this way:
+parts of a loss are detached, so that its gradient differs from the slope of its values.
 """
 
 import functools
@@ -62,7 +62,7 @@ ROUNDING = (
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
     "nn.SiLU, nn.GELU or nn.Softplus, and average pooling instead of max pooling; or train with "
-    "order one, or with order two if only second derivatives jump. A factor under .detach() that "
+    "order one, or two if only second derivatives jump. A factor under .detach() that "
     "oscillates fast looks the same: remove the .detach()."
 )
 CUSTOM = (
@@ -94,12 +94,12 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """The result of `check_derivatives`; it prints as a verdict.
+    """The result of `check_derivatives`; printing it shows a verdict.
 
     Attributes:
         orders: the orders whose values and derivatives are correct, (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
-        advice: sentences about what was not checked or is slow.
+        advice: sentences about anything that was not checked or that is slow.
     """
 
     orders: tuple[int, ...]
@@ -122,35 +122,35 @@ def check_derivatives(
     engine: str = "auto",
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DerivativeReport:
-    """Raise an error that names the module at fault if a derivative of the network is wrong.
+    """If a derivative of the network is wrong, raise an error that names the module at fault.
 
-    Otherwise, return a report, which prints the correct orders, the engine and advice.
+    Otherwise, return a report that shows the correct orders, the engine and advice.
 
-    The check looks for the following faults, which a loss cannot notice, in this order:
+    The check looks for the following faults, which a loss cannot detect, in this order:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
-    - tensors of `model_kwargs` that are treated as per sample but are not (skipped if the network
-      draws random numbers);
-    - values or first derivatives that jump, as in ReLU networks; for order 3, also second
-      derivatives that jump, as in ELU networks;
-    - derivatives with respect to x and to the parameters that disagree with finite differences.
+    - tensors in `model_kwargs` that are assumed to have a row for each sample but do not (this
+      test is skipped if the network draws random numbers);
+    - discontinuous values or first derivatives, as in ReLU networks; for order 3, also
+      discontinuous second derivatives, as in ELU networks;
+    - derivatives with respect to x or the parameters that disagree with finite differences.
 
-    In the derivatives of the whole network, the check accepts relative errors of up to 1 % in
-    float32, and of up to 1e-6 in float64. Check a float64 copy to find smaller faults. The page on
+    For the derivatives of the whole network, the check accepts relative errors of up to 1 % in
+    float32 and up to 1e-6 in float64. To find smaller faults, check a float64 copy. The page on
     derivatives lists the faults that the check cannot find.
 
     The check works on a copy of the network and forks the random number generators, so your
-    network and the generators stay unchanged.
-    If the network is not an nn.Module, only derivatives with respect to x are checked. Call it
-    once before training, on a small batch, on one device.
+    network and the generators stay unchanged. If the network is not an nn.Module, only derivatives
+    with respect to x are checked. Call `check_derivatives` once before training, with a small
+    batch on a single device.
 
     Args:
         model: the score model, in the mode that training will use.
         x0: a small batch of data (B, *). Two samples are enough; a single sample cannot reveal
             effects between samples.
         order: the order of the loss that training will use, 2 or 3.
-        t: times (B,), as in the losses; spread over the schedule if None.
+        t: times (B,), as in the losses. If None, the times are spread over the schedule.
         engine: the engine that training will use.
         model_kwargs: keyword arguments of the network.
 
@@ -158,9 +158,10 @@ def check_derivatives(
         The report.
 
     Raises:
-        DerivativeError: if one of these faults is found, or if a derivative cannot be computed.
-        TypeError: if an argument has the wrong type or half precision (check a float32 copy), or
-            if the network is wrapped (for DataParallel, pass model.module).
+        DerivativeError: if the check finds a fault, or if a derivative cannot be computed.
+        TypeError: if an argument has the wrong type or is in half precision (check a float32 copy
+            instead), or if the network is wrapped, for example in DataParallel (pass model.module
+            instead).
         ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
@@ -220,11 +221,11 @@ def _report(
         engine = "taylor" if reason is None else "reverse"
     if reason is not None:
         advice.append(
-            f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode "
-            "replaces it, which is slower, and third='laplacian' is an error."
+            f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode, "
+            "which is slower, takes its place, and third='laplacian' raises an error."
         )
     if samples < 2:
-        advice.append("One sample cannot show effects between samples: check two.")
+        advice.append("A single sample cannot reveal effects between samples: check two.")
     if not isinstance(network, nn.Module):
         advice.append("Parameter gradients were not checked: the network is not an nn.Module.")
     if precision == torch.float32:
@@ -288,7 +289,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Whether a float32 network has no fault in a float64 copy."""
+    """Whether the float64 copy of a float32 network has no fault."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64
@@ -304,7 +305,7 @@ def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _remedy(functions: list[str]) -> str:
-    """The advice for a fault in a graph with custom autograd.Functions of these names."""
+    """The advice for a fault in a graph that contains custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
     remedies = dict.fromkeys(  # without repetition
@@ -315,7 +316,7 @@ def _remedy(functions: list[str]) -> str:
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
-    """Times (B,) evenly spread in log σ̂, away from both ends; integers if the time is an index."""
+    """Times (B,) evenly spaced in log σ̂, away from both ends; integers if times are indices."""
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
     return model.schedule._training_time(low + (high - low) * (0.3 + 0.5 * place))

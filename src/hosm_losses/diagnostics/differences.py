@@ -1,29 +1,30 @@
-r"""Faults of a field: derivatives that disagree with finite differences of its values, or jumps.
+r"""Faults of a field: jumps, and derivatives that disagree with finite differences of values.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with the finite difference of ⟨f, b⟩ along w, and ⟨G, c⟩ with the
     finite difference of ⟨w, D⟩ along c. `Agreement` also compares the gradients of ⟨f, a⟩, ⟨D, b⟩
     and ⟨G, c⟩ with finite differences of these three forms. The finite difference is
-        f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), of order four in h.
+        f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), which is of fourth order in h.
 
-    `Smoothness` compares p(b) − p(a) with ∫ p′ ds by the Gauss-Legendre rule. The comparison
-    runs along the line x + s w for −½ ≤ s ≤ ½, and considers
+    `Smoothness` compares p(b) − p(a) with ∫ p′ ds, which the Gauss-Legendre rule computes. The
+    comparison is made along the line x + s w for −½ ≤ s ≤ ½, for the functions
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
     ReLU networks need this comparison: their second derivatives are zero wherever they exist, so
-    differences with small steps agree, although the third-order term trains nothing.
+    finite differences with small steps agree, although the gradient of the third-order term is
+    zero.
 
-    If the integral misses part of p(b) − p(a), the line is halved repeatedly, keeping the half
-    where the trapezoidal rule misses more. Over a distance h, the trapezoidal rule misses the same
-    amount for any h if p jumps, an amount ∝ h if p′ jumps, and an amount ∝ h³ if neither p nor p′
-    has a kink.
+    If the integral differs from p(b) − p(a), the line is halved repeatedly, and the half where the
+    trapezoidal rule has the larger error is kept. Over a distance h, the error of the trapezoidal
+    rule does not depend on h if p has a jump, is ∝ h if p′ has a jump, and is ∝ h³ if neither p
+    nor p′ has a kink.
 
-    The search therefore ends at a jump, with one evaluation per halving. At a jump, the bend
-    |p(m) − (p(a) + p(b))/2|, with m between a and b, stays half the jump. Elsewhere, the bend is
-    ∝ h², or ∝ h at a kink of p. Hence |x|³ passes: its G has a kink, but G is differentiated only
-    once, and the integral misses nothing.
+    The search therefore converges to a jump, with one evaluation per halving. At a jump, the bend
+    |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b, remains half as large as the
+    jump. Elsewhere, the bend is ∝ h², or ∝ h at a kink of p. Hence |x|³ passes the check: its G
+    has a kink, but G is differentiated only once, and the integral agrees.
 
 Source:
-    Griewank and Walther, "Evaluating Derivatives" (2008), for checks against finite differences.
+    Griewank and Walther, "Evaluating Derivatives" (2008), on checks against finite differences.
 """
 
 import functools
@@ -39,8 +40,8 @@ from torch import Tensor, nn
 from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
-# By the network's precision: the relative error above which a derivative is wrong, and the step
-# relative to the size of the varied tensor.
+# For each precision of the network: the relative error above which a derivative counts as wrong,
+# and the step relative to the size of the varied tensor.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 # Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless,
@@ -51,7 +52,7 @@ DRAWS = 3
 # Sizes of directions in x that are also tried if x is smaller.
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
-# Names of the faults, by the order of the derivative of f that jumps.
+# Names of the faults, by the order of the derivative of f that has a jump.
 JUMPS = ("values that jump", "a first derivative that jumps", "a second derivative that jumps")
 # Lengths of the lines, in multiples of the size of x.
 LENGTHS = (1, 1, 2, 4)
@@ -72,18 +73,18 @@ Line = Callable[[float], np.ndarray]
 
 @dataclass(frozen=True)
 class Check:
-    """Base class of a search for one kind of fault in a field."""
+    """Base class of the searches, each of which looks for one kind of fault in a field."""
 
     order: int
     engine: str
     precision: torch.dtype
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Describe the fault; None if there is none."""
+        """Return a description of the fault, or None if there is no fault."""
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """Seed the generators; return f, D and, at order three, G at x along w, (B, *)."""
+        """Seed the generators; return f, D and, at order three, G, each (B, *), at x along w."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
@@ -93,7 +94,7 @@ class Agreement(Check):
     """Comparison of a field's derivatives with finite differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Name a derivative that disagrees at every step size; return None if all agree."""
+        """Return None if all derivatives agree at some step size; otherwise, name a wrong one."""
         fault = None
         # If x is small compared with the length over which the field curves, differences of values
         # drown in rounding errors. Longer directions in x, up to a size of 1, avoid this.
@@ -130,7 +131,7 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, by derivatives and by differences."""
+        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, from derivatives and differences."""
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -164,7 +165,7 @@ class Agreement(Check):
         return [*forms[1:].tolist(), *slopes], [float(reference) for reference in references]
 
     def _forms(self, field: Network, x: Tensor, w: Tensor, covectors: Sequence[Tensor]) -> Tensor:
-        """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
+        """The forms ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
         parts = zip(self.derived(field, x, w), covectors, strict=True)
         return torch.stack([(part * covector).sum() for part, covector in parts])
 
@@ -183,7 +184,7 @@ class Agreement(Check):
 
 
 def _varied(field: Network, x: Tensor) -> list[Tensor]:
-    """A copy of x that requires a gradient, and the parameters that are trained."""
+    """A copy of x that requires grad, and the trainable parameters."""
     owner = field.owner
     # The parameters are unknown if the network is not a Module.
     parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
@@ -197,7 +198,10 @@ def _difference(
     directions: Sequence[Tensor],
     step: float,
 ) -> Tensor:
-    """Difference quotient of a function of `varied` along `directions`; `varied` is restored."""
+    """The difference quotient of a function of `varied` along `directions`.
+
+    Afterwards, `varied` has its original values again.
+    """
     start = [v.detach().clone() for v in varied]
 
     @torch.no_grad()
@@ -218,7 +222,7 @@ class Smoothness(Check):
     """Search for jumps in values, first derivatives and, at order three, second derivatives."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Name what jumps; return None if nothing does."""
+        """Name a value or derivative that is discontinuous; return None if all are continuous."""
         _, fault = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
         if fault is not None:
             return fault
@@ -247,7 +251,7 @@ class Smoothness(Check):
         return line
 
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
-        """Return the first of `levels` to jump; search where the rule for p[lower] misses most."""
+        """Return the first level with a jump; search where the error for p[lower] is largest."""
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
         if missing[lower] <= least[lower]:
@@ -271,7 +275,7 @@ class Smoothness(Check):
 
 
 def _integrate(line: Line) -> np.ndarray:
-    """Return for every p the Gauss-Legendre error of p′, the change of p, and the largest |p|."""
+    """Return, for each p, the error of the integral of p′, the change in p and the largest |p|."""
     nodes = np.array([line(s) for s in NODES])
     missing, change = np.zeros(3), np.ptp(nodes, axis=0)
     missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])
@@ -280,7 +284,7 @@ def _integrate(line: Line) -> np.ndarray:
 
 
 def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that draws normal numbers like a tensor, reproducibly, on x's device."""
+    """Return a function that draws reproducible normal numbers in the shape of a tensor."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return lambda like: torch.randn(
         like.shape, generator=generator, dtype=like.dtype, device=like.device
@@ -298,6 +302,6 @@ def reseed(x: Tensor, seed: int = 0) -> None:
 
 
 def size_of(tensor: Tensor) -> float:
-    """Root mean square of a tensor; 1 if it vanishes."""
+    """The root mean square of a tensor, or 1 if the tensor is zero."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0

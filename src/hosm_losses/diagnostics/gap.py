@@ -1,21 +1,24 @@
-r"""The gap between the likelihoods of a model's SDE and of its ODE, by noise level.
+r"""The gap between the likelihoods of a model's SDE and ODE, by noise level.
 
-Formula, at x_t = α x₀ + σ ε, with f = σ s for the model, f* for the reference, u = log σ̂, and
-p = p_t^ODE for the density of the model's own ODE:
-    first        E‖f − f*‖²                            reduced by order one
-    trace        E (tr A − tr A*)², A = σ ∂f/∂x        by order two
-    second       E‖A − A*‖²_F                          by order two
-    third        E‖σ² ∇∇·f − σ² ∇∇·f*‖²                by order three
-    rate         E a², a = tr A − tr A* + (f − f*)·f*  error in the rate of the ODE's log-density
-    fisher       E‖σ ∇log p − f*‖²
-    own score    E‖σ ∇log p − f‖²                      between the ODE's score and the model's
+Formula:
+    All curves are means at x_t = α x₀ + σ ε. Here, f = σ s belongs to the model and f* to the
+    reference, A = σ ∂f/∂x, u = log σ̂, and p = p_t^ODE is the density of the model's own ODE.
 
-    J_SM = ∫ first du,   J_Fisher = ∫ fisher du,   J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du
-    KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE. For the SDE, this
-    difference of KL divergences is at most J_SM. The integrals are Gauss-Legendre sums over the
-    nodes.
+    - first: E‖f − f*‖², which order one reduces.
+    - trace: E (tr A − tr A*)², which order two reduces.
+    - second: E‖A − A*‖²_F, which order two reduces.
+    - third: E‖σ² ∇∇·f − σ² ∇∇·f*‖², which order three reduces.
+    - rate: E a², where a = tr A − tr A* + (f − f*)·f* is the error in the rate of change of the
+      ODE's log-density.
+    - fisher: E‖σ ∇log p − f*‖², which compares the score of the ODE with the reference.
+    - own score: E‖σ ∇log p − f‖², which compares the score of the ODE with the model.
 
-    ∇log p is minus the gradient of `ode_nll`, where the ODE starts at the node's noise level.
+    There are three integrals: J_SM = ∫ first du, J_Fisher = ∫ fisher du, and
+    J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du. For the ODE,
+    KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher). For the SDE, the same difference of KL
+    divergences is at most J_SM. The integrals are computed as Gauss-Legendre sums over the nodes.
+
+    ∇log p is the negative gradient of `ode_nll` for an ODE that starts at the node's noise level.
 
 Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
@@ -63,7 +66,7 @@ class GapEstimate:
     Attributes:
         value: the mean.
         error: the standard error of the mean; NaN for a single sample.
-        samples: the number of samples in the mean, excluding those whose path failed.
+        samples: the number of samples in the mean, excluding samples whose path failed.
     """
 
     value: float
@@ -73,14 +76,14 @@ class GapEstimate:
 
 @dataclass(frozen=True, repr=False)
 class GapReport:
-    """The result of `likelihood_gap`; it prints as a table.
+    """The result of `likelihood_gap`; printing it shows a table.
 
     Attributes:
         log_sigma_hat: the nodes u.
-        curves: the estimates at the nodes, by name.
-        numbers: estimates in nats, by name.
+        curves: the estimates at the nodes, keyed by the name of the curve.
+        numbers: estimates in nats, keyed by name.
         evaluations: the number of network evaluations for each sample.
-        samples: the number of samples, including failed samples.
+        samples: the number of samples, including samples whose path failed.
 
     Without a reference, or with ode_score=False, some curves and numbers are absent.
     """
@@ -92,7 +95,7 @@ class GapReport:
     samples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as dicts, lists and numbers, for JSON."""
+        """Return all fields as JSON-compatible dicts, lists and numbers."""
         return asdict(self)
 
     def __repr__(self) -> str:
@@ -128,29 +131,30 @@ def likelihood_gap(
 ) -> GapReport:
     """Measure how a model's ODE and SDE differ in likelihood, and which order causes the gap.
 
-    All derivatives are exact and computed along d directions, so d should be small. Samples whose
-    path fails are counted and excluded from the averages that depend on the path. Call
-    `model.eval()` first if the network has dropout or batch norm; its buffers are left unchanged.
-    The report's `evaluations` is the cost per sample. Most of this cost is due to the gradient of
-    the ODE's density, which stores a graph of at most steps + 8 evaluations.
+    All derivatives are exact and computed along d directions, where d is the number of elements of
+    a sample, so d should be small. Samples whose path fails are counted and excluded from the
+    averages that depend on the path. Call `model.eval()` first if the network has dropout or batch
+    norm. The network's buffers are left unchanged. In the report, `evaluations` is the cost per
+    sample. Most of the cost is due to the gradient of the ODE's log-density, for which a graph of
+    at most steps + 8 evaluations is stored.
 
     Args:
         model: the score model.
         x0: clean data (B, *).
         reference: the true score as a `ScoreModel`, a better model, or the atoms (N, *) of a
-            finite data set. The curves are then differences from the reference. Without a
-            reference, some curves and numbers are absent.
+            finite data set. All curves except `own score` measure differences from the reference.
+            Without a reference, some curves and numbers are absent.
         nodes: the number of noise levels, at least 2.
-        steps: the number of steps of `ode_nll`.
+        steps: the number of solver steps in `ode_nll`.
         ode_score: whether to compute the score of the ODE's own density.
         progress: whether to show a progress bar.
         generator: the source of randomness, on the device of x0; the global one if None.
         model_kwargs: keyword arguments of the networks.
 
     Returns:
-        The report. The numbers `ode nll` and `sde bound` refer to x0, and both are corrected for
-        the start at t_min. `solver error of ode nll` estimates how much `ode nll` would change
-        with more steps.
+        The report. The numbers `ode nll` and `sde bound` apply to the clean data x0, because both
+        include a correction for the start at t_min. `solver error of ode nll` estimates how much
+        `ode nll` would change with more steps.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -246,7 +250,7 @@ def at_node(
     score: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is σ ∇log p of the ODE."""
+    """The values (B,) that the curves average; `score` is σ ∇log p for the ODE's density p."""
     f, jacobian, third = _orders(model, x, t, kwargs)
     values: dict[str, Tensor] = {}
     if score is not None:
@@ -272,7 +276,7 @@ def at_node(
 def _orders(
     model: ScoreModel, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
+    """Return f (B, *), σ ∂f/∂x e_i (d, B, *) for the unit vectors e_i, and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
         bound = bind_model(model, len(t), kwargs, t)
@@ -285,7 +289,10 @@ def _orders(
 def _ode_score(
     model: ScoreModel, x: Tensor, t: Tensor, steps: int, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, int]:
-    """Return σ ∇log p_t of the model's ODE at x (B, *), for equal t, and the evaluation count."""
+    """Return σ ∇log p_t of the model's ODE at x (B, *), and the number of network evaluations.
+
+    All entries of t must be equal.
+    """
     later = copy.copy(model)
     later.schedule = _starting_at(model.schedule, float(t[0]))
     point = x.detach().requires_grad_()
@@ -298,7 +305,7 @@ def _ode_score(
 
 
 def _starting_at(schedule: Schedule, t_min: float) -> Schedule:
-    """Return a copy of a schedule that starts at a later time."""
+    """Return a copy of `schedule` that starts at the later time `t_min`."""
     later = copy.copy(schedule)
     for name, value in (("t_min", t_min), ("_starts_at_data", False)):
         object.__setattr__(later, name, value)  # it may be a frozen dataclass
@@ -334,7 +341,7 @@ def _reference(
 
 
 def _same(a: Schedule, b: Schedule) -> bool:
-    """Whether two schedules have the same range, and the same α and σ on it."""
+    """Whether two schedules have the same range, and the same α and σ on that range."""
     if (a.t_min, a.t_max) != (b.t_min, b.t_max):
         return False
     t = torch.linspace(a.t_min, a.t_max, 65, dtype=torch.float64, device="cpu")

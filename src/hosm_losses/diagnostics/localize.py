@@ -1,9 +1,10 @@
-r"""Search for the faulty part of a network: the innermost module that shows the fault by itself.
+r"""Search for the faulty part of a network: the innermost module with a fault of its own.
 
 Formula:
-    A module is evaluated with the arguments that it received in the network. For any returned
-    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field with the shape of x.
-    The D and G of this field contain all first and second derivatives.
+    A module is evaluated with the arguments that it received in the network. If it returns tensors
+    y_k, then x → (Σ_k y_k · r_k) u, where r_k and u are fixed random tensors, is a field with the
+    shape of x. The derivatives D and G of this field depend on all first and second derivatives of
+    the module.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,7 @@ class Call:
 
     @property
     def where(self) -> str:
-        """The name and the class of the module, in words."""
+        """A phrase that gives the name and class of the module."""
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
@@ -73,7 +74,7 @@ def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
 
 
 def _copy(value: Any) -> Any:
-    """Copy the tensors of a value, because the network may write to them later."""
+    """Copy the tensors in a value, because the network may later overwrite the originals."""
     try:
         return map_tensors(value, lambda tensor: tensor.detach().clone())
     except TypeError:
@@ -86,7 +87,7 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe a field's fault, or a derivative that cannot be computed; None without a fault."""
+    """Describe a field's fault or its failing derivative; return None if there is no fault."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -102,7 +103,7 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one argument, with its other arguments as in the network."""
+    """A module as a function of one argument; its other arguments are fixed as in the network."""
 
     call: Call
     place: int | str
@@ -123,7 +124,7 @@ class Part:
 
     @property
     def x(self) -> Tensor:
-        """The argument that the module received in the network."""
+        """The argument that is varied, as the module received it in the network."""
         return self.call.arguments[self.place]
 
     @property
@@ -137,18 +138,18 @@ class Part:
         return replace(self, primitives=False)
 
     def repeat(self, count: int) -> "Part":
-        """Raise NotImplementedError: parts are checked with one probe."""
+        """Raise NotImplementedError, because parts are checked with a single probe."""
         raise NotImplementedError(f"a part is checked with one probe; got {count}")
 
 
 def find_culprit(
     check: Check, calls: Iterable[Call], primitives: bool, opaque: bool
 ) -> tuple[Part, str] | None:
-    """Return the innermost module that has a fault by itself, and the fault.
+    """Return the innermost module that has a fault of its own, and the fault.
 
-    `opaque` says that the network as a whole shows no fault. In this case, only modules around a
-    custom Function are tried, and a module that cannot be differentiated by itself is not
-    reported.
+    `opaque` means that the network as a whole shows no fault. In this case, only modules that
+    contain a custom Function are tried, and a module that cannot be differentiated on its own is
+    not reported.
     """
     parts = _parts(calls, primitives)
     for part in _around_functions(parts) if opaque else parts:
@@ -159,7 +160,7 @@ def find_culprit(
 
 
 def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
-    """Yield every module with the arguments of its first call, the innermost first."""
+    """Yield every module with the arguments of its first call, starting with the innermost."""
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.name, call)
@@ -174,7 +175,7 @@ def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
     """Yield the innermost modules with a custom Function in their graph."""
     seen: set[nn.Module] = set()
     for part in parts:
-        with suppress(Exception):  # some modules cannot be called by themselves
+        with suppress(Exception):  # some modules cannot be called on their own
             if seen.isdisjoint(part.owner.modules()) and custom_functions(part, part.x):
                 seen.add(part.owner)
                 yield part

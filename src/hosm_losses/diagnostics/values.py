@@ -1,12 +1,12 @@
-"""Conditions on a network's values, without which its derivatives cannot be checked.
+"""Conditions that a network's values must meet before its derivatives can be checked.
 
 - The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, together with their
   times, so that the batch size and any dropout mask stay the same.
-- Outputs follow their samples. The test permutes the samples, or repeats one of them, together
-  with all tensors that are assumed to belong to the samples. Repetition is needed because a
-  permutation does not change a set that all samples share. The test is skipped if the network
-  draws random numbers, because these depend on the position in the batch.
+- Outputs follow their samples. The test permutes the samples, or repeats one sample, and does
+  the same to all tensors that are assumed to belong to the samples. Repetition is needed because
+  permuting a set that all samples share does not change the outputs. The test is skipped if the
+  network draws random numbers, because these depend on a sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -35,7 +35,7 @@ ALONE = (
 
 
 def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return a network's precision; raise unless its values are finite and deterministic."""
+    """Return a network's precision; raise an error if its values are not finite and repeatable."""
     value = evaluate(bound, x)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
@@ -54,7 +54,7 @@ def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
 
 
 def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
-    """Return the first module that returns a tensor for which `has` is true."""
+    """Name the first module that returns a tensor for which `has` is true."""
     for call in record_calls(bound, x):
         if any(map(has, floats_in(call.returned))):
             return call.where
@@ -62,7 +62,7 @@ def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -
 
 
 def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
-    """Raise if the same input, seed and parameters do not give the same output."""
+    """Raise an error if the same input, seed and parameters do not give the same output."""
     network: object = bound.model.network
     buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
     before = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -98,7 +98,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """The least precise dtype of any tensor that depends on x or on a trained parameter."""
+    """The least precise dtype among tensors that depend on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -106,7 +106,7 @@ def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
 
 
 def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
-    """Raise if samples affect each other, or outputs do not follow their samples."""
+    """Raise an error if samples affect each other, or if outputs do not follow their samples."""
     if len(x) < 2:
         return
     rounding = ROUNDING[precision]
@@ -125,7 +125,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise if outputs do not follow their samples and the tensors belonging to them."""
+    """Raise an error if outputs do not follow their samples and the tensors of these samples."""
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
@@ -140,7 +140,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Return the innermost module whose arguments agree at a row but whose results do not."""
+    """Name the innermost module whose arguments agree in a row but whose results do not."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Whether the outputs follow if the tensors at these paths are not moved."""
+        """Whether the outputs follow their samples if tensors at these paths are not moved."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

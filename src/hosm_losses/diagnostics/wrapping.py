@@ -1,9 +1,9 @@
-r"""Check that a network is wrapped as it was trained: schedule, time, prediction, data units.
+r"""Check that a network's schedule, time, prediction and data units match its training.
 
 Formula:
     Under another schedule, data c x₀ + b become x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, x is
     x₀ + σ̂ ε in other units, so the best prediction of ε is the same. The losses of all wrappings
-    can therefore be compared at the same noise level u = log σ̂ of x₀ and with the same ε.
+    can therefore be compared at the same u = log σ̂, the noise level of x₀, with the same ε.
 
     linear    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε), with the mean m and the covariance C of the data,
               has the loss ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the eigenvalues λ of C
@@ -11,15 +11,16 @@ Formula:
     Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
     is p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
-    All candidates are ranked with one draw of noise. The model's own wrapping and the best three
-    are then measured again with eight fresh draws, which decide. So many draws are needed because
-    a schedule that shifts a likelihood by a third of a nat may change the loss by only two per
-    cent.
+    All candidates are ranked on one draw of noise. The model's own wrapping and the three best
+    candidates are then measured again on eight fresh draws of noise, and these measurements decide
+    between them. This many draws are needed because a schedule that shifts a likelihood by a third
+    of a nat may change the loss by only two per cent.
 
-The candidates are the ways in which networks are commonly trained. With a table as schedule, the
-network receives an index into 1000 entries, or into the entries of the model's own table. As
-time, score_sde passes 999 t under VP, and σ or its logarithm under VE. EDM passes log σ / 4 inside
-its preconditioning. In flows, time runs from data to noise or in reverse, in diffusers up to 1000.
+The candidates are the wrappings with which networks are commonly trained. If the schedule is a
+table, the network receives an index into a table of 1000 entries, or into one as long as the
+model's own table. As the time, score_sde passes 999 t under VP, and σ or its logarithm under VE.
+Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs from data
+to noise or in reverse; in diffusers, it runs up to 1000.
 """
 
 import copy
@@ -59,13 +60,13 @@ from hosm_losses.schedules import (
 
 LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # networks differ if the linear loss is between these limits
-MARGIN, ERRORS = 0.1, 2.0  # losses differ by this fraction and these standard errors
+MARGIN, ERRORS = 0.1, 2.0  # losses differ by over this fraction plus this many standard errors
 WORSE = 0.25  # a network is not trained if it is worse than linear at this fraction of levels
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
 STEP = 7  # shift of the levels from draw to draw; coprime to 8, 9, 10, 11 and 12 levels
-FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # the same limits with the fresh draws
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # limits for a slight difference, with the fresh draws
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
-SIMILAR = 0.02  # the fraction of a loss within which the least change is preferred
+SIMILAR = 0.02  # losses within this fraction of the best count as equal
 REFINED = 3  # schedules and times that are tried with other units of the data
 KINDS = ("epsilon", "score", "x0", "v", "velocity")
 LEAST_STEPS = 100  # with fewer steps, betas of the known tables would exceed 1
@@ -75,7 +76,7 @@ Times = dict[str, Any]
 
 @dataclass(frozen=True)
 class WrappingCandidate:
-    """A way to wrap a network; it prints as arguments of `ScoreModel`.
+    """A way to wrap a network, which is printed as the arguments of `ScoreModel`.
 
     Attributes:
         schedule: the schedule, as code; "your schedule" for the model's own.
@@ -105,24 +106,25 @@ class WrappingCandidate:
 
 @dataclass(frozen=True, repr=False)
 class WrappingReport:
-    """The result of `check_wrapping`; it prints as a table and a verdict.
+    """The result of `check_wrapping`, which is printed as a table and a verdict.
 
     Losses are means over the final draws of noise. In the table, "worse" marks the levels at which
     the network is worse than the linear predictor; the verdict counts these levels.
 
     Attributes:
-        ok: True if no candidate fits better and the network beats the best linear predictor.
-        best: the candidate that fits better; None if there is none.
-        undecided: whether `best` fits better, but not by both 10 % and two standard errors.
+        ok: True if no candidate fits better than your wrapping, and the network beats the best
+            linear predictor.
+        best: the candidate that fits better than your wrapping; None if no candidate does.
+        undecided: whether `best` fits better, but by less than 10 % plus two standard errors.
         gain: how much better `best` fits, as a fraction of the loss under your wrapping; 0 if
             `best` is None.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: the mean squared error of ε̂ at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
-        best_losses: the mean squared error of `best` at each level, NaN outside the schedule of
-            `best`; None if `best` is None.
-        is_worse: for each level, whether the network is worse than the linear predictor there, by
-            10 % and two standard errors.
+        best_losses: the mean squared error of `best` at each level; NaN at levels outside the
+            schedule of `best`, and None if `best` is None.
+        is_worse: for each level, whether the network is worse there than the linear predictor by
+            more than 10 % plus two standard errors.
         calls: the number of calls to the network.
     """
 
@@ -176,7 +178,7 @@ class WrappingReport:
 
 
 class Units(NamedTuple):
-    """Data in the units scale · x0 + shift, and this expression as code."""
+    """Data in the units given by scale · x0 + shift, with this expression as code."""
 
     text: str = "x0"
     scale: float = 1.0
@@ -188,9 +190,9 @@ AS_THEY_ARE = Units()
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The inputs of a network, which are noised data and a time, with the code for both.
+    """The inputs of a network: noised data and a time, with the code for both.
 
-    Instances compare by identity, because a user's schedule may not be hashable.
+    Instances are compared by identity, because a user's schedule may not be hashable.
     """
 
     schedule: Schedule
@@ -201,7 +203,7 @@ class Inputs:
 
 
 class Read(NamedTuple):
-    """A candidate: the inputs of the network, and how to read the network's output."""
+    """A candidate: the inputs of the network, and how to interpret the network's output."""
 
     inputs: Inputs
     kind: str
@@ -221,38 +223,40 @@ def check_wrapping(
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> WrappingReport:
-    """Compare the wrapping of a trained network with others that its training may have used.
+    """Compare the wrapping of a trained network with others that may have been used in training.
 
     A wrapping consists of the schedule, the time, the kind and sign of the prediction, and the
-    units of the data. If any of these differs from the network's training, no error is raised:
-    losses and likelihoods are just wrong. The candidates combine the common schedules and times,
+    units of the data. If any of these differs from what was used in training, no error is raised,
+    but losses and likelihoods are wrong. The candidates combine the common schedules and times,
     every kind of prediction with both signs, and the usual units of data. All candidates are
-    measured at the same noise levels with the same noise. Only a trained network can be checked.
+    measured at the same noise levels and with the same noise. Only a trained network can be
+    checked.
 
-    The network is called at most 182 times, usually about 100 times, without gradients and each
-    time on all of x0. The states of the network and of the global random generators are left
-    unchanged. Call `model.eval()` first if the network has dropout or batch norm.
+    The network is called at most 182 times, and usually about 100 times. Each call takes all of x0
+    and computes no gradients. The states of the network and of the global random generators are
+    left unchanged. Call `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
-        x0: clean data (B, *) in the units that the model expects, at least 16 samples; use a few
-            hundred if samples have few elements.
+        x0: at least 16 samples of clean data (B, *), in the units that the model expects; use a
+            few hundred samples if each has few elements.
         model_kwargs: keyword arguments of the network.
         generator: the source of the noise, on the device of x0; the global one if None.
 
     Returns:
         The report. `ok` is False if a candidate, which is then `best`, beats both your wrapping
-        and the best linear predictor. If `best` fits better by 10 % and two standard errors, use
-        `best`. If `best` fits better only by half a per cent and four standard errors, the
-        report is `undecided`. `ok` is also False if the network is worse than the linear predictor
-        at a quarter of the noise levels: then the network is not trained, or no candidate fits.
+        and the best linear predictor. If `best` fits better by more than 10 % plus two standard
+        errors, use `best`. If `best` fits better by more than half a per cent and four standard
+        errors, but not by more than 10 % plus two standard errors, the report is `undecided`. `ok`
+        is also False if the network is worse than the linear predictor at a quarter of the noise
+        levels or more, which means that the network is untrained or that no candidate fits.
 
     Raises:
-        DerivativeError: if a tensor of `model_kwargs` is as long as the batch but is not per
-            sample: mark it as `Shared`.
+        DerivativeError: if a tensor in `model_kwargs` is as long as the batch but does not have
+            one entry per sample; mark such a tensor as `Shared`.
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape or device is invalid, if there are too few samples, or if the data
-            are so small or large that the schedule has no noise level of their size.
+            are so small or so large that no noise level of the schedule is comparable to them.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -319,7 +323,7 @@ class _Linear:
         return _mean_square(error / (self.variances + sigma.square()), self.dimensions)
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
-        """Levels in the range of the schedule at which networks differ, (count,)."""
+        """The noise levels (count,), in the range of the schedule, at which networks differ."""
         low, high = schedule.log_sigma_hat_range
         grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
         expected = self.expected(grid)
@@ -335,9 +339,9 @@ class _Linear:
 
 
 class _Search:
-    """The losses (draws, B) of candidates on one batch of data.
+    """The losses (draws, B) of the candidates on one batch of data.
 
-    Each sample gets a different level in each draw, so that all samples have similar sets of
+    Each sample gets a different noise level in each draw, so that all samples have similar sets of
     levels.
     """
 
@@ -399,7 +403,7 @@ class _Search:
         """Losses (B,) for every kind and sign, from one call of the network.
 
         The losses are NaN at levels outside the schedule. The new wrapping is not checked, because
-        its faults show in its loss.
+        any fault in the wrapping shows up in its loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
         level = level + math.log(units.scale)
@@ -426,7 +430,7 @@ class _Search:
         return losses
 
     def _by_level(self, losses: Tensor) -> Tensor:
-        """Return the means at the levels (…, L) of losses (…, draws, B)."""
+        """Return the mean loss at each level, (…, L), from losses (…, draws, B)."""
         parts = [losses[..., self.place == place].mean(-1) for place in range(len(self.levels))]
         return torch.stack(parts, -1)
 
@@ -434,9 +438,9 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """How much worse each candidate is than the best one at a level, on average over levels.
+        """How much worse each candidate is than the best one at each level, averaged over levels.
 
-        The score is infinite for a candidate whose schedule does not cover half of the levels.
+        The score is infinite for a candidate whose schedule covers less than half of the levels.
         """
         means = self._by_level(self._multiples(torch.stack(list(self.losses.values()))))
         scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
@@ -446,9 +450,9 @@ class _Search:
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float, float]:
-        """Mean difference of two losses, its standard error, and the mean of the first loss.
+        """The mean difference between two losses, its standard error, and the first loss's mean.
 
-        If `place` is given, only the level at this place counts. The draws of a sample are
+        If `place` is given, only the level with this index counts. The draws for a sample are
         averaged, because they are not independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
@@ -462,7 +466,7 @@ class _Search:
         return float(difference.mean()), error, float(losses[~left_out].mean())
 
     def _is_worse(self, losses: Tensor) -> list[bool]:
-        """For each level, whether the losses are worse than the linear predictor's losses."""
+        """For each level, whether the losses are worse than those of the linear predictor."""
         levels = range(len(self.levels))
         compared = (self._excess(losses, self.linear, place) for place in levels)
         return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
@@ -472,7 +476,7 @@ class _Search:
         return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
-        """The candidates that fit best; among equals, the smallest change comes first."""
+        """The best-fitting candidates; among equals, the one with fewest changes comes first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
@@ -493,7 +497,7 @@ class _Search:
         return list(chosen)[:REPEATED]
 
     def _beats_linear(self, read: Read) -> bool:
-        """Whether a candidate beats the linear predictor; only a trained network can."""
+        """Whether a candidate beats the linear predictor, as only a trained network can."""
         excess, error, _ = self._excess(self.linear, self.losses[read])
         return excess > ERRORS * error
 
@@ -507,7 +511,7 @@ class _Search:
                 clear.append(read)
             elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
                 slight.append(read)
-        # A hardly trained network fits best if its output contributes least to the prediction.
+        # A barely trained network fits best if its output contributes least to the prediction.
         best = next(filter(self._beats_linear, [*clear, *slight]), None)
         candidate, best_losses, share = None, None, 0.0
         if best is not None:
@@ -539,25 +543,25 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """Copy a model with changed attributes, which shadow modules of the same name."""
+    """Return a copy of a model with changed attributes, which hide modules of the same names."""
     changed = copy.copy(model)
     vars(changed).update(changes)
     return changed
 
 
 def _mean_square(error: Tensor, dimensions: int) -> Tensor:
-    """The mean square over the dimensions of a sample, (B, *) to (B,), on the CPU."""
+    """The mean square over the dimensions of each sample (B, *), as a tensor (B,) on the CPU."""
     squares = sum_elements(at_least_float32(error).square(), 1)
     return (squares / dimensions).double().cpu()
 
 
 def own_inputs(model: ScoreModel) -> Inputs:
-    """The inputs that the model gives its network."""
+    """The inputs that the model passes to its network."""
     return Inputs(model.schedule, OWN, model.time, "" if model.time is None else "yours")
 
 
 def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
-    """Yield inputs that the network may have had in training, with unchanged units of data."""
+    """Yield inputs that the network may have received in training, in the data's own units."""
     own = model.schedule
     steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
     steps = steps if steps >= LEAST_STEPS else 1000
@@ -573,7 +577,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield known schedules, each as code and as an object, with alternatives to its time."""
+    """Yield the known schedules, each as code and as an object, with alternative times."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}

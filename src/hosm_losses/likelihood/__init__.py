@@ -1,20 +1,20 @@
 """The likelihood of the probability-flow ODE, and the variational bound of the SDE.
 
-- `ode`: `ode_nll`, the log-density along the ODE, and `ode_sample`, the paths from noise to data.
+- `ode`: `ode_nll` for log-densities along the ODE, and `ode_sample` for paths from noise to data.
 - `variational`: `variational_nll`.
 - `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
-- `multistep`: the fixed grid that the batch shares, the choice of its steps, and the number of
-  probes for a standard error.
+- `multistep`: the fixed grid that a batch shares, the choice of the number of steps, and the
+  number of probes needed for a given standard error.
 - `adaptive`: the solver with a step size for each sample.
-- `paths`: the evaluation of slope and divergence at a node, and of the prior.
-- `divergence`: the estimators of a divergence.
+- `paths`: the evaluation of the slope and the divergence at a node, and of the prior.
+- `divergence`: estimators of the divergence.
 - `coordinates`: the coordinates in which the paths are solved.
 - `job`: the checked arguments of a call, its batches, and the result.
 - `checkpoints`: evaluations whose activations are recomputed in the backward pass.
 - `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of draws into one density.
 - `watch`: checks for networks whose output is random.
 - `distribution`: `ODEDistribution`.
-- `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
+- `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, which holds means over samples.
 """
 
 from hosm_losses.likelihood.dequantize import TruncatedNormal as TruncatedNormal

@@ -1,13 +1,14 @@
 r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
 
 Purpose:
-    This solver solves dy/ds = f(s, y). The method needs a smooth integrand, so the probes of a
-    sample, and hence their error, stay the same along its path.
+    The solver integrates dy/ds = f(s, y). The method needs a smooth integrand, so each sample
+    keeps the same probes along its whole path.
 
 Formula:
-    The method is the Runge-Kutta pair 5(4) of Tsitouras, whose last stage is the first stage of
-    the next step. A step of size h is accepted if its error is at most 1 in the caller's norm. The
-    size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5 is the order.
+    The method is the Runge-Kutta pair 5(4) of Tsitouras. The last stage of a step is also the
+    first stage of the next step. A step of size h is accepted if its error is at most 1 in the
+    caller's norm. The size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5
+    is the order.
     Samples that have reached the end of the span are no longer evaluated.
 
 Source:
@@ -81,14 +82,14 @@ def adaptive(
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     max_evaluations: int,
 ) -> AdaptiveSolution:
-    """Solve from y (B, m) at the start of the span to its larger end, without leaving the span.
+    """Solve upwards from y (B, m) at the start of a span to its end, without leaving the span.
 
     `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if there
     is none). `rows` (n,) are the rows of the batch that have not reached the end; s has the shape
     (n,), and y has the shape (n, m). `judge` takes the errors (n, m) of a step and the covector at
     the end of the step. `judge` returns two numbers per row: the error relative to the tolerance,
-    which is accepted up to 1, and the error in nats, which is summed over steps. A sample fails if
-    it needs more than `max_evaluations`.
+    which must be at most 1 for the step to be accepted, and the error in nats, which is summed
+    over steps. A sample fails if it needs more than `max_evaluations` evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -140,8 +141,8 @@ def adaptive(
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
     """Solve along a span, in either direction, with a separate step size for each sample.
 
-    The ODE is solved twice. The answer is the second solution, which uses a tenth of the
-    tolerance. `solver_error` is the larger of two estimates: the difference between the two
+    The ODE is solved twice; the second solution, which uses a tenth of the tolerance, is the
+    answer. `solver_error` is the larger of two estimates: the difference between the two
     solutions, and the sum of the second solution's step errors. If the path seems to have kinks,
     step errors are unreliable, and `solver_error` is tripled.
     """
@@ -214,7 +215,7 @@ def _solve(
 
     Hence du = dr/(r (1 − r)), and both ends of the span are finite in r. A step is accepted if its
     error is at most `tolerance` nats in the integral, at most `tolerance` nats in the log-density
-    due to the state, and at most 0.03 times `tolerance` in the state, as a root mean square.
+    due to the state, and, as a root mean square, at most 0.03 times `tolerance` in the state.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
@@ -258,7 +259,7 @@ def _solve(
 def student_factor(freedom: int) -> float:
     """The factor that makes ±2 standard errors with ν degrees of freedom cover 95.45 %.
 
-    Without this factor, ±2 standard errors cover 86 % for ν = 3. At ν = 3, the expansion of
-    the factor is too small by 0.2 %.
+    Without this factor, ±2 standard errors cover 86 % for ν = 3. For ν = 3, the expansion used
+    here gives a factor that is 0.2 % too small.
     """
     return 1 + sum(term / freedom**power for power, term in enumerate(STUDENT, 1))

@@ -1,9 +1,9 @@
-"""Evaluations of a network whose backward pass evaluates the network again.
+"""Evaluations of a network that are repeated in the backward pass.
 
 Purpose:
-    If a function computes a gradient itself, torch's checkpoint around it keeps every tensor that
-    this gradient did not use. This module stores no activations: the backward pass recomputes
-    them, one evaluation at a time. Values and gradients are unchanged.
+    If a function computes a gradient itself, torch's checkpoint around the function keeps every
+    tensor that this gradient did not use. This module stores no activations: the backward pass
+    recomputes the activations of one evaluation at a time. Values and gradients are unchanged.
 """
 
 import weakref
@@ -22,14 +22,14 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the last recomputed evaluation stores activations."""
+    """The evaluations of one call; only the evaluation recomputed last holds activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Whether a new evaluation is to be recomputed; evaluations inside another one are not."""
+        """Whether a new evaluation will be recomputed; nested evaluations will not be."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
@@ -66,7 +66,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return function(), whose graph stores indices, and the tensors behind these indices."""
+        """Return function(), whose graph stores indices, and the tensors with these indices."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:
@@ -86,7 +86,7 @@ class RecomputedEvaluation:
             self.evaluations.is_inside = False
 
     def recompute(self, index: int) -> Tensor:
-        """Return a saved tensor for the backward pass, which needs each tensor once."""
+        """Return a saved tensor for the backward pass, which needs each tensor only once."""
         if index not in self.recomputed:
             latest = self.evaluations.latest()
             if latest is not None:

@@ -1,4 +1,4 @@
-"""Coordinates in which Gaussian data does not move along the ODE; the formulas are in `paths`."""
+"""Coordinates in which Gaussian data do not move along the ODE; the formulas are in `paths`."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Span = tuple[float, float]  # u = log σ̂ at the start of a path and at its end
 
 
 class NoiseLevel(NamedTuple):
-    """α, σ and the scale c at some u; all fields but t broadcast against a batch."""
+    """α, σ and the scale c at given u = log σ̂; all fields but t broadcast against a batch."""
 
     t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
     alpha: Tensor
@@ -46,8 +46,8 @@ class Coordinates:
         """Return a function that maps slices of a grid u (n,) to their noise levels.
 
         A slice of length one gives one level for the whole batch, and a slice of length B gives
-        one level for each sample. The schedule is evaluated once for the whole grid. The scale is
-        as large as a sample, so it is computed only for the slice.
+        one level for each sample. The schedule is evaluated once for the whole grid. The scale may
+        have as many elements as a sample, so it is computed only for the slice.
         """
         t = self.schedule.time(log_sigma_hat)
         alpha, sigma = self.schedule(t)
@@ -61,11 +61,11 @@ class Coordinates:
         return level
 
     def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
-        """The noise level at u = log σ̂ (n,), in the precision of u."""
+        """The noise levels at u = log σ̂ (n,), in the precision of u."""
         return self.levels(log_sigma_hat)(slice(None))
 
     def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
-        """The noise levels of a whole batch at both ends of a span of u."""
+        """The noise levels at both ends of a span of u, for a whole batch."""
         level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
         return level(slice(0, 1)), level(slice(1, 2))
 
@@ -98,13 +98,16 @@ class Coordinates:
         return self.trace((level.alpha * level.scale).log())
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-density (B,) at x of Gaussian data with this mean and std at a noise level."""
+        """Log-density (B,) at x of Gaussian data with this mean and std, noised to a level."""
         normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """The log-density's gradient in z, if the model's score equals the score of its ODE."""
+        """The gradient of the log-density with respect to z.
+
+        It is exact if the model's score equals the score of its ODE.
+        """
         return -(level.scale / level.sigma_hat) * noise
 
 
@@ -114,5 +117,5 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The smallest error of a log-density, in nats, due to rounding in a network of this dtype."""
+    """The least error in a log-density, in nats, due to rounding in a network of this dtype."""
     return 0.0 if dtype == torch.float64 else 1e-6

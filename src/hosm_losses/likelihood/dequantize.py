@@ -49,8 +49,8 @@ class Uniform:
     """Uniform dequantization of uint8 images: x = −1 + 2 (k + u)/256 with u uniform on [0, 1).
 
     Args:
-        draws: the number K of draws of u, and of the noise if `clean` is True. The densities of
-            the draws are averaged, which tightens the bound at K times the cost. More than one
+        draws: the number K of draws of u and, if `clean` is True, also of the noise. The densities
+            of the draws are averaged, which tightens the bound at K times the cost. More than one
             draw requires divergence="exact".
 
     Raises:
@@ -80,21 +80,22 @@ class Uniform:
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x in the cells, and return None, as their nll needs no correction."""
+        """Draw points x in the cells, with None in place of a correction to their nll."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images with the noise that the network was trained with.
+    """Dequantization of uint8 images with noise of the kind used in the network's training.
 
     `TruncatedNormal` is meant for networks trained on the levels themselves,
     x = first + (last − first) k/255, without added uniform noise. The likelihood starts at the
-    time t where half a cell equals three σ̂. The noise at this time, truncated to the cell, spreads
-    each level over its cell. A network trained on the levels themselves has never seen the noise
-    that `Uniform` adds. For a network trained with uniform noise, `Uniform` gives the tighter
-    bound, by 0.56 bits per dimension. Only `ode_nll` with clean=False accepts `TruncatedNormal`.
+    time t at which half a cell's width equals three times σ̂. The noise at this time, truncated to
+    the cell, spreads each level over its cell. A network trained on the levels themselves has
+    never seen the noise that `Uniform` adds. For a network trained with uniform noise, `Uniform`
+    gives a bound that is tighter by 0.56 bits per dimension. Only `ode_nll` with clean=False
+    accepts `TruncatedNormal`.
 
     Args:
         draws: the number K of draws of the noise, as in `Uniform`.
@@ -151,12 +152,12 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x_t in the cells at the start, and the correction (B,) to their nll."""
+        """Draw points x_t in the cells at the start, with the correction (B,) to their nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
         data = self.first + self._cell * levels
-        # −log p_t − log σ is the nll of x_t/α minus log σ̂, and σ̂ is the cell over 2 τ.
+        # −log p_t − log σ is the nll of x_t/α minus log σ̂, and σ̂ is a cell's width over 2 τ.
         constant = math.log(2 * HALF_CELL / math.sqrt(2 * math.pi) / mass) - start.alpha.log()
         return start.alpha * data + start.sigma * u, sum_elements(constant - u.square() / 2, 1)
 
@@ -165,7 +166,7 @@ Dequantization = Uniform | TruncatedNormal
 
 
 def check_dequantization(value: object, *, clean: bool = False) -> None:
-    """Raise unless `value` is None or a dequantization that `clean` allows."""
+    """Raise an error unless `value` is None or a dequantization that is allowed with `clean`."""
     if not (value is None or isinstance(value, Dequantization)):
         expected = "Uniform(...), TruncatedNormal(...) or None"
         raise TypeError(error_message("dequantization", expected, value))
@@ -178,7 +179,7 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 
 
 def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
-    """Raise ValueError for several draws of u with random probes.
+    """Raise ValueError if several draws of u are combined with random probes.
 
     If log p has 7 nats of noise, for example from Hutchinson's estimator, 20 draws seem to gain
     11 nats.
@@ -192,7 +193,7 @@ def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
 
 
 def check_images(x: object) -> None:
-    """Raise unless x is a uint8 tensor (B, *)."""
+    """Raise an error unless x is a uint8 tensor (B, *)."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
@@ -208,7 +209,7 @@ def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
-    """Return −log of the mean density over K draws of u, from one result per draw.
+    """Return −log of the density averaged over K draws of u, from one result per draw.
 
     `latent` comes from the first draw, `nfe` is summed over draws, and solver errors are averaged
     with the densities as weights.

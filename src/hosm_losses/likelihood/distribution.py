@@ -39,11 +39,12 @@ class ODEDistribution(Distribution):
         solver: as in `ode_nll`.
         divergence: as in `ode_nll`; with "exact", `log_prob` is deterministic.
         model_kwargs: keyword arguments of the network. The shape of every tensor in `model_kwargs`
-            begins with `batch_shape`, unless the tensor is marked `Shared`. Real floating-point
-            tensors are cast to the dtype of x, which is the dtype of the value in `log_prob`, and
-            the dtype of the network's first parameter in sampling.
+            must begin with `batch_shape`, unless the tensor is marked `Shared`. Real
+            floating-point tensors are cast to the dtype of x. In `log_prob`, this is the dtype of
+            `value`; in sampling, it is the dtype of the network's first floating-point
+            parameter.
         batch_shape: the shape of the batch of distributions, one for each condition.
-        batch_size: the number of samples solved at a time; None for all.
+        batch_size: the number of samples for which the ODE is solved at a time; None for all.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -88,7 +89,7 @@ class ODEDistribution(Distribution):
         self._repeated(batch)  # refuses tensors of other shapes
 
     def __repr__(self) -> str:
-        """Return the shapes, and how the ODE is solved."""
+        """Return the shapes, and the options with which the ODE is solved."""
         shapes = f"event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)}"
         divergence = shown(self.divergence)
         return f"ODEDistribution({shapes}, solver={self.solver!r}, divergence={divergence})"
@@ -103,7 +104,7 @@ class ODEDistribution(Distribution):
 
         Raises:
             TypeError: if a size is not a whole number.
-            ValueError: if the current batch_shape does not expand to the new one.
+            ValueError: if the current batch_shape cannot be expanded to the new one.
         """
         batch = torch.Size([check_whole("batch_shape", size, 1) for size in batch_shape])
         own = (1,) * (len(batch) - len(self.batch_shape)) + self.batch_shape
@@ -145,7 +146,7 @@ class ODEDistribution(Distribution):
         return self._draw(sample_shape, None)[0]
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw samples and their log-densities with a single solve."""
+        """Draw samples and compute their log-densities by solving the ODE only once."""
         return self._draw(sample_shape, self.divergence)
 
     def _draw(
@@ -160,7 +161,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options to solve the ODE for rows (outer,) in this dtype."""
+        """Return the options for solving the ODE for rows (outer,) in this dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])

@@ -47,7 +47,7 @@ A callable (x, t) → (prediction, its divergence) computes both itself.
 
 @dataclass(frozen=True)
 class Estimator:
-    """Base class of the estimators; it estimates no divergence itself."""
+    """Base class of the estimators, which itself estimates no divergence."""
 
     products: int = 0  # products with the Jacobian for one divergence
     is_random: bool = False  # whether estimates are random, so that there is a standard error
@@ -63,7 +63,7 @@ class Estimator:
     def estimate(
         self, model: BoundModel, x: Tensor, _: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f = −ε̂ at x (B, *), and ∇·f for each probe, (K, B), or (1, B) without probes."""
+        """Return f = −ε̂ at x (B, *), and ∇·f: (K, B) with K probes, or (1, B) without probes."""
         return model.f(x), None
 
 
@@ -171,7 +171,7 @@ def _of_f(
 
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
-    """Raise unless `divergence` is a divergence, or None if `optional`."""
+    """Raise an error unless `divergence` is valid; None is valid only if `optional` is True."""
     known = isinstance(divergence, Hutchinson | ToStandardError)
     known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)

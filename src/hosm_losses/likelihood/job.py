@@ -1,4 +1,4 @@
-r"""The checked arguments that all likelihoods share, their batches, and the combined result.
+r"""The checked arguments that all likelihoods share, batches of samples, and combined results.
 
 Failures:
     A sample fails if its nll is not finite in the network's dtype (at least float32), if its path
@@ -87,8 +87,8 @@ class Job:
     ) -> None:
         """Check the arguments.
 
-        `name` is the name of x in error messages. `at_start` says whether the paths start or end
-        at t_min, and `of_prior` whether their latents should follow the prior.
+        `name` is the name of x in error messages. `at_start` says whether one end of the paths is
+        at t_min, and `of_prior` says whether the latents of the paths should follow the prior.
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
@@ -193,7 +193,7 @@ def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
 
 
 def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace) -> Coordinates:
-    """Return the coordinates of data in a subspace; std and projection must commute."""
+    """Return the coordinates of data in a subspace, whose projection must commute with std."""
     mean, std = coordinates.mean.contiguous(), coordinates.std
     check_commutes(model.project, std)
     is_one_number = std.untyped_storage().nbytes() == std.element_size()  # expanded
@@ -255,7 +255,7 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
     The nll has to be finite in the dtype of the latent, which is the network's dtype. A cause that
-    is already in the result stays; otherwise, the first condition (B,) that holds determines the
+    is already in the result is kept; otherwise, the first condition (B,) that holds determines the
     cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)

@@ -1,84 +1,89 @@
-r"""A solver on a grid that the whole batch shares, with fresh probes at each node.
+r"""A solver that uses one grid for the whole batch and draws fresh probes at each node.
 
 This solver solves dy/du = f(u, y) and integrates q along the path. The integrand q may be noisy:
-in high dimensions, the error of the random probes is far larger than the solver's error. Every
-node draws fresh probes, so the errors of the probes average out along the path.
+in high dimensions, random probes cause a far larger error than the solver does. Fresh probes are
+drawn at each node, so the errors due to the probes average out along the path.
 
 Grid:
-    The nodes are u(i/n), uniform in s = i/n, and the step in s is h = 1/n. The density of the
-    nodes in u = log σ̂ is an equal mixture of two laws, both restricted to the span:
+    The nodes u(i/n) are evenly spaced in s = i/n, with step size h = 1/n. The density of the nodes
+    in u = log σ̂ is an equal mixture of two distributions, both truncated to the range of u:
 
-    - the uniform law;
-    - the logistic law of scale WIDTH around the log of the root mean square of data_std.
+    - the uniform distribution;
+    - the logistic distribution with scale WIDTH, centred at the log of the root mean square of
+      data_std.
 
 Formula:
-    The predictor of Adams and Bashforth gives ŷ, and the corrector of Adams and Moulton gives y:
+    The Adams-Bashforth predictor gives ŷ, and the Adams-Moulton corrector gives y:
         ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
         y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720.
-    f_i is the slope dy/ds at ŷ_i, and every node but one is evaluated only there. ∫ q ds is
-    computed by the trapezoid rule with Gregory's end corrections up to fourth differences, which
-    has order six.
+    f_i is the slope dy/ds at ŷ_i; only one node is evaluated a second time. ∫ q ds is computed
+    with the trapezoid rule and Gregory's end corrections up to fourth differences; this corrected
+    rule has order six.
 
 Start:
-    - The first steps have lower orders; the very first predictor is Euler's method.
+    - The first steps use methods of lower order; the first predictor is Euler's method.
     - Node 1 is evaluated a second time, at the corrected state y₁.
-    - y₄ is computed anew by Boole's rule, which has order six:
+    - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
-    - If a path starts at a σ̂ near the data's size, z moves from the start. The path then begins
-      with two steps of the classical Runge-Kutta method, and node 3, the first predicted node, is
-      evaluated twice in place of node 1.
+    - If σ̂ at the start of a path is close to the data's scale, z changes noticeably from the
+      first step. The path then begins with two steps of the classical Runge-Kutta method, and the
+      node that is evaluated twice is not node 1 but node 3, the first predicted node.
 
 Error of the path:
-    Let g be the gradient of the answer (the log-density) in y, let ∇⁵ be the fifth backward
-    difference, and let c_i = y_i − ŷ_i be the correction. The error of the step to node i changes
-    the answer by
+    Let g be the gradient of the answer (the log-density) with respect to y, let ∇⁵ be the fifth
+    backward difference, and let c_i = y_i − ŷ_i be the correction. The error of the step to node i
+    changes the answer by
         e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i.
-    The first part of e_i is the next term of the corrector. The second part arises because f and q
-    are evaluated at ŷ_i; it follows from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated
-    by the largest sum of the e_i over a stretch of the path,
+    The first part of e_i comes from the next term in the corrector's series of backward
+    differences. The second part arises because f and q are evaluated at ŷ_i instead of y_i, and is
+    derived from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated as the largest absolute
+    sum of the e_i over any stretch of the path,
         p = max_{j≤k} |Σ_{i=j}^k e_i|.
 
-    In this estimate, the covector of each node, which is the network's score, replaces g. Near the
-    data, the network's score is wrong by the network's error divided by σ̂, which makes the second
-    part of e_i far too large. The second parts of all e_i are therefore reduced:
+    In this estimate, g at each node is replaced by the node's covector, which is the network's
+    score. Near the data, the error of the score is the network's error divided by σ̂, which makes
+    the second part of e_i far too large. The second parts of all e_i are therefore reduced:
 
-    - Let Δf and Δq be the changes of f and q from the first to the second evaluation of node 1.
+    - Let Δf and Δq be the changes in f and q from the first to the second evaluation of node 1.
       Δf and Δq show how large (g₁ − g₀)ᵀ c₁ should be, and yield the factor
           ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
-      which is 1 for 0/0. The numerator uses g₁ from the second evaluation, and the denominator
-      uses g₁ from the first.
-    - e₁ is left out, because node 1 is evaluated again at the corrected y₁.
+      where 0/0 is taken to be 1. The numerator uses g₁ from the second evaluation, and the
+      denominator uses g₁ from the first.
+    - e₁ is omitted, because node 1 is evaluated again at the corrected y₁.
     - The second parts of e₂ and e₃ are multiplied by ρ.
-    - The score's error decreases as σ̂ grows. The second parts of later e_i are therefore
-      multiplied by max(r, ρ), where r rises from 0.15 at node 4 to 1 within an eighth of the path.
-    - After a Runge-Kutta start, ρ is 1, and the errors of the steps up to node 3 are left out.
+    - The score's error decreases as σ̂ grows. The second parts of the later e_i are therefore
+      multiplied by max(r, ρ), where r rises from 0.15 at node 4 to 1 over the next eighth of the
+      path.
+    - After a Runge-Kutta start, ρ is 1, and the errors of the steps up to node 3 are omitted.
 
 Error of the integral:
-    The error of ∫ q ds is estimated by max(d/15, h ‖∇⁷q‖/30).
+    The error of ∫ q ds is estimated as max(d/15, h ‖∇⁷q‖/30).
 
-    - d is the difference between the integral over every node and the integral over every second
-      node. By chance, d may be small.
-    - ‖∇⁷q‖ is the norm of the seventh differences of q along the path. The norm detects kinks and
-      everything else that the nodes do not resolve. A jump J of q at a random place causes an
-      error with a root mean square of h J/√12, and yields ‖∇⁷q‖ = 30 J.
+    - d is the difference between the integral computed from all nodes and the integral computed
+      from every second node. This difference may be small by chance.
+    - ‖∇⁷q‖ is the norm of the seventh differences of q along the path. This norm reveals kinks and
+      all other features that the nodes do not resolve. A jump of size J in q at a random place
+      causes an error whose root mean square is h J/√12, and yields ‖∇⁷q‖ = 30 J.
 
-    If a node has a single probe, the variance of q_i is estimated from three neighbouring nodes as
-    (q_{i−1} − 2 q_i + q_{i+1})²/6.
+    If there is only one probe per node, the variance of q_i is estimated from three adjacent nodes
+    as (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Companion:
-    A companion is a second solution with half the steps and the same probes. Let D be the
-    difference between the two answers, where both answers integrate q over every second node of
-    the finer grid. The path's error is then estimated as follows:
+    A companion is a second solution with half as many steps and the same probes. Let D be the
+    difference between the two answers, both of which integrate q over every second node of the
+    finer grid. The path's error is then estimated as follows:
 
-    - From data to a latent, the estimate is max(p, |D|/8).
-    - From a latent to data, the estimate is |D|/12: both answers start from the same latent, and
-      no covector from the data end, where the score is worst, enters the estimate.
+    - For a path from data to a latent, the estimate is max(p, |D|/8).
+    - For a path from a latent to data, the estimate is |D|/12: both answers start from the same
+      latent, and the estimate uses no covector from the data end, where the score is least
+      accurate.
     - If D is not finite, the estimate is p.
 
-Why a stretch:
-    The e_i change sign along the path. The sum of the e_i over the whole path is then small, but
-    only if g_i is the true gradient of the answer, which requires a network without error. If the
-    path amplifies an error a hundredfold, no sum of local errors shows it, but a companion does.
+Cancellation:
+    The e_i change sign along the path, so their sum over the whole path is small. This small sum
+    would be a reliable estimate only if g_i were the true gradient of the answer, which requires a
+    network without error. If the path amplifies an error a hundredfold, no sum of local errors
+    reveals the amplification, but a companion does.
 
 Source:
     Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.1, III.1, III.9;
@@ -102,7 +107,7 @@ from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson
 
-WIDTH = 1.0  # scale of the logistic law
+WIDTH = 1.0  # scale of the logistic distribution
 BASHFORTH = (  # orders one to four
     (1.0,),
     (3 / 2, -1 / 2),
@@ -119,10 +124,10 @@ BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # coefficients of the differences at either end
 BISECTIONS = 60
-# With fewer steps, the order is unknown, and the difference of two integrals is the estimate.
+# With fewer steps, the order is unknown, so the estimate is the difference of two integrals.
 KNOWN_ORDER = 16
-RUNGE_KUTTA = 2  # number of such steps if a path starts in the middle
-MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is in the middle
+RUNGE_KUTTA = 2  # number of Runge-Kutta steps if a path starts in the middle
+MIDDLE = 3.0  # a start is in the middle if |log σ̂ − log of the data's size| is smaller
 LEAST_SHARE = 0.15  # r at node 4; r rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
 # The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
@@ -130,16 +135,16 @@ GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class NodeValue(NamedTuple):
-    """The evaluation at one node of the fixed grid; slope and integrand are per unit of s."""
+    """The values at one node of the fixed grid; `slope` and `integrand` are per unit of s."""
 
     slope: Tensor  # dy/ds, in the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
     variance: Tensor | None  # variance of the estimate q, (B,), from several probes
-    covector: Tensor  # estimate of the gradient of the answer in y
+    covector: Tensor  # estimate of the answer's gradient with respect to y
 
 
 def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
-    """Return u and du/ds (n,) of the mesh at s in [0, 1]; `centre` is for the logistic law."""
+    """Return u and du/ds (n,) of the mesh at s in [0, 1]; the logistic part peaks at `centre`."""
     start, end = span
     low, high = torch.full_like(s, start), torch.full_like(s, end)
     logistic_start = torch.sigmoid((low - centre) / WIDTH)
@@ -155,7 +160,7 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
 
 
 def gregory_weights(steps: int) -> list[float]:
-    """Weights of the corrected trapezoid rule on steps + 1 nodes, in units of the step."""
+    """Weights of the corrected trapezoid rule on steps + 1 nodes, in units of the step size."""
     weights = [0.5] + [1.0] * (steps - 1) + [0.5]
     for order, term in enumerate(GREGORY[:steps], 1):
         for offset in range(order + 1):
@@ -166,7 +171,7 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 class AdamsSolver:
-    """The state of the multistep method; `y` is the predicted next state or the final state."""
+    """The state of the multistep method; `y` is the predicted next state, or the final state."""
 
     def __init__(self, y: Tensor, h: float, steps: int, runge_kutta: int = 0) -> None:
         self.h, self.steps, self.runge_kutta = h, steps, runge_kutta
@@ -194,7 +199,7 @@ class AdamsSolver:
         self.before, self.covector = self.y, node.covector
 
     def correct_again(self, node: NodeValue) -> None:
-        """Use a second evaluation of the last node, at its corrected state."""
+        """Replace the last node's values with values computed at its corrected state."""
         if not self.runge_kutta:
             with torch.no_grad():
                 moved = node.integrand - self.integrands[1]
@@ -208,13 +213,13 @@ class AdamsSolver:
         self.covector = node.covector
 
     def predict(self) -> None:
-        """Step to the next node, if there is one."""
+        """Predict the state at the next node, if there is one."""
         count = len(self.integrands)
         if count <= self.steps:
             self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Add e, the effect of a step's error on the answer, to the sums."""
+        """Add e, the effect of a step's error on the answer, to the running sums."""
         share = self.share
         if index >= 4:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
@@ -227,7 +232,7 @@ class AdamsSolver:
         self.highest = torch.maximum(self.highest, self.total)
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
-        """∫ q ds (B,) over `steps` steps of `stride` nodes each; None stands for all steps."""
+        """∫ q ds, (B,), over `steps` steps (all if None), each of which spans `stride` nodes."""
         steps = self.steps if steps is None else steps
         chosen = self.integrands[: stride * steps + 1 : stride]
         return self.h * stride * combine(gregory_weights(steps), chosen)
@@ -239,7 +244,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The integral's variance (B,), from the probes at a node or from neighbouring nodes."""
+        """The integral's variance, (B,), from the probes at each node or from adjacent nodes."""
         variances = self.variances
         if not variances:
             q = torch.stack(self.integrands).detach()
@@ -250,7 +255,7 @@ class AdamsSolver:
 
     @property
     def quadrature_error(self) -> Tensor:
-        """Estimated error (B,) of the integral if q has no noise."""
+        """The estimated error of the integral, (B,), if q is free of noise."""
         count, q = self.steps // 2, torch.stack(self.integrands).detach()
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
@@ -260,7 +265,7 @@ class AdamsSolver:
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """Σ_i c_i f_i over the coefficients; also used for the stages of other methods."""
+    """Return Σ_i c_i f_i, summed over the coefficients; there may be more slopes."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=False):
         total = total + coefficient * slope
@@ -268,7 +273,7 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
 
 
 def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bool) -> ODESolution:
-    """Solve from z at the start of a span of u = log σ̂ with fresh probes."""
+    """Solve the ODE from z over a span of u = log σ̂, with fresh probes at each node."""
     coordinates, divergence = paths.coordinates, paths.divergence
     pilots: dict[int, tuple[Tensor, Tensor]] = {}  # by place: state, one probe's variance
     # The nodes, and the midpoints between them: place 2 i is node i.
@@ -352,9 +357,10 @@ def integrate_to_standard_error(
     weights: Tensor,
     level: Callable[[int], NoiseLevel],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ∫ q from weights (N,) of nodes, its standard error and number of probes, (B,) each.
+    """Return ∫ q, its standard error and the number of probes used, each of shape (B,).
 
-    `paths.divergence` contains the `ToStandardError`; `level(i)` is the noise level of node i.
+    `weights` (N,) are the quadrature weights of the nodes. `paths.divergence.target` is the
+    `ToStandardError`; `level(i)` is the noise level of node i.
     """
     target, d = paths.divergence.target, nodes[0][0][0].numel()
     assert target is not None
@@ -415,11 +421,11 @@ def fewest_steps(
     tolerance: float,
     group: "dist.ProcessGroup | None",
 ) -> int:
-    """Return the coarsest of GRIDS whose solver error on a batch is within a tolerance.
+    """Return the smallest step count in GRIDS whose solver error on a batch is within tolerance.
 
-    The processes of a group agree after every trial, so that all run the same number of trials.
-    Trials do not advance the generator. A sample that failed on both the current and the
-    previous grid does not count.
+    The processes of a group share their largest error after every trial, so that all of them run
+    the same number of trials. The trials do not advance the caller's generator. Samples that
+    failed on both the current and the previous grid are ignored.
     """
     refuse_vmap("ToTolerance")
     divergence = replace(paths.divergence, target=None)
@@ -442,7 +448,7 @@ def fewest_steps(
         if largest <= tolerance:
             return steps
         failed_before = failed
-    got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
+    got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error for any sample"
     warn(
         f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "
         f"{GRIDS[-1]} steps; got {got} on the finest grid. Use a larger tolerance, float64 if "

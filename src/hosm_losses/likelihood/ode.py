@@ -1,9 +1,9 @@
-"""`ode_nll`, the log-density under the probability-flow ODE, and `ode_sample`, its samples.
+"""`ode_nll` computes log-densities under the probability-flow ODE; `ode_sample` draws samples.
 
 Purpose:
     The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
-    log-density is integrated along the same solution, so a sample's density needs no second solve.
-    If no density is wanted, each node takes one evaluation of the network, without any derivative.
+    log-density is integrated along the same solution, so a sample's density requires no second
+    solve. If no density is wanted, each node requires one network evaluation and no derivatives.
 
 Source:
     Song et al., arXiv 2011.13456, appendix D.2; see also `paths`.
@@ -58,48 +58,51 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), taken as points at the schedule's t_min unless `clean` is True; uint8 with
-            a dequantization.
-        solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one with
-            `clean`; `ToTolerance(nats)`, with the fewest steps that meet a tolerance; or
-            `Adaptive()`, with a step size for each sample.
-        divergence: "exact", with d vector-Jacobian products per node; `Hutchinson(count,
-            distribution)`, with one product per probe; or `ToStandardError(nats)`, with as many
-            probes as each sample needs. "auto" is exact for samples of at most 16 elements, and
-            otherwise `Hutchinson()`. On the fixed grid, each of these gives a standard error;
-            `Adaptive` needs at least four probes to give a standard error. On images, "dct" is
-            often the best distribution of probes. If the divergence of the network is known, pass
-            a function `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives
-            x and t as the network does. On a subspace, this function returns the divergence within
-            the subspace.
-        log_prior: the log-density at t_max, as a callable latent (B, *) → (B,), or as a torch
-            distribution of samples; N(0, prior_std² I) if None. A callable receives latents in the
-            network's dtype, but at least float32, and may return that dtype or a wider dtype.
-        clean: whether x is data without noise. If it is, one draw of noise takes x to t_min. The
-            mean nll is then an upper bound on the nll of x, comparable with `variational_nll`.
-            `standard_error` does not include the noise of this draw. This noise is small for a
-            good model.
-        dequantization: `Uniform()` for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
-            and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` is for networks
-            that were trained on the levels themselves, and None is for continuous data.
-        batch_size: the number of samples solved at a time; None for all.
+        x: data (B, *), taken to be points at the schedule's t_min unless `clean` is True; the
+            dtype is uint8 if there is a `dequantization`.
+        solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one if `clean`
+            is True; `ToTolerance(nats)`, which uses the fewest steps that meet a tolerance; or
+            `Adaptive()`, which chooses the step sizes of each sample separately.
+        divergence: "exact", which takes d vector-Jacobian products per node; `Hutchinson(count,
+            distribution)`, which takes one product per probe; or `ToStandardError(nats)`, which
+            draws as many probes as each sample needs. "auto" means "exact" for samples of at most
+            16 elements, and `Hutchinson()` for larger samples. On a fixed grid, all of these yield
+            a standard error; with `Adaptive`, random probes yield a standard error only if there
+            are at least four probes. For images, "dct" is often the best distribution of probes.
+            If the network's divergence is known, pass a function `(x, t, **model_kwargs)` →
+            (prediction, its divergence (B,)), which receives x and t in the same form as the
+            network. On a subspace, this function must return the divergence within the subspace.
+        log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
+            log-densities (B,), or as a torch distribution over samples; N(0, prior_std² I) if
+            None. A callable receives latents in the network's dtype or float32, whichever is
+            wider, and may return the network's dtype or a wider dtype.
+        clean: whether x is data without noise. If True, noise is added once to take x to t_min.
+            The mean nll is then an upper bound on the nll of x, and can be compared with the
+            result of `variational_nll`. `standard_error` does not account for the random noise
+            added to x, whose effect on the nll is small for a good model.
+        dequantization: `Uniform()` for uint8 images, which maps x to −1 + 2 (x + u)/256 with
+            uniform u, so that `bits_per_dim` refers to the integers. `TruncatedNormal()` is for
+            networks that were trained on the quantized levels themselves, and None is for
+            continuous data.
+        batch_size: the number of samples to solve at a time; None for all.
         progress: whether to show a progress bar, which requires tqdm.
-        enable_grad: whether the result carries a graph, so that gradients can pass through it. The
-            graph stores only the states; the backward pass evaluates the network again. A sample
-            that fails has no gradient and does not affect the gradients of other samples. To
-            detect failing samples on an accelerator, the network is called once more per
-            evaluation, without a graph.
-        generator: the random generator, on the device of x; the global one if None.
-        model_kwargs: keyword arguments of the network.
+        enable_grad: whether the result carries an autograd graph, so that gradients can pass
+            through the result. The graph stores only the states; the backward pass evaluates the
+            network again. A failed sample has no gradient and does not affect the gradients of
+            other samples. On an accelerator, every evaluation calls the network once more, without
+            a graph, to detect failing samples.
+        generator: the random generator, which must be on the device of x; the global generator if
+            None.
+        model_kwargs: keyword arguments for the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts it. The nll of a failed sample is NaN. A
-        KeyboardInterrupt carries the result of the finished batches as `.result`, which is None if
-        no batch is finished.
+        The result, in nats; its method `bits_per_dim` converts the nll to bits per dimension. The
+        nll of a failed sample is NaN. The attribute `result` of a KeyboardInterrupt is the result
+        of the finished batches, or None if no batch has finished.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, for example if integer images come
-            without a `dequantization`.
+        TypeError: if an argument has an invalid type or dtype, for example if images are integers
+            and `dequantization` is None.
         ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
@@ -161,30 +164,33 @@ def ode_sample(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> SampleResult:
-    """Solve the probability-flow ODE from noise to data, and return samples with their density.
+    """Solve the probability-flow ODE from noise to data; return samples with their densities.
 
-    The training mode is not changed: call `model.eval()` first if the network has dropout. For
-    guidance, pass a network that wraps yours; the density then belongs to the guided ODE.
+    The training mode is not changed: call `model.eval()` first if the network has dropout. To
+    sample with guidance, wrap your network in a module that applies the guidance; the density then
+    belongs to the guided ODE.
 
     Args:
         model: the score model.
-        latent: points at t_max, (B, *), in the coordinates of x; or a shape (B, *). For a shape,
-            latents are drawn from N(0, prior_std² I) in the dtype and on the device of the
-            network's first parameter.
+        latent: a tensor (B, *) of points at t_max, in the coordinates of x, or a shape (B, *). If
+            a shape is given, latents are drawn from N(0, prior_std² I) in the dtype and on the
+            device of the network's first parameter.
         solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares two
-            densities of the same latent, so it needs a divergence.
-        divergence: as in `ode_nll`, or None for samples without their density, which need no
+            densities of the same latent, so it is used only if a divergence is computed.
+        divergence: as in `ode_nll`, or None for samples without densities, which require no
             derivatives.
-        log_prior: the log-density at t_max of the latents that you pass, as in `ode_nll`.
-        batch_size: the number of samples solved at a time; None for all.
+        log_prior: the log-density of the distribution from which you drew the latents, as in
+            `ode_nll`.
+        batch_size: the number of samples to solve at a time; None for all.
         progress: whether to show a progress bar, which requires tqdm.
-        enable_grad: whether the result carries a graph, as in `ode_nll`.
-        generator: the random generator for latents and probes; the global one if None.
-        model_kwargs: keyword arguments of the network.
+        enable_grad: whether the result carries an autograd graph, as in `ode_nll`.
+        generator: the random generator for latents and probes; the global generator if None.
+        model_kwargs: keyword arguments for the network.
 
     Returns:
-        The samples at the schedule's t_min, where they carry noise of σ(t_min). A
-        KeyboardInterrupt carries the samples of the finished batches, as in `ode_nll`.
+        The samples at the schedule's t_min, which contain noise with standard deviation σ(t_min).
+        The attribute `result` of a KeyboardInterrupt contains the samples of the finished batches,
+        as in `ode_nll`.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype.
@@ -238,7 +244,10 @@ def ode_sample(
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
-    """Convert a result whose `latent` contains samples, perhaps for the first latents only."""
+    """Convert a result whose `latent` contains samples.
+
+    After an interrupt, the result contains samples for only the first latents.
+    """
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}
@@ -252,9 +261,10 @@ def solve(
     *,
     backwards: bool = False,
 ) -> NLLResult:
-    """Solve from data to latents, or backwards; the result's `latent` contains the end points.
+    """Solve the ODE from data to latents, or from latents to data if `backwards` is True.
 
-    `steps` is the number of steps that `ToTolerance` chose for an earlier batch.
+    The `latent` of the result contains the end points of the paths. `steps` is the number of steps
+    that `ToTolerance` chose for an earlier batch.
     """
     coordinates = paths.coordinates
     low, high = coordinates.span
@@ -294,7 +304,7 @@ def solve(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """The change in log p if the prior were the diffused Gaussian; None with `log_prior`."""
+    """The change in log p if the prior were the diffused Gaussian; None if `log_prior` is set."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
@@ -307,12 +317,13 @@ def _steps_of(results: Sequence[NLLResult]) -> int | None:
 
 
 def _from_clean(paths: Paths) -> Paths:
-    """Add a draw of noise to clean x, and return the paths from t_min with their `nll_offset`.
+    """Add random noise to clean x, and return the paths from t_min with their `nll_offset`.
 
-    −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`. The last two terms of this bound are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These
-    terms contain ‖ε‖² of the drawn noise instead of its mean d. The variation of p(x_tmin) with ε
-    therefore cancels, and the mean of exp(−nll) over draws is a density of x.
+    −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], where p(x|x_tmin) is the
+    decoder in `variational`. The last two terms of this bound are
+    ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These terms contain the value of ‖ε‖² for the drawn noise
+    instead of the mean d of ‖ε‖². The variation of p(x_tmin) with ε therefore cancels, and the
+    mean of exp(−nll) over draws is a probability density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)
@@ -323,7 +334,7 @@ def _from_clean(paths: Paths) -> Paths:
 
 
 def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:
-    """Draw latents of this shape from N(0, prior_std²)."""
+    """Draw latents of the given shape from N(0, prior_std²)."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
         kind = ValueError if isinstance(shape, list | tuple) else TypeError

@@ -1,27 +1,27 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
 Purpose:
-    The paths of a batch are solved in coordinates in which all schedules share one ODE, and paths
-    are nearly constant. The log-density of x is the log-density of its latent under the prior,
-    plus an integral of the divergence along the path. The result includes the effect of any
-    mismatch between the prior and q at t_max.
+    The paths of a batch are computed in coordinates in which the ODE is the same for every
+    schedule and the paths are nearly constant. The log-density of x is the log-density of its
+    latent under the prior, plus an integral of the divergence along the path. The result includes
+    the effect of any mismatch between the prior and q at t_max.
 
 Coordinates:
-    Let σ̂ = σ/α and u = log σ̂. Then y = x/α moves with dy/du = σ̂ ε̂ under every schedule. The state
-    z = (y − m)/c with c² = s² + σ̂² is y, centred and scaled by the moments that data N(m, s²) have
-    at this noise level. For data N(m, s²), z does not move at all.
+    Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
+    z = (y − m)/c with c² = s² + σ̂². If the data follow N(m, s²), then y has mean m and standard
+    deviation c at this noise level, and z is constant along each path.
 
 Formula:
     dz/du = (σ̂/c) ε̂ − (σ̂²/c²) z
     log p_x(x₀) = log p_T(x_T) + Σ_i log(α₁ c₁/(α₀ c₀)) + ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du
-    The index 0 denotes the data end, and the index 1 denotes the noise end. The sums run over
-    the elements of a sample.
+    Index 0 denotes the data end, and index 1 denotes the noise end. The sums run over the
+    elements of a sample.
 
 Source:
     Kingma et al., "Variational Diffusion Models", arXiv 2107.00630; Karras et al.,
-    arXiv 2206.00364, for y and the scaling; Zheng et al., ICML 2023, for log SNR as time; Chen et
-    al., arXiv 1806.07366, for the change of variables; Song et al., arXiv 2011.13456, appendix
-    D.2, for the likelihood of this ODE.
+    arXiv 2206.00364, for y and the scaling; Zheng et al., ICML 2023, for log SNR as the time
+    variable; Chen et al., arXiv 1806.07366, for the change of variables; Song et al.,
+    arXiv 2011.13456, appendix D.2, for the likelihood of this ODE.
 """
 
 import math
@@ -47,7 +47,7 @@ from hosm_losses.model import BoundModel
 
 
 def all_finite(samples: Tensor) -> Tensor:
-    """Whether all elements of each sample (B, *) are finite, (B,)."""
+    """Return a mask (B,) of the samples (B, *) whose elements are all finite."""
     return torch.isfinite(samples).reshape(len(samples), -1).all(1)
 
 
@@ -68,7 +68,7 @@ class Paths:
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
-        """Return the paths of some rows, given x and `nll_offset` of all samples."""
+        """Return the paths of the given rows; x and `nll_offset` cover all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
         points = model.model.project(points)
         offset = None if nll_offset is None else nll_offset[rows]
@@ -76,18 +76,18 @@ class Paths:
 
     @property
     def dimensions(self) -> int:
-        """The dimension d of a sample or of the subspace."""
+        """The dimension d of a sample, or of the subspace if there is one."""
         return self.coordinates.dimensions or self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Draw noise ε, and return both α x + σ ε at a noise level and ε."""
+        """Draw noise ε, and return the pair (α x + σ ε, ε) at a noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
         noise = self.model.model.project(noise)
         return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
-        """Bind the model to a noise level, for given rows (n,) of the batch or for all rows."""
+        """Bind the model to a noise level, for the given rows (n,) of the batch (all if None)."""
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
@@ -106,7 +106,7 @@ class Paths:
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ε̂ and dz/du of rows (all if None), and the integrand over u per probe, (K, n)."""
+        """Return ε̂ and dz/du for rows (all if None), and each probe's integrand in u, (K, n)."""
         if self.evaluations.applies():
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
@@ -130,16 +130,16 @@ class Paths:
         divergence: Estimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f and ∇·f in a call's first evaluation, or in any evaluation with a graph.
+        """Return f and ∇·f, with the checks that a first evaluation or a graph requires.
 
-        In the first evaluation, `watch` looks for random draws and for operators without a
-        derivative.
+        In the first evaluation of a call, `watch` looks for random draws and for operators without
+        a derivative.
 
         With a graph, one non-finite sample would make the gradients of all parameters NaN, because
-        0 · NaN is NaN. The network therefore receives ones instead of such a sample, and the
-        results of the sample are set to NaN. If a finite x leads to a non-finite result, the batch
-        is evaluated again without that sample. On an accelerator, f is first evaluated alone and
-        without a graph, in order to find non-finite samples without a synchronisation.
+        0 · NaN is NaN. The network therefore receives ones in place of a non-finite sample, and
+        the results for that sample are set to NaN. If a finite sample leads to a non-finite
+        result, the batch is evaluated again without that sample. On an accelerator, f is first
+        evaluated alone and without a graph, to find non-finite samples without synchronisation.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
@@ -167,10 +167,11 @@ class Paths:
         return f, None if divergences is None else divergences.masked_fill(nonfinite, math.nan)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
-        """Log-density (B,) of the prior at latents (B, *), in the precision of the latents.
+        """The log-density (B,) of the prior at latents (B, *), in the precision of the latents.
 
-        The log-density is NaN if a latent is not finite. In place of such a latent, the prior
-        receives zeros, because it may check its argument. These zeros pass no gradient.
+        The log-density of a non-finite latent is NaN. The prior receives zeros in place of a
+        non-finite latent, because a prior may reject non-finite arguments. These zeros pass no
+        gradient.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         points = latent if self.log_prior is None else latent.to(wide)
@@ -190,10 +191,10 @@ class Paths:
 
 
 class ODESolution(NamedTuple):
-    """The ends of the paths, the integral along the paths, and fields of the result."""
+    """The end states of the paths, the integral along the paths, and fields for the result."""
 
     z: Tensor  # the states at the other end, (B, *)
-    integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du in the direction that was solved, (B,)
+    integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du from the start to the other end, (B,)
     nfe: Tensor  # network evaluations, (B,)
     products: Tensor  # products with the network's Jacobian, (B,)
     standard_error: Tensor | None  # error of the integral due to the probes, (B,); None if unknown

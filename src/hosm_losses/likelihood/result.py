@@ -1,4 +1,4 @@
-r"""The results of likelihoods: `NLLResult`, `SampleResult` and `NLLSummary`.
+r"""The results of likelihood computations: `NLLResult`, `SampleResult` and `NLLSummary`.
 
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
@@ -6,10 +6,10 @@ Formula:
     uniform on [0, 1). Per element, the density of x is levels/(high − low) times the density of
     k + u.
 
-    The mean over n samples has the standard error std(nll)/√n, of which (Σ s²)^½/n comes from the
-    random probes. Here s = standard_error/widening, so that s² is an unbiased estimate of the
-    variance. Student's factor `widening` applies to a single sample with few probes, not to a mean
-    over many samples.
+    The mean over n samples has the standard error std(nll)/√n, to which the random probes
+    contribute (Σ s²)^½/n. Here s = standard_error/widening, so that s² is an unbiased estimate of
+    the variance. Student's factor `widening` applies to a single sample with few probes, not to a
+    mean over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, error_message, owns_values
 
-# A sample fails if its solver_error exceeds the larger limit, in nats or in nats per element.
+# A sample fails if its solver_error exceeds both limits, in nats and in nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
-SHOWN = 0.01  # errors of the prior are printed from this many nats on
+SHOWN = 0.01  # smaller errors of the prior, in nats, are not printed
 FINER = "use more steps or a lower tolerance, or set data_mean and data_std of the solver"
 
 
 class Cause(IntEnum):
-    """The reason why a sample failed.
+    """The cause of a sample's failure.
 
-    In a result, 0 means that the sample did not fail, or that it was not checked.
+    In a result, 0 means that the sample either did not fail or was not checked.
     """
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
@@ -55,29 +55,29 @@ REASONS = {
     "use a larger step_tolerance or FixedGrid(), or look for jumps",
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
-    Cause.PRIOR: "log_prior is not finite at its latent, which is: look at log_prior there",
+    Cause.PRIOR: "log_prior is not finite at its latent, a finite point: look at log_prior there",
     Cause.SOLVER: "its solver_error of {error:.2g} nats is not within {limit:g}: " + FINER,
 }
 
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """The mean likelihood of a data set, as Python numbers; it prints on one line.
+    """The mean likelihood of a data set, as Python numbers; `print` shows a short text.
 
     Attributes:
-        samples: the number of samples in the means.
-        failed: the number of samples that failed or whose nll is NaN; they are excluded.
+        samples: the number of samples included in the means.
+        failed: the number of samples excluded because they failed or because their nll is NaN.
         nll: the mean nll in nats.
         standard_error: the standard error of `nll` as an estimate of the mean over the data's
-            distribution, including the error from the probes; None for a single sample.
+            distribution, including the error due to the probes; None for a single sample.
         estimator_error: the part of `standard_error` that comes from the random probes, or from
             the draws of the SDE's bound; None if unknown.
         solver_error: the mean solver error in nats.
         bits_per_dim: the mean nll in bits per dimension.
         bits_standard_error: `standard_error` in bits per dimension.
         nfe: the mean number of network evaluations.
-        discrete: whether the data are integers; if so, bits are printed.
-        products: the mean number of Jacobian products; None for a bound, or if unknown.
+        discrete: whether the data are integers; if so, `print` also shows bits per dimension.
+        products: the mean number of Jacobian products; None for a bound or if unknown.
         kinks: the number of paths that seem to have kinks; None if unknown.
         prior_error: the mean prior error in nats; None if unknown.
         prior_size: the mean absolute prior error in nats; None if unknown.
@@ -124,7 +124,7 @@ class NLLSummary:
 
 
 class Quantization(NamedTuple):
-    """The integers behind the data, 0 … levels − 1, scaled to the range from `low` to `high`."""
+    """The number of levels of quantized data, and the range to which the levels are scaled."""
 
     levels: int
     low: float
@@ -132,7 +132,7 @@ class Quantization(NamedTuple):
 
 
 def solver_limit(elements: int) -> float:
-    """Return the solver_error in nats above which a sample of this many elements has failed."""
+    """Return the solver_error, in nats, above which a sample with this many elements fails."""
     return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
 
 
@@ -162,16 +162,18 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return bits per dimension (B,), for the integers if the data have levels; NaN if failed.
+        """Return the bits per dimension (B,), of the integers if the data have levels.
+
+        The value for a failed sample is NaN.
 
         Args:
             levels: 256 for 8-bit images that were dequantized and scaled to [low, high]; None for
                 continuous data, or to use the levels of the call's `dequantization`.
             low: the value of level 0 after scaling; −1 if None.
-            high: the value of level `levels` after scaling; 1 if None.
+            high: the value that level `levels` would have after scaling; 1 if None.
 
         Raises:
-            TypeError: if `levels` is not a whole number, or `low` or `high` is not a number.
+            TypeError: if `levels` is not a whole number, or if `low` or `high` is not a number.
             ValueError: if `levels` is below 1, if the range is empty or given without levels, if
                 an argument contradicts the call's `dequantization`, or if the samples have no
                 density.
@@ -190,10 +192,10 @@ class Result:
         """Return the result for some samples, as in `result[:200]` or `result[mask]`.
 
         Args:
-            index: a slice, a mask (B,), or the rows as an index tensor.
+            index: a slice, a mask (B,), or a tensor of row indices.
 
         Raises:
-            TypeError: if the index has another type.
+            TypeError: if the index has any other type.
             ValueError: if a mask has the wrong length, or if no sample is selected.
 
         Example:
@@ -229,7 +231,7 @@ class Result:
         return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
-        """The data's levels, from the call's dequantization or from the options."""
+        """Return the data's quantization, from the call's dequantization or from the options."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
@@ -249,12 +251,12 @@ class Result:
     ) -> NLLSummary:
         """Return means over the samples that did not fail, and the standard error of the mean nll.
 
-        The arguments are the same as in `bits_per_dim`. A sample whose nll is NaN
-        counts as failed, whatever `failed` says.
+        The arguments are the same as in `bits_per_dim`. A sample whose nll is NaN counts as
+        failed, whatever the value of `failed`.
 
         Raises:
             TypeError: as in `bits_per_dim`.
-            ValueError: if every sample failed, or as in `bits_per_dim`.
+            ValueError: if every sample failed, or for the same reasons as in `bits_per_dim`.
 
         Example:
             >>> nll, none = torch.tensor([1.0, 3.0]), torch.zeros(2)
@@ -310,13 +312,13 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return the reason and a remedy for each failed sample, keyed by row.
+        """Return a dict from the row of each failed sample to the reason and a remedy.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
             >>> result = NLLResult(one, torch.zeros(1, 3), one, None, one, one > 0, cause=cause)
             >>> print(result.failures()[0])
-            log_prior is not finite at its latent, which is: look at log_prior there
+            log_prior is not finite at its latent, a finite point: look at log_prior there
         """
         limit, dtype = solver_limit(self._d), self.latent.dtype
         errors, texts = self._errors(), {}
@@ -327,16 +329,16 @@ class Result:
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
-        """Concatenate the results of batches or ranks, on the device of the first one.
+        """Concatenate the results of batches or ranks, on the device of the first result.
 
         `steps` is None if the results have different numbers of steps.
 
         Raises:
             TypeError: if `results` is not a list of results.
-            ValueError: if there is no result, if the shapes of samples differ between results, if
+            ValueError: if the list is empty, if the shapes of samples differ between results, if
                 only some results have a standard error, products, a quantization or steps, or if
-                the values of `widening` differ. A bound cannot be concatenated with likelihoods of
-                the ODE.
+                the values of `widening` differ. A bound cannot be concatenated with ODE
+                likelihoods.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -365,14 +367,14 @@ class Result:
         return cls(**joined)
 
     def _kind(self) -> str:
-        """Describe what must be equal in all results that are concatenated."""
+        """Describe the properties in which all concatenated results must agree."""
         lacking = [name for name, value in vars(self).items() if value is None]
         shape = tuple(self.latent.shape[1:])
         known = f"widening {self.widening:.4g}, {self.quantization}, d = {self._d}"
         return f"samples {shape} without {', '.join(lacking) or 'nothing'}, {known}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields by name, without a graph: tensors, None and dicts of plain numbers.
+        """Return a dict of all fields, which contains detached tensors and plain Python values.
 
         `torch.save` can write this dict, and `torch.load` can read it with `weights_only=True`,
         which refuses arbitrary objects. `from_dict` restores the result.
@@ -393,7 +395,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Restore the result whose `to_dict` returned these values, bit for bit.
+        """Restore, bit for bit, the result whose `to_dict` returned these values.
 
         Raises:
             TypeError: if `values` is not a mapping, or if a value has the wrong type.
@@ -418,36 +420,39 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class NLLResult(Result):
-    """The negative log-likelihood of a batch; it prints as its summary.
+    """The negative log-likelihoods of a batch; `print` shows their summary.
 
     Attributes:
-        nll: −log p(x) in nats, (B,), or an upper bound on it for `variational_nll` and integers.
+        nll: −log p(x) in nats, (B,), or an upper bound on −log p(x) for `variational_nll` and for
+            integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
-        nfe: the number of network evaluations, (B,). An evaluation together with its divergence
-            counts as one.
-        standard_error: the standard error of nll, (B,), due to the random probes or to the draws
-            of the SDE's bound; None if unknown. The standard error does not include the randomness
-            of dequantization and of clean=True.
+        nfe: the number of network evaluations, (B,). An evaluation that also computes the
+            divergence counts as one.
+        standard_error: the standard error of nll due to the random probes or to the draws of the
+            SDE's bound, (B,); None if unknown. The standard error does not account for the
+            randomness of dequantization or of the noise added with clean=True.
         solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound;
             with a companion, twice the estimate is meant to cover the errors of 95 % of samples on
             a grid of 64 steps.
-        failed: whether the sample is unusable, (B,), because a value was not finite, the path did
-            not reach its end, or solver_error is above max(1000, 0.1 d) nats. The sample's nll is
-            then NaN, and `failures` gives the reason.
-        products: the number of vector-Jacobian products beyond the evaluations, (B,); None for a
-            bound.
-        quantization: the integers behind dequantized data; None for continuous data.
-        steps: the steps of the fixed grid; None with `Adaptive` and for a bound.
-        widening: Student's factor in standard_error with `Adaptive`; otherwise 1.
-        kinks: whether the path seems to have kinks, as in ReLU networks, (B,); None if unknown.
-            The solver loses its order at kinks, so solver_error is increased.
-        cause: a code for the reason in `failures`, (B,); 0 if the sample did not fail.
+        failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
+            finite, if the path did not reach its end, or if solver_error is above
+            max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and `failures` returns the
+            reason.
+        products: the number of vector-Jacobian products, which are not counted in nfe, (B,); None
+            for a bound.
+        quantization: the levels and the range of dequantized data; None for continuous data.
+        steps: the number of steps of the fixed grid; None with `Adaptive` or for a bound.
+        widening: Student's factor, by which `Adaptive` widens standard_error; otherwise 1.
+        kinks: whether the path seems to have kinks, as with ReLU networks, (B,); None if unknown.
+            The solver's order of accuracy drops at kinks, so solver_error is increased.
+        cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         dimensions: the dimension of the model's subspace, on which the density is defined; None
             without a subspace.
-        prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²) at the latent z, with the
-            solver's data_mean m and data_std s, (B,). Adding `prior_error` to log p(x) replaces
-            the prior by the distribution of the diffused data. `prior_error` is exact for Gaussian
-            data, and None with `log_prior`, for a bound, or if a moment is not set.
+        prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
+            latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
+            log p(x) replaces the prior with the distribution of the diffused data. `prior_error`
+            is exact for Gaussian data; it is None for a bound, if `log_prior` is set, or if a
+            moment is not set.
     """
 
     nll: Tensor
@@ -456,23 +461,23 @@ class NLLResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class SampleResult(Result):
-    """Samples with their density; it prints as its summary.
+    """Samples with their densities; `print` shows a summary.
 
     Attributes:
         x: the samples at t_min, (B, *).
-        latent: the latents of the samples at t_max, (B, *).
+        latent: the latents at t_max from which the samples were computed, (B, *).
         nll: −log p(x) in nats, (B,); None without a divergence.
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
-        solver_error: the estimated effect of the solver's error on the nll of this latent, in
+        solver_error: the estimated effect of the solver's error on the nll for a given latent, in
             nats, (B,); None if nll is None. Without a companion, this estimate is often a
             hundred times too large.
-        failed: whether the sample is unusable, (B,), because a value was not finite, the path did
-            not reach its end, or solver_error is too large. The sample's nll is then NaN, and
-            `failures` gives the reason.
+        failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
+            finite, if the path did not reach its end, or if solver_error is too large. The nll of
+            a failed sample is NaN, and `failures` returns the reason.
         products: as in `NLLResult`.
         quantization: always None.
-        steps: the steps of the fixed grid; None with `Adaptive`.
+        steps: the number of steps of the fixed grid; None with `Adaptive`.
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.

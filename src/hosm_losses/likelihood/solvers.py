@@ -1,8 +1,8 @@
-"""The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
+"""The ODE solvers and their options: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
 These classes check their arguments and can be compared, hashed and pickled. `data_mean` and
-`data_std` define coordinates in which Gaussian data does not move (see `paths`), and determine
-`prior_error`. Otherwise, the two moments only affect the solver's error.
+`data_std` define coordinates in which the paths of Gaussian data are constant (see `paths`), and
+determine `prior_error`. Apart from `prior_error`, the two moments affect only the solver's error.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -54,7 +54,7 @@ class Solver:
         return check_number(name, getattr(self, field), what, above=0.0)
 
     def _set(self, **values: object) -> None:
-        """Set checked values of fields, and the moments as plain numbers."""
+        """Set fields to their checked values, and convert the moments to plain numbers."""
         for field in ("data_mean", "data_std"):
             value, name = getattr(self, field), self._name(field)
             values[field] = None if value is None else plain_moment(field, value, name)
@@ -64,28 +64,29 @@ class Solver:
 
 @dataclass(frozen=True)
 class FixedGrid(Solver):
-    """A grid in log σ̂ that the batch shares, with fresh probes at every node.
+    """A grid in log σ̂ that is shared by the whole batch, with fresh probes at every node.
 
     Half of the nodes lie around the scale of the data, following a logistic distribution in log σ̂
-    centred at the log of the root mean square of data_std; the other half are spread evenly over
+    centred at the log of the root mean square of data_std; the other half are spread evenly in
     log σ̂.
 
     Args:
         steps: the number of steps, at least 4. The solver takes steps + 2 network evaluations, or
-            steps + 8 if the path starts at a σ̂ between a twentieth of the data's standard
-            deviation and twenty times the data's standard deviation. 20 steps are enough for a
-            check during training, and 40 steps for a report with the exact divergence.
-        companion: whether to solve a second time, with half the steps. `solver_error` then also
-            covers networks whose paths amplify small errors. A companion costs 52 % more
-            evaluations for 64 steps, and requires an even number of steps, at least 8.
-        data_mean: the mean of the data, a number or a tensor that broadcasts to a sample; stored
-            as a number or nested tuples. None stands for 0.
-        data_std: the standard deviation of the data, in the same form; None stands for 0.5. If
-            both moments are set, results of `ode_nll` have a `prior_error`.
+            steps + 8 if the path starts at a σ̂ between 1/20 and 20 times the data's standard
+            deviation. For a check during training, 20 steps are enough; for a report with the
+            exact divergence, 40 steps are enough.
+        companion: whether to solve the ODE a second time, with half as many steps. With a
+            companion, `solver_error` also accounts for paths that amplify small errors. A
+            companion adds 52 % to the number of evaluations for 64 steps, and requires an even
+            number of steps, at least 8.
+        data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
+            a sample; stored as a number or as nested tuples. None stands for 0.
+        data_std: the standard deviation of the data, in the same form as `data_mean`; None stands
+            for 0.5. If both moments are set, the results of `ode_nll` have a `prior_error`.
 
     Raises:
-        TypeError: if a number, the flag or a moment has the wrong type.
-        ValueError: if a number is out of range.
+        TypeError: if `steps`, `companion` or a moment has the wrong type.
+        ValueError: if the value of an argument is out of range.
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
@@ -115,22 +116,22 @@ class ToTolerance(Solver):
 
     The smallest of the step counts 32, 64, …, 1024 that meets the tolerance is determined on the
     first batch and used for all batches of the call. The trial solutions do not affect the
-    results and are not counted in `nfe`.
+    results, and their evaluations are not counted in `nfe`.
 
     Args:
-        tolerance: the largest `solver_error` of any sample, in nats.
+        tolerance: the largest acceptable `solver_error` of any sample, in nats.
         group: the process group whose processes must use the same number of steps; None if each
-            process may choose its own. With a group, the solver cannot be pickled.
-        companion: as in `FixedGrid`, but also used in the trials, which then draw their own
-            probes. Without a companion, the tolerance may be missed if a path amplifies small
-            errors.
+            process may choose its own number. A solver with a group cannot be pickled.
+        companion: as in `FixedGrid`; a companion is also used in the trials, which then draw their
+            own probes. Without a companion, the true error may exceed the tolerance if a path
+            amplifies small errors.
         data_mean: the mean of the data, as in `FixedGrid`.
         data_std: the standard deviation of the data, as in `FixedGrid`.
 
     Raises:
-        TypeError: if a number, a flag or the moments have the wrong type, or `group` is not a
-            process group.
-        ValueError: if a number is out of range.
+        TypeError: if `tolerance`, `companion` or a moment has the wrong type, or if `group` is not
+            a process group.
+        ValueError: if the value of an argument is out of range.
 
     Example:
         >>> ToTolerance(0.1)
@@ -163,21 +164,21 @@ class ToTolerance(Solver):
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
-    """Adaptive steps for each sample, with the same probes along the sample's whole path.
+    """Separate adaptive steps for each sample, with the same probes along a sample's whole path.
 
-    The ODE is solved twice, and the difference between the solutions enters `solver_error`. In
-    `ode_sample` without a divergence, the ODE is solved once, at a tenth of the tolerance.
+    The ODE is solved twice, and the difference between the solutions contributes to
+    `solver_error`. In `ode_sample` without a divergence, the ODE is solved only once, with a tenth
+    of the tolerance.
 
     Args:
-        step_tolerance: the acceptable error of each step of the first solution, in nats of the
-            log-density; the second solution, which is returned, uses a tenth of this
-            value.
+        step_tolerance: the acceptable error in the log-density, in nats, for each step of the
+            first solution; the second solution, which is returned, uses a tenth of this value.
         data_mean: the mean of the data, as in `FixedGrid`.
         data_std: the standard deviation of the data, as in `FixedGrid`.
 
     Raises:
-        TypeError: if the tolerance or the moments have the wrong type.
-        ValueError: if a number is out of range.
+        TypeError: if the tolerance or a moment has the wrong type.
+        ValueError: if the value of an argument is out of range.
 
     Example:
         >>> Adaptive(1e-5)
@@ -203,7 +204,7 @@ def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
 
 
 def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
-    """Return `data_mean` or `data_std` as a number or nested tuples; messages call it `name`."""
+    """Return a moment as a number or as nested tuples; `name` is used in error messages."""
     expected = "a number or a tensor of numbers"
     if isinstance(value, Tensor):
         check_dense(name, value)
@@ -226,7 +227,7 @@ def _as_tuples(nested: Any) -> Any:
 
 
 def expand_moment(name: str, value: PlainMoment, x: Tensor) -> Tensor:
-    """A plain moment as a tensor (1, *) for samples x (B, *)."""
+    """Expand a number or nested tuples to a tensor (1, *) for samples x (B, *)."""
     dtype = torch.float64 if isinstance(value, tuple) else None
     numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, accumulator(x))
     shape = (1, *x.shape[1:])

@@ -2,26 +2,27 @@ r"""The variational bound for a diffusion model's SDE.
 
 Purpose:
     The reverse SDE and the ODE of the same network define two different models, each with its own
-    likelihood. The noise-prediction loss, integrated over all noise levels, bounds the SDE's
-    likelihood without any derivatives.
+    likelihood. The noise-prediction loss, integrated over all noise levels, yields a bound on the
+    SDE's likelihood that requires no derivatives.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
-    with x_t = α x + σ ε, u = log σ̂ and d log σ̂ = g²/(2σ²) dt. The last term corrects for the
-    start at t_min. This term is a normal decoder with the denoised mean and the standard deviation
-    σ̂(t_min):
+    with x_t = α x + σ ε, u = log σ̂ and d log σ̂ = g²/(2σ²) dt. The last term corrects for starting
+    at t_min. The decoder p(x|x_tmin) is a normal distribution whose mean is the denoised x_tmin
+    and whose standard deviation is σ̂(t_min):
     −log p(x|x_tmin) = (d/2) log(2π σ̂²) + ½‖ε̂ − ε‖².
 
 Noise:
-    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The pairs of draws
-    also give the standard error.
+    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The standard error is
+    also computed from these pairs of draws.
 
-    A control variate reduces the variance. For data N(m, s²), the error ε̂ − ε would be
+    A control variate reduces the variance. If the data followed N(m, s²), the error ε̂ − ε of an
+    exact network would be
         r = (σ̂ (x − m) − s² ε)/c² with c² = s² + σ̂²,
-    and the integral of E‖r‖² is known:
+    and the integral of E‖r‖² is known in closed form:
         ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁² + F(σ̂₁²) − F(σ̂₀²)],
         F(w) = log(w/(s² + w)) + s²/(s² + w).
-    Only the integral of the difference ‖ε̂ − ε‖² − ‖r‖² is therefore estimated by random draws.
+    Only the integral of the difference ‖ε̂ − ε‖² − ‖r‖² is therefore estimated from random draws.
 
 Source:
     Song et al., arXiv 2101.09258, theorem 3, and appendix B for the correction at t_min; Kingma et
@@ -64,20 +65,20 @@ def variational_nll(
 ) -> NLLResult:
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    The result is an unbiased estimate of the bound for clean data, at t = 0, as in `ode_nll` with
-    clean=True. No gradient is computed. All options work as in `ode_nll`, except for the
-    following:
+    The result is an unbiased estimate of the bound. The argument x is clean data, at t = 0, as in
+    `ode_nll` with clean=True. No gradient is computed. The options work as in `ode_nll`, except
+    for the following:
 
     - `samples`, an even number, is the number of noise levels drawn for each x. At t_min, the
       network is evaluated another `samples`/8 times, but at least twice.
-    - `data_mean` and `data_std`, 0 and 0.5 if None, define a control variate, which only changes
+    - `data_mean` and `data_std` (0 and 0.5 if None) define a control variate, which affects only
       the standard error.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
 
     Returns:
-        The bound as `nll`, in nats. `latent` is one draw of x at t_max, and `solver_error` is
-        zero.
+        The result, whose `nll` is the bound in nats. `latent` is one draw of the noisy x at
+        t_max, and `solver_error` is zero.
 
     Raises:
         TypeError: as in `ode_nll`.
@@ -123,7 +124,7 @@ def variational_nll(
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
-    """The bound for a batch, from `samples` noise levels per sample."""
+    """Estimate the bound for a batch from `samples` noise levels per sample."""
     x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), paths.dimensions
     centred, variance = x - coordinates.mean, coordinates.std.square()
@@ -145,7 +146,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
         return sum_elements(error.square() - gaussian.square(), 1)
 
     def antiderivative(level: NoiseLevel) -> Tensor:
-        """The antiderivative of E‖r‖² in u, (B,)."""
+        """The antiderivative of E‖r‖² with respect to u, (B,)."""
         log_ratio = 2 * (level.sigma_hat.log() - level.scale.log())
         in_mean = coordinates.trace(log_ratio + variance / level.scale.square())
         return (in_mean - sum_elements((centred / level.scale).square(), 1)) / 2
@@ -176,7 +177,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
+    """Return KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
     x, elements, sigma = paths.x, paths.dimensions, end.sigma.reshape(())
     latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()

@@ -1,4 +1,4 @@
-"""Checks for random outputs of a network, due to training mode or to draws in its own code."""
+"""Checks for randomness in a network's output, from training mode or from draws in its code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,7 +31,7 @@ def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[No
 
 
 def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
-    """Warn about a module whose training mode changes a likelihood; return whether one exists."""
+    """Warn if a module's training mode affects likelihoods, and return whether one does."""
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
@@ -47,13 +47,14 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 
 
 class FirstEvaluation:
-    """Checks of a network's first evaluation, with a warning if it drew random numbers.
+    """Checks during a network's first evaluation, such as whether it draws random numbers.
 
     No list of random layers can be complete, because a network may drop labels, layers or words in
-    its own code. But every random draw from torch advances one of its generators.
+    its own code. However, every random draw in torch advances one of torch's generators.
 
-    Operators without a derivative are rejected only in the first evaluation with a divergence. To
-    detect such operators in every evaluation would take a quarter of a small network's time.
+    Operators without a derivative are rejected only in the first evaluation with a divergence.
+    Checking for such operators in every evaluation would take a quarter of a small network's run
+    time.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -61,21 +62,21 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """Return a context manager that rejects operators without a derivative, but only once."""
+        """Return a context manager that, once only, rejects operators without a derivative."""
         if not (differentiates and "constants" in self.due):
             return nullcontext()
         self.due.remove("constants")
         return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """Return the states of the generators on the devices of x, or [] if no check is due."""
+        """Return the states of the CPU's generator and of x's device, or [] if no check is due."""
         # Inside a CUDA graph, the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
-        """Warn if the first evaluation, at x, advanced the generators."""
+        """Warn if the first evaluation, at the points x, advanced a generator."""
         after = self.before(x)
         self.due.discard("draws")
         if not all(map(torch.equal, before, after)):

@@ -1,6 +1,6 @@
-r"""Importance weights for the ODE's samples, to estimate expectations and normalisers.
+r"""Importance weights of samples from the ODE, for estimating expectations and normalisers.
 
-Formula, for draws x_i of the density q of the ODE and an unnormalised target π:
+Formula, for an unnormalised target π and samples x_i drawn from the density q of the ODE:
     log w_i = log π(x_i) + nll_i − v_i/2
     log Z = log mean w         E_π[f] = Σ w_i f(x_i)/Σ w_i         ESS = (Σ w)²/Σ w²
 
@@ -8,17 +8,18 @@ Formula, for draws x_i of the density q of the ODE and an unnormalised target π
     mean of its exponential is e^{v/2}. The term −v_i/2 corrects for this factor, with v_i
     estimated from the probes.
 
-    Standard errors come from a jackknife that leaves out one sample at a time, with its probes.
+    Standard errors come from a jackknife that leaves out one sample and its probes at a time.
 
-    The weights belong to x itself: q is the exact density of x at t_min, where x carries noise of
-    σ(t_min). The noise at t_min lowers the effective sample size but adds no bias. Samples that
-    were denoised afterwards have a different density and must not be weighted.
+    The weights apply to x itself: q is the exact density of x at t_min, where x still contains
+    noise with standard deviation σ(t_min). The noise at t_min lowers the effective sample size but
+    adds no bias. Samples that were denoised afterwards have a different density, so the weights do
+    not apply to them.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
     Yao and Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024), for k; Zhang and
     Stephens, "A new and efficient estimation method for the generalized Pareto distribution",
-    Technometrics 51 (2009), for its estimate.
+    Technometrics 51 (2009), for the estimate of k.
 """
 
 import math
@@ -36,9 +37,9 @@ from hosm_losses.likelihood.result import NLLResult, SampleResult
 LogTarget = Callable[[Tensor], Tensor]
 # Pareto's k above which the mean of the weights has no usable variance.
 MEANINGLESS = 0.7
-# An effective sample size below this number and below half of the samples is doubtful. Otherwise,
-# and if the weights have a variance, intervals contain log Z in at least 0.9 of cases
-# (`benchmarks/weights.py`).
+# If the effective sample size is below this number and below half the number of samples, standard
+# errors are doubtful. Otherwise, if the weights have a variance, intervals contain log Z in at
+# least 0.9 of cases (`benchmarks/weights.py`).
 DOUBTED = 200
 FEWEST = 21  # the smallest number of weights above zero whose tail has five weights
 SMALL, LARGE = 0.25, 1.0  # limits of the weighted mean variance due to the probes
@@ -54,8 +55,9 @@ class Expectation(NamedTuple):
 class Sandwich(NamedTuple):
     """Bounds on log Z in nats, each with its standard error.
 
-    The lower bound is the mean of log w over samples. The upper bound is the mean of log π + nll
-    over points of the target. Only the upper bound sees modes that the samples miss.
+    The lower bound is the mean of log w over the samples. The upper bound is the mean of
+    log π + nll over points drawn from the target. Only the upper bound accounts for modes that the
+    samples miss.
     """
 
     lower: float
@@ -66,13 +68,13 @@ class Sandwich(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of samples, with the estimates based on them; printed as a summary.
+    """Importance weights of samples, and estimates based on the weights; `print` shows a summary.
 
     Attributes:
         x: the samples, (B, *).
         log_weights: log w, (B,); −inf where log π is −inf and for failed samples.
         variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
-        solver_error: the solver error of the samples' nll, in nats, (B,).
+        solver_error: the solver error in the nll of each sample, in nats, (B,).
         log_target: log π, which `sandwich` evaluates at other points.
         failed_share: the fraction of samples that failed; failed samples have weight zero.
     """
@@ -91,38 +93,41 @@ class Weights:
 
     @property
     def log_z(self) -> float:
-        """Estimate of log Z in nats, the log of the mean weight."""
+        """Estimate of log Z, in nats, as the log of the mean weight."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z`, often too small if the effective sample size is low.
+        """Standard error of `log_z`, which is often too small if the effective sample size is low.
 
-        "Low" means below 200 and below half of the samples. The standard error is meaningless if
-        `pareto_k` is above 0.7, and NaN if one sample has all the weight. The standard error does
-        not account for what the samples miss, such as a mode, or a tail that is heavier than the
-        model's tail.
+        "Low" means below 200 and below half the number of samples. The standard error is
+        meaningless if `pareto_k` is above 0.7, and NaN if one sample has all the weight. The
+        standard error does not account for what the samples miss, such as a mode, or a tail that
+        is heavier than the model's tail.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
     @property
     def log_z_bias(self) -> float:
-        """Estimated bias of `log_z` in nats due to the solver, the weighted mean solver error."""
+        """Estimated bias of `log_z` due to the solver, in nats.
+
+        The estimate is the weighted mean of `solver_error`.
+        """
         return float(self.normalized @ self.solver_error.double())
 
     @property
     def effective_sample_size(self) -> float:
-        """(Σ w)²/Σ w², at most the number of samples.
+        """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        If this size is below 200 and below half of the samples, standard errors are often too
-        small. For a target in 32 dimensions, the 95 % interval contained log Z in 0.83 of such
-        runs, and in 0.95 of all other runs.
+        If this size is below 200 and below half the number of samples, standard errors are often
+        too small. For a target in 32 dimensions, the fraction of 95 % intervals that contained
+        log Z was 0.83 in runs with so small a size, and 0.95 in all other runs.
         """
         return self._effective_size(self.normalized.square())
 
     @property
     def probe_variance(self) -> float:
-        """The weighted mean of `variance`; above 1, the weights carry little information."""
+        """Weighted mean of `variance`; if it is above 1, the weights carry little information."""
         return float(self.normalized @ self.variance.double())
 
     @property
@@ -141,17 +146,19 @@ class Weights:
 
     @property
     def largest_share(self) -> float:
-        """The largest weight as a fraction of the sum of all weights."""
+        """The largest weight, as a fraction of the sum of all weights."""
         return float(self.normalized.max())
 
     @property
     def pareto_k(self) -> float:
         """The shape parameter of the tail of the positive weights.
 
-        If k is above 0.7, the standard errors are meaningless. A lower k is no guarantee, because
-        draws that miss the large weights have a low k: do not select runs by k. `pareto_k` is NaN
-        if fewer than 21 weights are above zero, or if a quarter of the weights in the tail equal
-        the smallest weight of the tail; it is -inf if all weights in the tail are equal.
+        If k is above 0.7, the standard errors are meaningless. A lower k does not show that the
+        standard errors are right, because samples that miss the regions of large weight also have
+        a low k. Therefore, do not select runs by k. `pareto_k` is NaN if fewer than 21 weights are
+        above zero, or if a quarter of the weights in the tail, but not all of these, equal the
+        largest weight below the tail. `pareto_k` is -inf if all weights in the tail equal the
+        largest weight below the tail.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
 
@@ -159,12 +166,12 @@ class Weights:
         """Estimate E_π[function(x)], for a function that maps (B, *) to (B,) or (B, *).
 
         Returns:
-            A named tuple of `value` and `error`, both in the shape of the function's value for one
-            sample.
+            A named tuple of `value` and `error`, each with the shape of the function's value for
+            one sample.
 
         Raises:
             TypeError: if the function does not return a tensor.
-            ValueError: if the function returns values of the wrong length.
+            ValueError: if the function does not return one value or tensor for each sample.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -190,23 +197,23 @@ class Weights:
     def resample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw samples (count, *) with replacement and probability w; also return their rows."""
+        """Return samples (count, *) drawn with replacement in proportion to w, and their rows."""
         count = check_whole("count", count, 1)
         rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
         return self.x[rows], rows
 
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
-        """Bounds on log Z from these samples and from the likelihood of points x of the target.
+        """Bounds on log Z, from these samples and from the nll of points x drawn from the target.
 
         A sample of weight zero makes the lower bound infinite, and a failed point makes the upper
         bound infinite.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
-            upper bound sees modes that the samples miss.
+            upper bound accounts for modes that the samples miss.
 
         Raises:
-            ValueError: if x and `result` differ in length, or if log π is −inf at a point.
+            ValueError: if x and `result` differ in length, or if log π is −inf at a point in x.
         """
         if len(x) != len(result.nll):
             expected = f"the {len(result.nll)} points whose likelihoods are in the result"
@@ -229,7 +236,7 @@ class Weights:
         )
 
     def __str__(self) -> str:
-        """Return log Z, the effective sample size and warnings, as a sentence."""
+        """Return a line of text with log Z, the effective sample size and any warnings."""
         count, k = len(self.x), self.pareto_k
         error, positive = f"± {self.log_z_error:.4f} nats", int((self.normalized > 0).sum())
         if math.isnan(self.log_z_error):
@@ -267,24 +274,25 @@ def importance_weights(
     *,
     probe_noise: Literal["corrected", "ignored"] = "corrected",
 ) -> Weights:
-    """Importance weights of samples from `ode_sample` for a target density.
+    """Return the importance weights of samples from `ode_sample` for a target density.
 
     Args:
         result: the samples with their density, drawn with divergence="exact" or with enough probes
-            for a standard error.
+            to estimate a standard error.
         log_target: log π, up to a constant, as a callable x (B, *) → (B,). `log_target` is
-            evaluated at the samples as they are, with their noise of σ(t_min). A value of −inf,
+            evaluated at the samples as they are, including their noise at t_min. A value of −inf,
             for example outside a bounded prior, gives weight zero.
-        probe_noise: "corrected" subtracts half of the probes' variance from each log-weight;
-            "ignored" does not, so that log Z comes out too large by about half of that variance.
+        probe_noise: "corrected" subtracts half of the variance due to the probes from each
+            log-weight; "ignored" does not, and so log Z comes out too large by about half of that
+            variance.
 
     Returns:
         The weights. A failed sample has weight zero but counts as a sample.
 
     Raises:
-        TypeError: if `result` is not a `SampleResult`, or `log_target` is not callable.
+        TypeError: if `result` is not a `SampleResult`, or if `log_target` is not callable.
         ValueError: if the samples have no density or no standard error, if log π has an invalid
-            shape, is NaN or +inf, or if no weight is above zero.
+            shape, if log π is NaN or +inf, or if no weight is above zero.
 
     Example:
         >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid
@@ -310,8 +318,8 @@ def importance_weights(
         )
     if result.standard_error is None:
         raise ValueError(
-            "result: expected a standard error, from which the weights are corrected; got None, "
-            "as with too few random probes. Use divergence='exact', or more probes."
+            "result: expected a standard error, which is needed to correct the weights; got None, "
+            "which means that there were too few probes. Use divergence='exact', or more probes."
         )
     variance = (result.standard_error.detach().double() / result.widening).square()
     noise = variance / 2 if probe_noise == "corrected" else 0.0
@@ -323,7 +331,7 @@ def importance_weights(
         raise ValueError("log_target(x): expected log-densities below infinity; got NaN or inf.")
     if bool(log_weights.isneginf().all()):
         raise ValueError(
-            f"log_target(x): expected a weight above zero; got none of {len(log_weights)}."
+            f"log_target(x): expected a weight above zero; got none among {len(log_weights)}."
         )
     failed = float(result.failed.double().mean())
     weights = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
@@ -345,17 +353,17 @@ def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
 
 
 def _jackknife(left_out: Tensor) -> Tensor:
-    """Standard error (k,) of an estimate, from its values (B, k) with each sample left out."""
+    """Return standard errors (k,) of estimates, from values (B, k) that each omit one sample."""
     count = len(left_out)
     return left_out.std(0, correction=0) * (count - 1) ** 0.5
 
 
 def _pareto_k(weights: Tensor) -> float:
-    """The shape of a generalized Pareto distribution fitted to the largest weights.
+    """Return the shape parameter of a generalized Pareto distribution fitted to the tail.
 
     The estimate is the profile posterior mean of Zhang and Stephens over a grid of b, with
     k(b) = mean log(1 − b y) and the log-likelihood n (log(−b/k) − k − 1). The weak prior of
-    Vehtari et al. at 0.5 is added.
+    Vehtari et al., which is centred at 0.5, is then applied.
     """
     count = len(weights)
     if count < FEWEST:
@@ -364,7 +372,7 @@ def _pareto_k(weights: Tensor) -> float:
     ordered = weights.sort().values[-tail - 1 :]
     y = ordered[1:] - ordered[0]
     if not bool(y[-1] > 0):
-        return -math.inf  # all are equal
+        return -math.inf  # all weights are equal
     grid = 30 + math.isqrt(tail)
     j = torch.arange(1, grid + 1, dtype=y.dtype, device=y.device)
     quartile = y[math.floor(tail / 4 + 0.5) - 1]

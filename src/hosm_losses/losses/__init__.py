@@ -4,9 +4,9 @@
 - `objective`: how a loss is computed, from the checks of its arguments to the reduction.
 - `options`: checks of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
-- `terms`: the residuals, where they are detached, and the squared residuals as loss terms.
-- `paired`: the same terms, as products of the estimates from two independent probes.
-- `weighting`: weights over noise levels, and how t is drawn.
+- `terms`: the residuals, the quantities detached in them, and the loss terms as their squares.
+- `paired`: the same terms, computed as products of estimates from two independent probes.
+- `weighting`: how noise levels are weighted, and how t is drawn.
 """
 
 from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM

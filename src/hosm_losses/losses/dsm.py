@@ -1,10 +1,11 @@
 """Denoising score matching as functions and as modules.
 
-A function takes a ScoreModel and clean data, and returns a scalar to call backward on. A module
-can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: it stores the ScoreModel
-as `model`, along with the options of the function of the same order, and computes the loss in its
-`forward`, so that a wrapper sees every use of a parameter. The formula is in `objective`. The
-residuals, the places where they are detached, and the source are in `terms`.
+A function takes a ScoreModel and clean data, and returns a scalar loss, on which `backward` can be
+called. A module can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: its
+`forward` computes the whole loss, so that a wrapper sees every use of a parameter. The module
+stores the ScoreModel as `model`, together with the options of the function of the same order. The
+formula is in `objective`. The residuals, the quantities that are detached in the residuals, and
+the source are in `terms`.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of order one, ‖ε̂ − ε‖²/d, the usual loss of diffusion trainers.
+    """Return the loss of order one, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
 
     With prediction="epsilon" and the same α and σ, this loss equals the usual loss up to rounding
     error for data in float32 or float64; half-precision values are squared in float32. The network
     runs without the safe primitives. The arguments are the same as for `third_order_dsm`.
 
     Returns:
-        The loss, in at least float32. The loss is dimensionless, or in nats up to a constant with
-        weighting="likelihood".
+        The loss, in float32 or float64. The loss is dimensionless; with weighting="likelihood", it
+        is in nats, up to a constant.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -93,11 +94,11 @@ def second_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one and two; order two fits the score's Jacobian and its trace.
 
-    The arguments are the same as for `third_order_dsm`. `weights` are (first, second, trace); a
-    fourth weight, for order three, is ignored.
+    The arguments are the same as for `third_order_dsm`. `weights` contains (first, second,
+    trace); a fourth weight, for order three, is ignored.
 
     Returns:
-        The loss, w₁ first + w₂ second + w_t trace.
+        The loss, which is w₁ first + w₂ second + w_t trace.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -155,66 +156,69 @@ def third_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one to three; order three fits the gradient of tr ∂s/∂x.
 
-    These three orders together bound the KL divergence of the model's probability-flow ODE.
+    The losses of these three orders together bound the KL divergence between the data and the
+    model's probability-flow ODE.
 
     Args:
         model: the score model.
         x0: data (B, *).
-        t: times (B,) in the schedule's units; drawn by `time_sampler` if None.
+        t: times (B,) in the schedule's units; if None, they are drawn as `time_sampler` specifies.
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used unchanged; drawn if None. If you pass `probe`,
             `probes` only selects how the estimates are combined; `Paired()` needs K ≥ 2 vectors.
-        probes: how many probes each sample gets, and how their estimates are combined. A whole
-            number K means `Hutchinson(K)`: the residual along each probe is squared, as in the
-            paper. `Paired()` multiplies the estimates of two independent probes, or of two halves
-            of the probes, with each other. The loss with `Paired()` has the same mean as with
-            "exact" and almost no probe noise, and a step costs about twice as much as a step with
-            one probe. "exact" uses all d unit vectors. Dropout uses one mask for all probes of a
-            sample; at order three with third="exact", each probe has its own mask, unless the
-            probes are paired in reverse mode.
-        targets: the regression target; None uses the drawn noise ε, as in the paper.
+        probes: the number of probes for each sample, and how the estimates from the probes are
+            combined. A whole number K means `Hutchinson(K)`: the residual along each probe is
+            squared, as in the paper. `Paired()` instead multiplies two independent estimates, each
+            from one probe or from one half of the probes. With `Paired()`, the loss has the same
+            mean as with "exact" and almost no noise from the probes, and a step costs about twice
+            as much as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one
+            mask for all probes of a sample, except that at order three with third="exact", each
+            probe has its own mask unless the probes are `Paired()` and reverse mode is used.
+        targets: the regression target; None stands for the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
             noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
-            this noise without other data, if the score ∇log p₀ of the data is known. At order one,
-            a tensor (B, *) passed to the call, such as a teacher's prediction, replaces ε in the
-            residual but not in x.
+            the noise from this choice without other data, if the score ∇log p₀ of the data is
+            known. At order one, a tensor (B, *) passed to the call, such as a teacher's
+            prediction, replaces ε in the residual but not in x.
         weights: (first, second, trace, third), as nonnegative numbers or one-element tensors in a
             list, a tuple, an array or a tensor. "paper" means (1, 1, 1, 1), as in the paper's code
             for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's low-dimensional
-            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If each of the last weights is the
-            number 0, the loss and its cost are the same as at the lower order: weights that are
-            ramped up may start at (1, 0, 0, 0), which is order one. A term whose weight is a zero
-            tensor is still computed.
+            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If every weight above some order is the
+            number 0, the loss and its cost are the same as at that order: to ramp up the weights,
+            you can start at (1, 0, 0, 0), which is order one. A term whose weight is a zero tensor
+            is still computed.
         weighting: "noise" leaves the terms unchanged. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes the first term the loss
             of EDM's trainer. "likelihood" makes the first term the likelihood-weighted loss; in
-            that case, set the higher orders' `weights` yourself. None of these options changes the
-            meaning of the higher terms. A callable t → (B,) multiplies every term. A pair applies
-            its first weighting to the first term, and its second weighting, which is "noise" or a
-            callable, to the higher terms.
+            that case, set the `weights` of the higher orders yourself. All of these options leave
+            the meaning of the higher terms unchanged. A callable t → (B,) multiplies every term. A
+            pair applies its first weighting to the first term, and its second weighting, which is
+            "noise" or a callable, to the higher terms.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
             draws t uniformly in log σ̂ and reweights the terms, so that the mean of every term
-            stays the same; for a table, it draws whole indices. Times from a callable (batch size,
-            generator) → t (B,) are treated as if you had passed them as `t`. None means
-            "log_sigma_hat" with weighting="likelihood", and "schedule" otherwise.
-        third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
-            paper. "laplacian" matches σ² ∂²f[v, v] to the same target at three quarters of the
-            cost. "laplacian" equals "exact" if the network's Jacobian is symmetric, as the true
-            score's Jacobian is; otherwise, it is a different objective, which leaves ∇tr(∂f)
+            stays the same; for a schedule given as a table, it draws integer indices into this
+            table. Times from a callable (batch size, generator) → t (B,) are treated as if you had
+            passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
+            "schedule" otherwise.
+        third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v) to its target,
+            as in the paper. "laplacian" matches σ² ∂²f[v, v] to the same target at three quarters
+            of the cost. "laplacian" equals "exact" if the network's Jacobian is symmetric, as the
+            true score's Jacobian is; otherwise, it is a different objective, which leaves ∇tr(∂f)
             partly unconstrained. With probes=Paired(), "laplacian" costs more than "exact": 35
             network evaluations instead of 25. "laplacian" needs a network that the engine "taylor"
             can differentiate.
-        fraction: the fraction of the batch, chosen at random, on which orders two and three are
-            evaluated: max(1, round(fraction · B)) rows. The loss stays unbiased.
+        fraction: the fraction of the batch on which orders two and three are evaluated;
+            max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         reduction: "mean" or "sum" over the batch, or "none" for the loss of each sample, (B,).
         generator: the random generator, on the device of x0; None uses the global generator.
-        model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
-            sample: they are repeated and selected along with the samples for probes and fractions.
-            Wrap a tensor that all samples share in `Shared`.
+        model_kwargs: keyword arguments for the network. A tensor whose first dimension is B is
+            taken to have one row per sample, and its rows are repeated for the probes and selected
+            for `fraction` along with the samples. Wrap a tensor that all samples share in
+            `Shared`.
 
     Returns:
-        The loss, w₁ first + w₂ second + w_t trace + w₃ third.
+        The loss, which is w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype, for example if images are integers.
@@ -274,11 +278,11 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the unweighted terms of the loss for each sample, with their autograd graph.
 
-    `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments are
-    the same as for `third_order_dsm`.
+    `order` is 1, 2 or 3; options that only concern higher orders are ignored. The other arguments
+    are the same as for `third_order_dsm`.
 
     Returns:
-        The terms, each of shape (B,) and in at least float32. Terms above `order` are None.
+        The terms, each of shape (B,), in float32 or float64. Terms above `order` are None.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -317,7 +321,7 @@ class _Inputs(TypedDict, total=False):
 
 
 class _DSM(nn.Module):
-    """Base class of the loss modules, which stores the model and the options of the loss."""
+    """Base class of the loss modules; stores the model and the options of the loss."""
 
     def __init__(
         self,
@@ -331,7 +335,7 @@ class _DSM(nn.Module):
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         if isinstance(targets, TargetScores) and isinstance(targets.scores, Tensor):
-            expected = "a callable in a constructor, or in each call the scores of the batch"
+            expected = "a callable in a constructor, or the scores of the batch in each call"
             raise TypeError(error_message("targets", expected, targets.scores))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
@@ -349,7 +353,7 @@ class _DSM(nn.Module):
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
     ) -> Any:
-        """Return the loss, or (loss, detached terms); None selects the constructor's argument."""
+        """Return the loss, or (loss, detached terms); None means the constructor's argument."""
         check_flag("return_terms", return_terms)
         evaluated = dsm(
             self.model,
@@ -386,7 +390,7 @@ class FirstOrderDSM(_DSM):
     """`first_order_dsm` as a module.
 
     Raises:
-        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        TypeError: if the model is not a `ScoreModel`, or if an option has the wrong type.
         ValueError: if an option has an invalid value.
 
     Example:
@@ -424,7 +428,7 @@ class FirstOrderDSM(_DSM):
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
-        The inputs are the same as for `first_order_dsm`. `targets` override the constructor's
+        The inputs are the same as for `first_order_dsm`. `targets` overrides the constructor's
         targets.
         """
         inputs = {"t": t, "noise": noise, "generator": generator, "model_kwargs": model_kwargs}
@@ -448,8 +452,8 @@ class _HigherOrderDSM(_DSM):
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
         The inputs are the same as for `third_order_dsm`. `weights` and `targets` override the
-        arguments of the constructor, for example to ramp up the weights or to change the
-        reference.
+        arguments of the constructor, so that you can, for example, ramp up the weights or change
+        the reference.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}
@@ -460,7 +464,7 @@ class SecondOrderDSM(_HigherOrderDSM):
     """`second_order_dsm` as a module.
 
     Raises:
-        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        TypeError: if the model is not a `ScoreModel`, or if an option has the wrong type.
         ValueError: if an option has an invalid value.
 
     Example:
@@ -501,7 +505,7 @@ class ThirdOrderDSM(_HigherOrderDSM):
     """`third_order_dsm` as a module.
 
     Raises:
-        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        TypeError: if the model is not a `ScoreModel`, or if an option has the wrong type.
         ValueError: if an option has an invalid value.
 
     Example:

@@ -73,7 +73,7 @@ def dsm(
 ) -> LossAndTerms:
     """Return the loss and its terms.
 
-    Whatever the caller does not pass is drawn, in the order t, ε, rows, v.
+    Random numbers are drawn in the order t, ε, rows, v, except for those that the caller passes.
     """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
@@ -124,8 +124,8 @@ def dsm(
             reduced = terms
         loss = _reduce(reduced, weights, factors, rows, options.reduction)
         check_result(loss, terms, batch)
-    # The return is outside the block, because torch.compile only resumes a graph in a block with
-    # a single exit.
+    # The return statement is outside the block, because torch.compile only resumes a graph in a
+    # block with a single exit.
     return LossAndTerms(loss, terms, time, rows)
 
 
@@ -138,7 +138,7 @@ def perturb(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε with its targets, which leave out q x as in `terms`."""
+    """Return x = α(t) x₀ + σ(t) ε and its targets, from which q x is left out as in `terms`."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -164,7 +164,7 @@ def perturb(
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
-    """Return the caller's tensor if it is finite and matches the data."""
+    """Return the caller's tensor, after checking that it is finite and matches the data."""
     tensor = leave_inference_mode(
         check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
     )
@@ -176,8 +176,8 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
     """Return the checked weights of the terms."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
-            "weights: expected numbers or 'paper' with weighting='likelihood', which puts only "
-            "the first term in nats; got None."
+            "weights: expected numbers or 'paper' with weighting='likelihood', where only the "
+            "first term is in nats; got None."
         )
     return check_weights(weights, options.order, dimensions)
 
@@ -196,8 +196,8 @@ def _first_of_all(
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "
-            "forced weight normalisation does; got less than 1, which takes two calls. Change the "
-            "parameters after each step of the optimizer instead."
+            "forced weight normalisation does; got less than 1, for which the network is called "
+            "twice. Change the parameters after each step of the optimizer instead."
         )
     first = torch.cat([first, others])
     return torch.empty_like(first).index_copy(0, torch.cat([rows, remaining]), first)
@@ -206,7 +206,7 @@ def _first_of_all(
 def _select_rows(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the rows for the higher terms and the other rows, or (None, None) for all rows."""
+    """Return the rows for the higher terms and the other rows; (None, None) means all rows."""
     if options.fraction == 1:
         return None, None
     shuffled = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
@@ -221,7 +221,7 @@ def _probes(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the probes (K, n, *) of the rows: the caller's, all unit vectors, or random ones."""
+    """Return the caller's probes, all unit vectors, or random probes (K, n, *), for the rows."""
     if probe is not None:
         return probe if rows is None else probe[:, rows]
     like, probes = x if rows is None else x[rows], options.probes

@@ -23,7 +23,7 @@ from hosm_losses.probes import Hutchinson, Paired
 Reduction = Literal["mean", "sum", "none"]
 Third = Literal["exact", "laplacian"]
 Probes = int | Literal["exact"] | Hutchinson | Paired
-"""The number of probes per sample; `Paired` also determines how their estimates are combined."""
+"""The number of probes per sample; the type also determines how estimates are combined."""
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
 TermWeights = Weights | Literal["paper", "paper-toy"]
 """Weights of the terms (first, second, trace, third), or the name of a set of weights."""
@@ -58,8 +58,8 @@ class LossOptions:
         check_choice("third", self.third, get_args(Third))
         if self.third != "exact" and self.engine == "reverse":
             raise ValueError(
-                "engine: expected 'auto' or 'taylor', which can carry a second derivative, with "
-                f"third={self.third!r}; got 'reverse'."
+                f"engine: expected 'auto' or 'taylor' with third={self.third!r}, because only the "
+                "engine 'taylor' carries second derivatives; got 'reverse'."
             )
         check_choice("reduction", self.reduction, get_args(Reduction))
         if part < 1 and self.reduction == "none":
@@ -89,7 +89,7 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    There must be as many weights as the order has terms; at order 2, a fourth weight may follow.
+    There must be as many weights as the order has terms; at order 2, a fourth weight is allowed.
     At least one weight must be nonzero. The values of tensors are only checked on the CPU.
     `elements` is d, which determines the third-order weight for None and for "paper-toy".
     """
@@ -128,7 +128,7 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Return whether a term is needed, which is false only if its weight is the number 0."""
+    """Return False if the weight is the number 0, so that its term is not needed; else True."""
     return isinstance(weight, Tensor) or weight != 0
 
 

@@ -1,10 +1,10 @@
-r"""Unbiased estimates, from a few paired probes, of the terms with probes="exact".
+r"""Unbiased estimates, from a few paired probes, of the terms that probes="exact" gives.
 
 Purpose:
     With one probe, the target in the squared residual depends on the random v, and the mean of a
-    square is not the square of the mean. Paired probes replace the target by its mean over v, and
-    the square by the product of two estimates from independent probes. Only the noise from the
-    random choice of data remains.
+    square is not the square of the mean. Paired probes replace the target with its mean over v,
+    and the square with the product of two estimates from independent probes. Only the noise from
+    the random choice of data remains.
 
 Formula:
     Let ℓ = ε + f and A = σ ∂f/∂x. C_k is G_k or, in the Laplacian form, σ² ∂²f[v_k, v_k].
@@ -14,20 +14,20 @@ Formula:
         R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
     With K > 2 probes, the indices 1 and 2 stand for means over the first K // 2 probes and over
-    the remaining probes. Averaged over independent v_k with E[v vᵀ] = I, the terms are ‖M₂‖²_F,
-    (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with probes="exact". The
-    product of two estimates may be negative for some samples.
+    the remaining probes, respectively. Averaged over independent v_k with E[v vᵀ] = I, the terms
+    are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with
+    probes="exact". The product of two estimates may be negative for some samples.
 
     With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
-    ·) is added to C_k. C₂ and C₃ use the same probe as the quantity with which they are compared,
-    so that the noise of the probe also cancels where both are equal.
+    ·) is added to C_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
+    compared with, so that the noise from the probe also cancels where the two are equal.
 
-    ℓ·(Aℓ) is computed by a backward pass from the network's output, and Aℓ has no graph, so the
-    network is called only once.
+    The network is called only once, because ℓ·(Aℓ) is computed by a backward pass from the
+    network's output, and Aℓ needs no graph.
 
 Cost of a step with two probes:
-    Order two takes 12 network evaluations (9 if the weight of `second` is 0) and order three takes
-    25, while order one takes 3.
+    A step costs as much as 12 network evaluations at order two (9 if the weight of `second` is 0)
+    and 25 at order three, compared with 3 at order one.
 
 Source:
     The formulas were derived for this library. The product of two independent estimates is an

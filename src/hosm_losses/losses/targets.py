@@ -1,11 +1,11 @@
 r"""Regression targets that replace the drawn noise: less noisy targets, or a tensor.
 
 Purpose:
-    The usual targets depend on the one noise ε that was drawn for x = α x₀ + σ ε. But x may also
-    have come from other data x_j, with the noises ε_j = (x − α x_j)/σ. Averaging the targets over
-    all x_j removes the noise that the random choice of x₀ adds to the targets of every order,
-    without calling the network. If the score g = ∇log p₀ of the data is known at x₀, a control
-    variate reduces this noise without any reference data.
+    The usual targets depend on the single noise ε that was drawn for x = α x₀ + σ ε. However, any
+    other data point x_j may have produced the same x, with the noise ε_j = (x − α x_j)/σ.
+    Averaging the targets over all x_j removes the noise that the random choice of x₀ adds to the
+    targets of every order, without calling the network. If the score g = ∇log p₀ of the data is
+    known at x₀, a control variate reduces this noise without any reference data.
 
 Formula for averaged targets:
     The index j runs over the references and the sample itself, whose ε_j is ε:
@@ -13,8 +13,8 @@ Formula for averaged targets:
         ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
         C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
 
-    Averaging the residuals of `terms` over w replaces ε by ε̄ and adds C₂ and C₃. With ℓ = ε̄ + f
-    and D held fixed as in `terms`, the averaged residuals are:
+    Averaging the residuals of `terms` with the weights w replaces ε with ε̄ and adds C₂ and C₃.
+    With ℓ = ε̄ + f and D held fixed as in `terms`, the averaged residuals are:
         r1 = f + ε̄
         r2 = D + v − C₂v − (ℓ·v) ℓ
         rt = v·(D + v − C₂v) − (ℓ·v)²
@@ -22,7 +22,7 @@ Formula for averaged targets:
 
     If the sample itself has all the weight, C₂ and C₃ are zero, and the averaged residuals are the
     paper's residuals. If the reference contains every data point, the averaged residuals of the
-    true score are zero and have no noise. The weights are self-normalised, which biases the
+    true score are exactly zero, without noise. The weights are self-normalised, which biases the
     targets by O(1/R) for R references.
 
 Formula for targets from scores:
@@ -30,7 +30,7 @@ Formula for targets from scores:
         z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
 
     The score of x₀ given x is z/σ̂, so integration by parts gives E[z h(ε) | x] = E[∇h(ε) | x] for
-    any function h. Therefore, for every symmetric C and whatever f, D and G are, the following
+    any function h. Therefore, for every symmetric C and all values of f, D and G, the following
     residuals have the same conditional means given x as the paper's residuals. With c = C z and
     ℓ = e + f, they are:
         r1 = f + e
@@ -38,36 +38,36 @@ Formula for targets from scores:
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
         r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
 
-    C = 0 gives the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e, and leaves none
-    for Gaussian data.
+    C = 0 gives the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e; for Gaussian
+    data, e then has no noise.
 
-    Averaging these residuals over w gives the averaged residuals above, with ē in the place of ε̄
-    (so that ℓ = ē + f and c = C z̄), and with two replacements. C₂v becomes
+    Averaging these residuals with the weights w gives the averaged residuals above, with ē in
+    place of ε̄ (so that ℓ = ē + f and c = C z̄), and with two replacements. C₂v becomes
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
     and C₃(v, v, ·) becomes
         [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
             + κ₃(ε·v, ε·v, e)
 
     Here p = Cov(ε, e·v) and q = Cov(e, ε·v). The variance, the covariances and the third cumulant
-    κ₃ are taken over w; if there are no references, they are 0.
+    κ₃ are computed with the weights w; without references, they are 0.
 
 Shapes:
     The weights are (B, R + 1), and ε̄ is (B, *). C₂v and C₃(v, v, ·) have the shape of the probes,
     (K, B, *).
 
 Precision:
-    All moments are expressed in δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the sample itself,
-    so references whose weight is zero contribute exact zeros. A sum over the differences δ_j is
-    computed as a difference of sums; these sums are matrix products, which cancel as σ/α → 0. They
-    are therefore computed in float64, which keeps eight digits at α/σ = 1e4, and whose precision
-    neither autocast nor TF32 reduces. Devices without float64 use float32. The differences ε − c
-    and v − C v vanish as σ̂ → 0, so they are computed in the dtype of the sums.
+    All moments are expressed in terms of δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the
+    sample itself, so references whose weight is zero contribute exact zeros. A weighted sum of
+    the δ_j is computed from matrix products, as a difference that loses digits as σ/α → 0. These
+    products are therefore computed in float64, where eight digits remain at α/σ = 1e4, and where
+    neither autocast nor TF32 applies. On devices without float64, the products are in float32. The
+    differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the same dtype.
 
 Source:
     Averaged targets at order one: Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance
     Score Estimation in Diffusion Models", ICLR 2023. Targets from scores at order one: De Bortoli
-    et al., "Target Score Matching", arXiv 2402.08667. Orders two and three were derived for this
-    library.
+    et al., "Target Score Matching", arXiv 2402.08667. The formulas for orders two and three were
+    derived for this library.
 """
 
 import math
@@ -101,17 +101,17 @@ ELSEWHERE = 2**24
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of targets: float64, or float32 on a device without float64."""
+    """Return the dtype for computing targets: float64, or float32 on devices without float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Return one row per sample, (B, n), without a graph and in the dtype of targets."""
+    """Return one row per sample, (B, n), without a graph, in the dtype for computing targets."""
     return tensor.detach().reshape(len(tensor), -1).to(wide(tensor))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product along the last dimension, which becomes a dimension of size 1."""
+    """Return the inner product along the last dimension, which is kept with size 1."""
     return (a * b).sum(-1, keepdim=True)
 
 
@@ -127,7 +127,7 @@ class AveragedTargets:
 
     If the reference is dense at the scale of the noise, the targets have no noise. If the
     reference is sparse, the targets are the paper's targets. Between these extremes, the targets
-    have a bias that falls as 1/R with the number R of references.
+    have a bias that falls as 1/R, where R is the number of references.
 
     The targets carry no gradient.
 
@@ -136,17 +136,18 @@ class AveragedTargets:
             DDP, each process uses its own batch. To average over all processes, pass
             `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
         own: whether each x₀ is added to the reference for its own sample. Use False if the
-            reference already contains every x₀ unchanged, such as the whole training set without
-            flips, crops or dequantization noise, so that no x₀ counts twice. If own=False and an
-            x₀ is missing from the reference, the targets are wrong: on the CPU, a loss raises
-            ValueError, but on an accelerator values are not checked.
+            reference already contains every x₀ unchanged, so that no x₀ counts twice; an example
+            is the whole training set without flips, crops or dequantization noise. If own=False
+            and an x₀ is missing from the reference, the targets are wrong. On the CPU, a loss then
+            raises ValueError; on an accelerator, values are not checked.
         same: a callable model_kwargs → mask (B, R) of the references that each sample may use,
-            namely the references with the sample's condition. `same` is required if `model_kwargs`
-            contains a per-sample tensor. A sample that may use no reference uses its own x₀.
+            namely those with the same condition as the sample. `same` is required if
+            `model_kwargs` contains a per-sample tensor. A sample without any allowed reference
+            uses its own x₀.
 
     Raises:
-        TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
-            not callable.
+        TypeError: if `reference` is not a floating-point tensor, if `own` is not a bool, or if
+            `same` is not callable.
         ValueError: if `reference` is empty or not finite.
 
     Example:
@@ -173,7 +174,7 @@ class AveragedTargets:
             raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
-        """Return the constructor's call, with the shape of the reference."""
+        """Return the constructor's call, with the reference shown by its shape."""
         reference, same = shown(self.reference), shown(self.same)
         return f"AveragedTargets(reference={reference}, own={self.own}, same={same})"
 
@@ -255,7 +256,7 @@ class NoiseMoments(NamedTuple):
         return torch.cat([-self.scale * v, along], -1) @ self.points.T
 
     def along(self, v: Tensor, _ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
+        """Return C₂v and, if `third` is True, C₃(v, v, ·), for vectors v (K, B, d)."""
         slope = self.slopes(v)  # the entry of the sample itself has no effect
         weighted = self.weights * slope
         C2v = self.sum_of(weighted)
@@ -297,7 +298,7 @@ class ControlledMoments(NamedTuple):
         return self.project(times(self.control, self.basis, v))
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the replacements of C₂v and, if `third`, C₃(v, v, ·) for vectors v (K, B, d)."""
+        """Return what replaces C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -321,14 +322,14 @@ class ControlledMoments(NamedTuple):
 
 
 def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
-    """Multiply v (*, B, d) by the symmetric matrices with these eigenvalues (B, 1 or d)."""
+    """Multiply v (*, B, d) by the symmetric matrices with the given eigenvalues (B, 1 or d)."""
     return eigenvalues * v if basis is None else (eigenvalues * (v @ basis)) @ basis.T
 
 
 def cumulants(
     moments: NoiseMoments | ControlledMoments, probe: Tensor, ell: Tensor, *, third: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return v − C₂v and, if `third`, C₃(v, v, ·), each in the shape of the probes v (K, B, *)."""
+    """Return v − C₂v and, if `third`, C₃(v, v, ·), each with the shape of the probes (K, B, *)."""
     half, most = len(moments.weights) // 2, LARGEST.get(probe.device.type, ELSEWHERE)
     if half and len(probe) * moments.weights.numel() > most:
         parts = slice(None, half), slice(half, None)
@@ -348,30 +349,31 @@ def cumulants(
 class TargetScores:
     """Less noisy targets, for data whose score ∇log p₀ is known at x₀.
 
-    Examples of such scores are forces divided by kT in a data set of molecules, and the gradients
-    of a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses e = ε − C
-    (ε + σ̂ g) in place of ε. Using e is target score matching (De Bortoli et al., arXiv
-    2402.08667) with the weights that leave the least noise. Orders two and three, which are new in
-    this library, need neither Hessians nor additional network calls. The objective is the same up
-    to a constant: every residual keeps its conditional mean given x, whatever the model. For
-    Gaussian data, e has no noise.
+    Examples of such scores are forces divided by kT in a data set of molecules, and gradients of
+    the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order
+    one uses e = ε − C (ε + σ̂ g) in place of ε. Using e is target score matching (De Bortoli et
+    al., arXiv 2402.08667) with the weights that leave the least noise. Orders two and three, which
+    are new in this library, need neither Hessians nor additional network calls. The objective is
+    the same up to a constant: for every model, each residual keeps its conditional mean given x.
+    For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support: for uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
     data and the scores meet this condition.
 
     Args:
-        scores: g at x₀, either as a tensor like x₀ in each call of a loss, or as a callable of
-            data (N, *). A module's constructor only accepts a callable. The scores are detached
-            from any graph.
+        scores: the score g, either as a tensor with the shape of x₀, passed to each call of a
+            loss, or as a callable that takes data (N, *). A module's constructor only accepts a
+            callable. The scores are detached from any graph.
         information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
-            to math.inf (math.inf gives the paper's targets), a tensor in the shape of a sample
-            with one number per element, or a matrix (d, d), whose eigenvectors are computed once,
-            in the constructor. If None, F is estimated for each sample by the elementwise means
-            over the other samples of the batch (under DDP, of the batch of the process). If there
-            are no other samples, the targets are the paper's; the same is true along directions of
-            zero information, such as a constant coordinate.
-        averaged: an `AveragedTargets`, so that the targets are also averaged over all data that
+            to math.inf (math.inf gives the paper's targets), a tensor with the shape of a sample
+            and thus one number per element, or a matrix (d, d), whose eigenvectors are computed
+            once, in the constructor. If `information` is None, F is estimated for each sample from
+            the elementwise means of g² over the other samples of the batch (under DDP, of the
+            batch on the same process). If there are no other samples, the targets are the paper's
+            targets; the same is true along directions of zero information, such as a constant
+            coordinate.
+        averaged: an `AveragedTargets` if the targets should also be averaged over all data that
             may have produced x. If `averaged` has a reference, `scores` must be a callable,
             because the scores of the reference are needed as well.
 
@@ -406,7 +408,7 @@ class TargetScores:
         if not (averaged is None or isinstance(averaged, AveragedTargets)):
             raise TypeError(error_message("averaged", "AveragedTargets(...) or None", averaged))
         if averaged is not None and averaged.reference is not None and not callable(self.scores):
-            expected = "a callable with a reference, whose scores are also needed"
+            expected = "a callable if there is a reference, whose scores are also needed"
             raise TypeError(error_message("scores", expected, self.scores))
         information: object = self.information
         if isinstance(information, Tensor):
@@ -425,7 +427,7 @@ class TargetScores:
                 raise ValueError(error_message("information", expected, information))
 
     def __repr__(self) -> str:
-        """Return the constructor's call, with the shapes of its tensors."""
+        """Return the constructor's call, with its tensors shown by their shapes."""
         names = ("scores", "information", "averaged")
         return f"TargetScores({', '.join(f'{n}={shown(getattr(self, n))}' for n in names)})"
 
@@ -433,22 +435,22 @@ class TargetScores:
     def information_of(
         data: Tensor, scores: Tensor, *, matrix: bool = False, dimensions: int | None = None
     ) -> Tensor:
-        """Return E g gᵀ for the scores g of data, per element or as a matrix.
+        """Return E g gᵀ for the scores g of data, with one number per element or as a matrix.
 
         Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If the
         sample mean differs from the dimension by more than five standard errors, a warning is
-        issued, because the scores or the density do not meet the conditions of `TargetScores`.
+        issued, because the scores or the density then violate the conditions of `TargetScores`.
 
         Args:
-            data: samples x (N, *), the whole data set rather than a batch.
-            scores: ∇log p₀ at each sample, like `data`.
+            data: samples x (N, *), from the whole data set rather than from a batch.
+            scores: ∇log p₀ at each sample, as a tensor with the shape of `data`.
             matrix: whether to return the matrix (d, d) rather than one number per element. The
                 additional noise that the matrix removes, integrated over log σ̂, is
                 ½ log(∏ F_ii / det F).
-            dimensions: the dimension of the subspace, if the data lie in one; d if None.
+            dimensions: the dimension of the subspace in which the data lie; None means d.
 
         Returns:
-            F, in units of 1/x²; in float64 where the device has it, otherwise in float32.
+            F, in units of 1/x², as float64 on devices that support float64, otherwise as float32.
 
         Raises:
             TypeError: if an argument has the wrong type.
@@ -477,9 +479,9 @@ class TargetScores:
             if not abs(mean - wanted) <= 5 * error:
                 warn(
                     "TargetScores.information_of: expected scores whose mean of −(x − x̄)·g is "
-                    f"{wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Check their sign, "
-                    "units and temperature, the edges of the density, and whether the data lie "
-                    "in a subspace (pass its dimensions=...)."
+                    f"{wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Check the scores' "
+                    "sign, units and temperature, the edges of the density, and whether the data "
+                    "lie in a subspace (if so, pass its dimension as dimensions=...)."
                 )
         return g.T @ g / count if matrix else g.square().mean(0).reshape(data.shape[1:])
 
@@ -492,9 +494,10 @@ class TargetScores:
         kwargs: dict[str, Any],
         project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
-        """Return the moments of e, which replaces the noise ε in x = α x₀ + σ ε, for α and σ (B,).
+        """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        `project` projects the scores and the control onto the subspace that contains x₀ and ε.
+        α and σ are (B,). `project` projects scores, and products with the matrix C, onto the
+        subspace that contains x₀ and ε.
         """
 
         def inside(flat: Tensor) -> Tensor:
@@ -502,7 +505,7 @@ class TargetScores:
 
         g = self._scores_at(x0, project)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
-        if self.averaged is None:  # the average is over the sample itself alone
+        if self.averaged is None:  # the average is only over the sample itself
             own, zero = torch.ones_like(alpha), torch.zeros_like(g)
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
@@ -535,7 +538,7 @@ class TargetScores:
         return project(scores.to(wide(data))).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
-        """Return F, or its eigenvalues and eigenvectors, or an estimate from scores g (B, d)."""
+        """Return F or, for a matrix, its eigenvalues and eigenvectors; g (B, d) are the scores."""
         information, (count, d) = self.information, g.shape
         if information is None:
             # Only from the other samples, so that C does not depend on the sample itself.
@@ -564,7 +567,7 @@ Targets = AveragedTargets | TargetScores | Tensor | None
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
-    """Return `targets` if it is None, one of the classes above or, if `tensor`, a tensor."""
+    """Return `targets`, after checking its type; only `tensor=True` allows a tensor."""
     if targets is None or isinstance(targets, (AveragedTargets, TargetScores)):
         return targets
     if tensor and isinstance(targets, Tensor):
@@ -577,7 +580,7 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError if averaged targets would mix samples of different conditions."""
+    """Raise ValueError if averaged targets would mix samples with different conditions."""
     paths: list[str] = []
     averaged = targets.averaged if isinstance(targets, TargetScores) else targets
     if isinstance(averaged, AveragedTargets) and averaged.same is None:

@@ -1,10 +1,10 @@
-r"""The residuals of high-order denoising score matching, and the loss terms, their squares.
+r"""Residuals of high-order denoising score matching, and the loss terms as their squares.
 
 Purpose:
-    f(x, t) = σ_t s(x, t) is the dimensionless score, which is minus the predicted noise.
+    f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise.
     D = ∂f/∂x (σ v) is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the
     gradient of the quadratic form of the Jacobian. For the noise ε in x = α x₀ + σ ε, a residual
-    has conditional mean zero given x if and only if the model is correct at its order.
+    has conditional mean zero given x if and only if the model is correct at the residual's order.
 
 Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
@@ -16,17 +16,17 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     other vectors have the shape (K, B, *), including the residuals r2 and r3; rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). If `targets` average over data, a mean replaces ε, and the covariance C₂ and the third
-    cumulant C₃ about this mean enter: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·). If
-    `targets` use the score of the data, other vectors, which depend on ℓ, replace C₂v and
+    ·). With targets averaged over data, a mean replaces ε, and the covariance C₂ and the third
+    cumulant C₃ about this mean appear: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·).
+    With targets from the score of the data, other vectors, which depend on ℓ, replace C₂v and
     C₃(v, v, ·).
 
 Why lower orders are detached:
-    The detach is part of the method, not an optimisation. If the lower orders are held fixed, they
-    enter the targets of the higher orders with a bounded error: the minimiser of order two is off
-    by exactly ‖ŝ₁ − ∇log q‖², and the minimiser of order three by products of the lower-order
-    errors. If gradients flowed through the lower orders, the higher orders could reduce their loss
-    by making the lower orders worse.
+    Detaching is part of the method, not an optimisation. If the lower orders are held fixed, they
+    add only a bounded error to the targets of the higher orders: the minimiser of order two is off
+    by exactly ‖ŝ₁ − ∇log q‖², and the minimiser of order three is off by products of the
+    lower-order errors. If gradients flowed through the lower orders, the higher orders could
+    reduce their loss by making the lower orders worse.
 
 Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
@@ -35,15 +35,16 @@ Terms of a sample with d elements, averaged over probes:
     of the whole Jacobian and R₃ is the residual of the gradient of its trace. With random probes,
     the second term has the same mean as with "exact"; the means of the trace and third terms are
     larger by the variance over probes, which is zero at the true score. For an unrestricted vector
-    field, the minimiser is the same as with "exact"; for a restricted family, it may differ.
+    field, random probes give the same minimiser as "exact"; for a restricted family, the
+    minimisers may differ.
 
 Precision:
-    Residuals and terms are in at least float32, because a sum of a few thousand squares exceeds
-    the range of float16. The network and its derivatives keep the precision of x.
+    Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
+    exceed the range of float16. The network and its derivatives keep the precision of x.
 
     Only the sum of f = −(p · prediction + q x) and ε matters, so q x is left out of both. For "x0"
-    and "v" near α = 0, f equals q x except for a part of order α. If q x were not left out, r1,
-    which weighting="native" divides by p ~ α, would be the rounding error of a difference.
+    and "v" near α = 0, f equals −q x except for a part of order α. If q x were not left out, r1,
+    which weighting="native" divides by p ~ α, would consist of rounding error.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -75,11 +76,11 @@ class DSMTerms(NamedTuple):
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
         second: ‖r2‖²/d², of shape (B,), or only for the rows that `fraction` selected; None at
-            order 1, and with probes=Paired() if the weight of this term is the number 0.
-        trace: rt²/d², in the shape of `second`; None at order 1.
-        third: ‖r3‖²/d³, in the shape of `second`; None below order 3.
+            order 1; also None with probes=Paired() if the weight of this term is the number 0.
+        trace: rt²/d², with the shape of `second`; None at order 1.
+        third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
-    If each of the last weights is the number 0, the order is lower than the order of the loss.
+    If every weight above some order is the number 0, the terms above that order are None.
     """
 
     first: Tensor
@@ -94,7 +95,7 @@ class DSMTerms(NamedTuple):
 
 
 class Logged:
-    """Attaches t and rows to logged terms, so that both survive repacking by DDP.
+    """Base class that attaches t and rows to logged terms, so that both survive DDP's repacking.
 
     Wrappers such as DistributedDataParallel with static_graph=True rebuild named tuples from their
     entries, so the first entry also carries t and rows.
@@ -112,7 +113,7 @@ class Logged:
 
 
 class LoggedTerms(Logged, DSMTerms):
-    """Detached terms with their times and rows; like `DSMTerms`, they unpack to the four terms.
+    """Detached terms with their times and rows; like a `DSMTerms`, they unpack into four terms.
 
     Attributes:
         t: the times of the batch, (B,).
@@ -140,7 +141,7 @@ class NoisyBatch(NamedTuple):
     def cumulants(
         self, v: Tensor, ell: Tensor, *, third: bool = False
     ) -> tuple[Tensor, Tensor | float]:
-        """Return v − C₂v and C₃(v, v, ·) from v and ℓ; for the drawn noise, they are v and 0."""
+        """Return v − C₂v and C₃(v, v, ·) from v and ℓ; without moments, these are v and 0."""
         if self.moments is None:
             return v, 0.0
         v_minus_C2v, C3v = cumulants(self.moments, v, ell, third=third)
@@ -153,7 +154,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
-    """Multiply the vectors (K, B, *) of every probe and sample by their coefficients (K, B)."""
+    """Multiply vectors (K, B, *) by coefficients (K, B), one for each probe and sample."""
     return expand_right(coefficient, vector) * vector
 
 
@@ -163,7 +164,7 @@ def mean_over_probes(estimates: Tensor) -> Tensor:
 
 
 def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
-    """Return r1 = f + ε, (1, B, *), from the network's prediction at x, in at least float32."""
+    """Return r1 = f + ε, (1, B, *), from the network's prediction at x, as float32 or float64."""
     p, _ = model.model.affine(model.t, batch.x)
     value = -(prediction if p is None else p * prediction)
     return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
@@ -175,10 +176,10 @@ def first_term(residual: Tensor, dimensions: int) -> Tensor:
 
 
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return r2 (K, B, *), rt (K, B) and the target of G, which is the G at which r3 is zero.
+    """Return r2 (K, B, *), rt (K, B) and the target of G, the value of G at which r3 is zero.
 
     `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets. The Laplacian form σ² ∂²f[v, v]
-    equals G where ∂f/∂x is symmetric, and may replace G.
+    equals G where ∂f/∂x is symmetric, and may be used in place of G.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -190,7 +191,7 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
-    """Return each sample's terms: squared residuals along probes (K, B, *) or all unit vectors."""
+    """Return the terms, which are squared residuals along the probes v, for each sample."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(
@@ -224,7 +225,7 @@ def squared_terms(
 
 
 def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
-    """Raise an error if a loss on the CPU is not finite, naming the terms or times at fault."""
+    """Raise an error that names the terms or times at fault if a loss on the CPU is not finite."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}
@@ -240,11 +241,11 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
         )
     if names:
         raise DerivativeError(
-            "network: expected finite derivatives; its outputs are finite, but not the terms "
-            f"{', '.join(names)}. A root or a norm has no derivative at zero: add a small number "
-            "inside it. check_derivatives(model, x0) names the module at fault."
+            "network: expected finite derivatives; its outputs are finite, but the terms "
+            f"{', '.join(names)} are not. A root or a norm has no derivative at zero: add a small "
+            "number under the root. check_derivatives(model, x0) names the module at fault."
         )
     raise ValueError(
-        "loss: expected a finite value; its terms are finite, but not after they are multiplied "
-        "by the weights and the weighting."
+        "loss: expected a finite value; got finite terms whose sum, after multiplication by the "
+        "weights and the weighting, is not finite."
     )

@@ -7,21 +7,21 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     EDMWeighting   1 + (σ̂/σ_d)², which gives the loss of EDM's trainer: λ(σ) ‖x̂₀ − x₀‖² with
                    λ(σ) = (σ² + σ_d²)/(σ σ_d)²
     "likelihood"   ½ (g²/σ²) d divided by the density of t, so that the first term is an unbiased
-                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt; times that the caller passes count as
-                   uniform
+                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt; times that the caller passes are
+                   treated as uniformly distributed
     a callable     W(t), which is also the factor of the higher terms
 
-    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁]. Weightings other than
-    "likelihood" are then multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
-    density of t, so that a sampler changes the variance of a loss but never its mean. With
-    "likelihood", for which this sampler is the default, the factor becomes the constant
-    (u₁ − u₀) d. The first term then counts d g²/(2σ² p) times as much as with "noise", so the
-    weights of the terms have to be chosen anew.
+    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁], and the factors other than
+    that of "likelihood" are multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
+    density of t. The choice of sampler therefore changes the variance of a loss but not the mean.
+    With "likelihood", for which "log_sigma_hat" is the default sampler, the factor becomes the
+    constant (u₁ − u₀) d. With "likelihood", the first term has d g²/(2σ² p) times the weight that
+    it has with "noise", so the weights of the terms have to be chosen anew.
 
-    If the schedule is a table, t is an index i, which "log_sigma_hat" draws with the probability
-    w_i/(u₁ − u₀). Here w_i is the length of the interval of log σ̂ in which u_i is the closest
-    entry. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that integrals over u
-    become trapezoidal sums.
+    If the schedule is a table, t is an index i, which "log_sigma_hat" draws with probability
+    w_i/(u₁ − u₀). Here, w_i is the length of the interval of log σ̂ in which u_i is the closest
+    entry of the table. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that
+    integrals over u become trapezoidal sums.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
@@ -52,18 +52,18 @@ from hosm_losses.schedules import Schedule
 
 @dataclass(frozen=True)
 class EDMWeighting:
-    """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
+    """Weighting that makes the first term equal the loss of EDM's trainer, averaged over elements.
 
     The loss of the trainer is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
-    the denoiser that the network implies, whatever the network predicts, and σ is the noise in
-    units of the data, σ̂ = σ/α.
+    the denoiser implied by the network, whatever the network predicts, and the trainer's σ is the
+    σ̂ = σ/α of this package.
 
     Args:
         sigma_data: σ_d, the standard deviation that the trainer assumes for the data.
 
     Raises:
         TypeError: if sigma_data is not a number.
-        ValueError: if sigma_data is not finite and above 0.
+        ValueError: unless sigma_data is finite and above 0.
 
     Example:
         >>> EDMWeighting()
@@ -73,7 +73,7 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check `sigma_data`; a NumPy number becomes a Python number."""
+        """Check `sigma_data`, and convert a NumPy number to a Python number."""
         what = "a finite number above 0"
         number = check_number("EDMWeighting.sigma_data", self.sigma_data, what, above=0)
         object.__setattr__(self, "sigma_data", number)
@@ -100,7 +100,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     if higher != "noise" and not callable(higher):
         raise (ValueError if isinstance(higher, str | EDMWeighting) else TypeError)(
             "weighting: expected 'noise' or a callable of t for the higher terms, second in the "
-            f"pair; got {higher!r}, which only applies to the first term."
+            f"pair; got {higher!r}, which applies only to the first term."
         )
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
@@ -127,7 +127,7 @@ def draw_time(
     generator: torch.Generator | None,
     time_sampler: TimeSampler = None,
 ) -> Tensor:
-    """Draw a time for every sample of x0, on its device: t of shape (B,)."""
+    """Draw a time for every sample of x0: t of shape (B,), on the device of x0."""
     schedule = model.schedule
     _, _, sampler = _resolve(weighting, time_sampler)
     if callable(sampler):
@@ -153,8 +153,8 @@ def time_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t; other times count as uniform. `dimensions` is d; None
-    means the number of elements of a sample of x0.
+    `drawn` says whether `draw_time` drew t; if not, t is treated as uniformly distributed.
+    `dimensions` is d; None stands for the number of elements in a sample of x0.
     """
     first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"

@@ -1,10 +1,10 @@
 """The network as ε̂(x, t), and as a function of x that losses and likelihoods differentiate.
 
-- `score_model`: `ScoreModel`, a network with its schedule and prediction.
+- `score_model`: `ScoreModel`, a network with its noise schedule and its kind of prediction.
 - `bound`: `BoundModel`, the network's prediction as a function of x, for fixed times and
   conditions.
 - `posterior`: the mean and covariance of clean data given noised data.
-- `conditions`: which tensors of model_kwargs are per sample.
+- `conditions`: which tensors in model_kwargs are per-sample.
 - `subspace`: the linear subspace that contains the data, defined by its projection.
 """
 

@@ -29,14 +29,14 @@ Primitives = Literal["all", "one sample", "none"]
 class BoundModel:
     """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction rather than f = −ε̂, because the term q x in f would hide
-    that a network has lost its own graph.
+    Engines differentiate the prediction rather than f = −ε̂, because the term q x would give f a
+    graph even if the prediction had none.
 
     Attributes:
         model: the score model.
-        t: the times (B,); None until `at` sets them.
+        t: the times (B,), or None if they have not been set yet.
         kwargs: the network's keyword arguments, bound to the batch as described in `conditions`.
-        batch: the number of samples that the arguments were bound to.
+        batch: the number of samples in the batch to which the arguments were bound.
         primitives: which of the safe primitives are active.
     """
 
@@ -47,12 +47,12 @@ class BoundModel:
     primitives: Primitives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the prediction at x; the network is called with copies of the arguments."""
+        """Return the prediction at x; the network is called with copies of its arguments."""
         # A Jet uses its own rules instead of the primitives.
         all_of_them = self.primitives == "all" and not isinstance(x, Jet)
         # PyTorch's own gradient of instance norm is wrong for one sample in channels_last.
         one_sample = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
-        # A network is called several times and may write to its arguments, even to shared ones.
+        # A network is called several times, and may write to its arguments, even to shared ones.
         kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
         with safe_primitives(all_of_them or one_sample, of_one_sample=one_sample):
             if torch.compiler.is_compiling() or len(x) == self.batch:
@@ -78,7 +78,7 @@ class BoundModel:
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
     def at(self, t: Tensor) -> "BoundModel":
-        """Return the same model at times (B,)."""
+        """Return the same model at the times t (B,)."""
         return self._with(leave_inference_mode(t), self.kwargs)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
@@ -87,7 +87,7 @@ class BoundModel:
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
-        """Return the same model for `count` copies of the batch, one after the other."""
+        """Return the same model for `count` copies of the batch, one after another."""
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
@@ -99,11 +99,14 @@ class BoundModel:
         return -apply_affine(self(x), x, *self.model.affine(self.t, x))
 
     def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
-        """Return f, D, and G or C at x along directions w (K, B, *); see `derivatives.derive`."""
+        """Return f and its derivatives at x along w (K, B, *), as `derivatives.derive` does."""
         return self.of_f(derive(self, x, w, **options), x, w)
 
     def of_f(self, prediction: Derivatives, x: Tensor | None, w: Tensor) -> Derivatives:
-        """Convert the prediction's derivatives to derivatives of f, or of f + q x if x is None."""
+        """Convert the derivatives of the prediction to the derivatives of f.
+
+        If x is None, the value among them is that of f + q x instead of f.
+        """
         p, q = self.model.affine(self.t, prediction.value[0])
         third = prediction.third
         return Derivatives(
@@ -115,7 +118,10 @@ class BoundModel:
     def derive_with_products(
         self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any
     ) -> Products:
-        """Return f + q x, D, G or C, (∂f/∂x)ᵀ c and possibly ∂f/∂x c; c is cotangent(f + q x)."""
+        """Return derivatives of f, and products of its Jacobian with c = cotangent(f + q x).
+
+        The value among the derivatives is that of f + q x instead of f.
+        """
         p, q = self.model.affine(self.t, x)
 
         def of_prediction(value: Tensor) -> Tensor:
@@ -138,9 +144,9 @@ def bind_model(
     *,
     graph: bool = True,
 ) -> BoundModel:
-    """Bind the network's keyword arguments, and times (B,), to a batch.
+    """Bind the network's keyword arguments and the times t (B,) to a batch.
 
-    `graph` says whether the network's derivatives are differentiated again.
+    `graph` says whether the network's derivatives will themselves be differentiated.
     """
     kwargs = map_tensors(bind(model_kwargs, batch), leave_inference_mode) if model_kwargs else {}
     primitives = ("all" if graph else "one sample") if model.primitives else "none"
@@ -161,7 +167,7 @@ WRAP_THE_LOSS = (
 
 
 def refuse_wrapped(network: object) -> None:
-    """Raise TypeError for a network in DDP or with compiled, scripted or sharded parts."""
+    """Raise TypeError if the network is in DDP or has compiled, scripted or sharded parts."""
     wrappers, kinds = set[str](), set[type]()
     for part in network.modules() if isinstance(network, nn.Module) else [network]:
         kinds.add(type(part))

@@ -1,12 +1,12 @@
-r"""A network's keyword arguments, and which of their tensors are per sample.
+r"""A network's keyword arguments, and which of their tensors are per-sample.
 
 Purpose:
-    Losses evaluate some rows of a batch, or repeat every row, so the conditions of a sample have
-    to be selected and repeated with the sample. A tensor whose first dimension is the batch size
-    is taken to be per sample, also inside dicts, lists, tuples, named tuples, dataclasses,
-    namespaces and other mappings. A shared table that happens to be as long as the batch must be
-    marked as `Shared(table)`. The decision is made once, when the arguments are bound to a batch:
-    `bind` marks everything that is shared.
+    Losses may select some rows of a batch or repeat every row, so the conditions of a sample have
+    to be selected or repeated along with the sample. A tensor whose first dimension is the batch
+    size is taken to be per-sample, even inside a dict, another mapping, a list, a tuple, a named
+    tuple, a dataclass or a namespace. A shared table that happens to be as long as the batch must
+    be marked as `Shared(table)`. Which tensors are shared is decided once, when the arguments are
+    bound to a batch: `bind` marks everything that is shared.
 """
 
 import copy
@@ -23,7 +23,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """Marks a value in `model_kwargs` that all samples share; the network gets the value itself.
+    """Marks a value in `model_kwargs` that all samples share; the network receives only the value.
 
     The mark is only needed for a tensor whose first dimension may equal the batch size, such as a
     table of positions. `check_derivatives` names the tensors that need the mark.
@@ -56,7 +56,10 @@ Visit = Callable[[str, Any], Any]
 
 
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
-    """Replace every tensor and every Shared; a container with neither is returned unchanged."""
+    """Replace every tensor and every `Shared` with the result of `visit`.
+
+    A container with neither is returned unchanged.
+    """
     # For torch.compile, no types are joined by |, and exact container types come first.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
@@ -81,7 +84,7 @@ def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
 
 
 def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
-    """Return a container of the same kind as `value` with these entries."""
+    """Return a container of the same kind as `value` with the given entries."""
     if isinstance(value, tuple):
         return getattr(value, "_make", type(value))(entries.values())
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
@@ -113,7 +116,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments, with everything that is not per sample marked as Shared."""
+    """Return the arguments, with everything that is not per-sample marked as Shared."""
 
     def visit(_path: str, entry: Any) -> Any:
         own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch
@@ -147,7 +150,7 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Return a note for a network's error, with the number of rows in the call and the shapes."""
+    """Return a note with the number of rows in a failed call and the shapes of its arguments."""
     split: list[str] = []
     unchanged: list[str] = []
 
@@ -160,7 +163,7 @@ def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
     _walk(kwargs, visit)
     note = (
         f"The network was called with {rows} rows for a batch of {batch}: probes repeat samples, "
-        "and fraction and batch_size select some of them."
+        "and fraction and batch_size select some samples."
     )
     if split or unchanged:
         note += (

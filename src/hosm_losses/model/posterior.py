@@ -6,12 +6,12 @@ Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
 
     x̂₀ = p · prediction + q x is affine in the network's prediction, so the covariance is
     σ²/α (p ∂prediction/∂x + q I). If the network predicts x₀, the covariance is σ²/α times the
-    network's Jacobian. For other predictions, p ∂prediction/∂x and q I are both about 1/α, and
-    their sum is about α/σ², which is σ̂² times smaller.
+    network's Jacobian. For other predictions, p ∂prediction/∂x and q I are both about 1/α in
+    size, and their sum is about α/σ², which is smaller by a factor of σ̂².
 
 Source:
-    Efron, "Tweedie's formula and selection bias" (2011). The covariance is in Meng et al., arXiv
-    2111.04726, and in Boys et al., arXiv 2310.06721.
+    Efron, "Tweedie's formula and selection bias" (2011). The formula for the covariance is given
+    by Meng et al., arXiv 2111.04726, and by Boys et al., arXiv 2310.06721.
 """
 
 from collections.abc import Mapping
@@ -41,11 +41,11 @@ Probes = Literal["exact"] | Hutchinson
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PosteriorCovariance:
-    """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
+    """The covariance of x₀ given x_t, as an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    No matrix is stored: each method calls the network once, or twice for a product with the
-    symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, and its
-    symmetric part need not be positive.
+    No matrix is stored; instead, each method calls the network once, or twice for a product with
+    the symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, and its
+    symmetric part need not be positive semidefinite.
     """
 
     _bound: BoundModel  # uses PyTorch's own operators, whose first derivatives are right
@@ -60,27 +60,28 @@ class PosteriorCovariance:
         return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Return the symmetric part of the covariance times v, for each sample."""
+        """Return the product of the covariance's symmetric part with v, for each sample."""
         return self.product(v)
 
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
-        """Return the products of each sample's covariance with its vectors in v.
+        """Return the products of each sample's covariance with that sample's vectors in v.
 
         All K vectors share one forward pass, and each vector needs one backward pass. The
         symmetric part also needs derivatives along v, which more than double the time.
 
         Args:
-            v: vectors (B, *), or K of them for each sample, (K, B, *).
+            v: one vector per sample, (B, *), or K vectors per sample, (K, B, *).
             symmetric: True uses the symmetric part of the operator, since covariances are
                 symmetric. False gives σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v with respect
-                to x. Both products are equal if the network is itself the gradient of a function.
+                to x. The two products are equal if the network is the gradient of a scalar
+                function.
 
         Returns:
             The products, in the shape of v, without a graph.
 
         Raises:
             TypeError: if v is not a tensor.
-            ValueError: if v has another shape.
+            ValueError: if v has the wrong shape.
             DerivativeError: if the network cannot be differentiated.
         """
         x = self._x
@@ -100,7 +101,7 @@ class PosteriorCovariance:
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the variances (B, *): exact, or the mean of v ∘ Σᵀv over random probes v."""
+        """Return the variances (B, *), exactly or as the mean of v ∘ Σᵀv over random probes v."""
         x = self._x
         if isinstance(probes, Hutchinson):
             rng = check_generator(generator, x.device)
@@ -139,7 +140,7 @@ class DenoisingPosterior:
     """The mean and covariance of clean data x₀ given x at time t, as implied by a model.
 
     Attributes:
-        mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` returns it with a graph.
+        mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` keeps the graph.
         covariance: Cov[x₀ | x], an operator.
     """
 
@@ -168,16 +169,16 @@ def denoising_posterior(
         model: the score model.
         x: the noised batch (B, *).
         t: the times (B,) of x, in the schedule's units.
-        model_kwargs: keyword arguments of the network.
+        model_kwargs: keyword arguments for the network.
 
     Returns:
         The posterior, with `.mean` (B, *) and `.covariance`, an operator with `@ v`, `diagonal`,
-        `trace` and `dense`. None of the results has a graph.
+        `trace` and `dense`. No result has a graph.
 
     Raises:
         TypeError: if the network is compiled or wrapped for parallel training, or if an argument
             has the wrong type or dtype.
-        ValueError: if an argument has the wrong shape or device, or a time is out of range.
+        ValueError: if an argument has the wrong shape or device, or if a time is out of range.
 
     Example:
         >>> from hosm_losses import VESchedule

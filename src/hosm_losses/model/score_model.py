@@ -1,4 +1,4 @@
-r"""`ScoreModel`: a network with its schedule and prediction, as a predictor of the noise.
+r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the noise.
 
 Purpose:
     Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
@@ -58,11 +58,11 @@ Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_predicti
 """The quantity that a network predicts; the last four are synonyms, three from diffusers."""
 SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
-    "If the network is wrapped in fully_shard, its parameters are sharded between the steps: call "
+    "If the network is wrapped in fully_shard, its parameters are sharded between steps: call "
     "unshard() on the sharded loss module in every process before this call, and reshard() after."
 )
 CALLED = (
-    "The network was called as network(x, t{}); other arguments go into model_kwargs. If its "
+    "The network was called as network(x, t{}); other arguments belong in model_kwargs. If its "
     "signature differs, set ScoreModel(..., call=lambda network, x, t, **kwargs: network(x)), for "
     "example; set time= if it uses another time, and output= if it returns more than the "
     "prediction."
@@ -70,35 +70,37 @@ CALLED = (
 
 
 class ScoreModel(nn.Module):
-    """A network with its noise schedule and the quantity that it predicts.
+    """A network, its noise schedule and the quantity that the network predicts.
 
     The model registers only the network, as the submodule `network`, unless `time`, `output` or
-    `call` is a Module. The state_dict of the model is therefore the network's state_dict with the
-    prefix "network.".
+    `call` is a Module. The state_dict of the model is therefore the network's state_dict with
+    "network." before every key.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
             shape (B, *) and t of shape (B,). If the network is a function that calls a module, the
             module is not part of the model: `train()`, `eval()`, `to()` and `parameters()` do not
-            reach the module, and copy.deepcopy of the model raises TypeError.
+            reach the module, and copying the model with copy.deepcopy raises TypeError.
         schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
-            data to noise; also "flow_prediction"). Synonyms are stored under the first name.
-        time: the conversion of t to the network's time: a factor, or a callable of t. If None,
-            t itself is passed.
-        output: selects the prediction from the network's output, for example
+            data to noise; also "flow_prediction"). A synonym is stored as the name before the
+            parentheses.
+        time: how t is converted to the network's time, as a factor or a callable of t. If None,
+            the network receives t itself.
+        output: a callable that selects the prediction from the network's output, for example
             `operator.attrgetter("sample")`. If None, the output is the prediction.
-        call: calls a network with a different signature, as `call(network, x, time, **kwargs)`.
-            If None, the network is called as `network(x, time, **kwargs)`.
+        call: a callable for networks with a different signature, used as
+            `call(network, x, time, **kwargs)`. If None, the network is called as
+            `network(x, time, **kwargs)`.
         primitives: whether the losses of orders two and three use the safe primitives.
         subspace: the orthogonal projection onto the subspace that contains the data, for example
-            if their centre of mass is removed. The projection is a callable of samples (n, *) that
-            treats all samples alike and accepts any n and any floating dtype. For samples of more
-            than 4,096 elements, `subspace` must be a pair (projection, dimensions). Noise, probes,
-            latents and predictions are projected, and d is the dimension of the subspace. The
-            first call with samples of a given shape checks the projection and reads a value back
-            to the host.
+            the projection that removes the centre of mass. The projection is called with samples
+            (n, *), and must treat all samples alike and accept any n and any floating-point dtype.
+            For samples of more than 4,096 elements, pass a pair (projection, dimensions). Noise,
+            probes, latents and predictions are projected, and d is the dimension of the subspace.
+            The first call with samples of a given shape checks the projection and reads a value
+            back to the host.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
@@ -157,7 +159,7 @@ class ScoreModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the model; raise TypeError if the network is a function.
 
-        The copy of a function would share the weights that the function uses.
+        A copy of the function would still use the weights of the original.
         """
         if not isinstance(self.network, nn.Module):
             remedy = "Pass a module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
@@ -167,16 +169,16 @@ class ScoreModel(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the model, but not functions or the modules that they refer to."""
+        """Copy the model, but neither functions nor the modules to which functions refer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        # Without copying __dict__: the function that .compile() puts there calls the original.
+        # __dict__ is not copied: the function that .compile() puts there calls the original.
         state: Any = self.__getstate__()
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments for print, leaving out defaults and modules."""
+        """Return the constructor's arguments for printing, without modules and most defaults."""
         parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
         for name in ("network", "time", "output", "call", "subspace"):
             if (value := vars(self).get(name)) is not None:
@@ -184,7 +186,7 @@ class ScoreModel(nn.Module):
         return ", ".join(parts + ["primitives=False"] * (not self.primitives))
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """Return the predicted noise ε̂(x, t), like `noise`."""
+        """Return the predicted noise ε̂(x, t), as `noise` does."""
         return self.noise(x, t, **kwargs)
 
     def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -193,7 +195,7 @@ class ScoreModel(nn.Module):
         Args:
             x: the noised batch (B, *).
             t: the times (B,) of x, in the schedule's units.
-            kwargs: passed to the network unchanged.
+            kwargs: keyword arguments that are passed to the network.
 
         Returns:
             ε̂, in the shape of x.
@@ -214,9 +216,9 @@ class ScoreModel(nn.Module):
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (p, q) in ε̂ = p · prediction + q x, expanded to `like`.
+        """Return (p, q) in ε̂ = p · prediction + q x, expanded to the dimensions of `like`.
 
-        None stands for p = 1 or for q = 0.
+        A p of None stands for 1, and a q of None stands for 0.
         """
         if self.prediction == "epsilon":
             return None, None
@@ -227,9 +229,9 @@ class ScoreModel(nn.Module):
         return alpha / wronskian, -a / wronskian
 
     def affine_of_data(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (p, q) in x̂₀ = p · prediction + q x, expanded to `like`.
+        """Return (p, q) in x̂₀ = p · prediction + q x, expanded to the dimensions of `like`.
 
-        None stands for p = 1 or for q = 0.
+        A p of None stands for 1, and a q of None stands for 0.
         """
         if self.prediction == "x0":
             return None, None
@@ -238,7 +240,7 @@ class ScoreModel(nn.Module):
         return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return ε − q x at x = α x₀ + σ ε, which is p times the network's target."""
+        """Return ε − q x for x = α x₀ + σ ε, which is p times the network's target."""
         if self.prediction in ("epsilon", "score"):
             return noise
         alpha, sigma, a, b = self._target(t, x0)
@@ -247,7 +249,7 @@ class ScoreModel(nn.Module):
     def _target(
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
-        """Return α, σ, a and b for the network's target a x₀ + b ε, all expanded to `like`."""
+        """Return α, σ, a and b for the target a x₀ + b ε, expanded to the dimensions of `like`."""
         alpha, sigma = self.coefficients(t, like)
         alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
@@ -264,12 +266,12 @@ class ScoreModel(nn.Module):
         raise ValueError(error_message("prediction", "a kind with a formula", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return the squared error of the prediction per unit squared error of ε̂, (B,)."""
+        """Return the ratio (B,) of the prediction's squared error to the squared error of ε̂."""
         p, _ = self.affine(t, like)
         return torch.ones_like(self.time_in(t, like)) if p is None else 1 / p.flatten().square()
 
     def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """Return s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
+        """Return s(x, t) = −ε̂/σ, the estimate of ∇ log q_t(x)."""
         return -self.noise(x, t, **kwargs) / expand_right(self.coefficients(t, x)[1], x)
 
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -279,7 +281,7 @@ class ScoreModel(nn.Module):
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def project(self, vectors: Tensor, leading: int = 1) -> Tensor:
-        """Return vectors (B, *) projected onto the subspace, or unchanged if `subspace` is None.
+        """Project vectors (B, *) onto the subspace; return them unchanged if `subspace` is None.
 
         `leading` is the number of dimensions before a sample's dimensions: 2 for probes (K, B, *).
         """
@@ -295,9 +297,9 @@ class ScoreModel(nn.Module):
         return projected if leading == 1 else projected.reshape(vectors.shape)
 
     def subspace_of(self, name: str, x: Tensor) -> Subspace:
-        """Return the subspace for samples like x (B, *), which have to lie in it.
+        """Return the subspace for samples like x (B, *), and check that x lies in the subspace.
 
-        The projection is checked for the first samples of each shape and dtype.
+        The projection is checked on the first samples of each shape and dtype.
         """
         assert self.subspace is not None
         key = tuple(x.shape[1:]), x.dtype
@@ -309,16 +311,16 @@ class ScoreModel(nn.Module):
         return self._subspaces[key]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) at t, each of shape (B,), in the precision of t but at least float32.
+        """Return (α, σ) at t, both of shape (B,), in the dtype of t or, if wider, in float32.
 
-        For integer t, the precision of `like` is used instead of the precision of t.
+        For integer t, the dtype of `like` is used instead of the dtype of t.
         """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
         """Return t as the schedule expects it.
 
-        Integer indices are converted to the precision of `like`.
+        Integer indices are converted to the dtype of `like` or, if wider, to float32.
         """
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
@@ -346,7 +348,7 @@ class ScoreModel(nn.Module):
     def network_arguments(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return x, the times and the keyword arguments that are passed to the network."""
+        """Return x, the times and the keyword arguments as they are passed to the network."""
         # Copies, because a network may write to its arguments. A Jet is made for the call anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if self.subspace is not None:
@@ -358,7 +360,7 @@ class ScoreModel(nn.Module):
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
-        """Return a note for an error of a network that was called with the wrong dtypes."""
+        """Return a note if wrong dtypes or sharded parameters may have caused the error."""
         if "DTensor" in str(error):
             return UNSHARD
         dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
@@ -378,14 +380,17 @@ class ScoreModel(nn.Module):
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Return whether our call raised this TypeError, rather than code inside the network."""
+    """Return whether this TypeError comes from our call and not from code inside the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """Return p · part + q x for (p, q) from `ScoreModel.affine`; None means 1 or 0."""
+    """Return p · part + q x for (p, q) from `ScoreModel.affine`.
+
+    A p of None stands for 1; a q or an x of None stands for 0.
+    """
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
 
@@ -401,7 +406,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Return `t` if it holds times (B,) in the range of the schedule, or indices of a table."""
+    """Return `t` if it contains times (B,) in the schedule's range, or indices into its table."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

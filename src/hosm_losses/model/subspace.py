@@ -1,14 +1,15 @@
-r"""The linear subspace that contains the data, such as positions without their centre of mass.
+r"""The linear subspace that contains the data, such as the subspace of centred positions.
 
 Purpose:
-    P is an orthogonal projection, the same for every sample, onto a subspace of d − k of the d
+    P is the orthogonal projection, the same for every sample, onto a subspace with d − k of the d
     dimensions. If Q has orthonormal columns, P = Q Qᵀ and x = Q y, then all results are the same
     as in the d − k coordinates y. Data, noise and probes lie in the subspace, and the
     network is treated as P network(P x), whose Jacobian and higher derivatives stay in the
     subspace.
 
 Formula:
-    d − k = tr P. The sum over the subspace of a diagonal h that commutes with P is Σ_i P_ii h_i.
+    d − k = tr P. On the subspace, a diagonal matrix h that commutes with P has the trace
+    Σ_i P_ii h_i.
 """
 
 from collections.abc import Callable
@@ -27,12 +28,12 @@ TRACED = 4096  # the trace of P is computed if a sample has at most this many el
 VECTORS = 16  # the number of random vectors on which P is checked
 ROUNDING = 1e-6  # the relative rounding error that is tolerated in float64
 ERRORS = 6.0  # standard errors by which the dimensions may differ from an estimate
-# How far x may lie off the subspace, relative to the size of the data; at least 4 ε of its dtype.
+# How far x may lie from the subspace, relative to the size of the data; at least 4 ε of its dtype.
 OFF = 1e-4
 
 
 class Subspace(NamedTuple):
-    """Properties of the projection, for samples of one shape."""
+    """Properties of a projection for samples of a given shape."""
 
     dimensions: int  # d − k
     diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d if P_ii is not known
@@ -50,12 +51,12 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
     """Return the properties of a projection for samples like x, reading values back to the host.
 
     Raises ValueError unless the projection is symmetric and idempotent, treats samples
-    independently and, if `dimensions` is not None, has the rank `dimensions`.
+    independently and, if `dimensions` is not None, has rank `dimensions`.
     """
 
     def project_or_explain(vectors: Tensor) -> Tensor:
         expected = f"a projection that returns tensors like its argument, {tuple(vectors.shape)}"
-        remedy = "It receives samples only, but any number: a mask must fit all of them."
+        remedy = "It receives only samples, in any number: a mask must fit all of them."
         try:
             projected: object = project(vectors.clone())
         except (RuntimeError, TypeError, ValueError) as error:
@@ -92,7 +93,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
         remedy = "It must remove an orthogonal part, as x - x.mean(1, keepdim=True) does."
         require(symmetric, orthogonal, "one that is not symmetric", remedy)
         again = project_or_explain(Pv)
-        remedy = "Applying it twice must give the same result."
+        remedy = "Applying it twice must give the same result as applying it once."
         require((again - Pv).abs().max() < size, orthogonal, "one that is not idempotent", remedy)
         if d <= TRACED:
             units = (chunk.flatten(0, 1) for chunk in unit_vector_chunks(v[:1]))
@@ -129,7 +130,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
 
 
 def check_on_subspace(name: str, x: Tensor, project: Projection) -> None:
-    """Raise ValueError if a CPU tensor differs from its projection by more than rounding."""
+    """Raise ValueError if a CPU tensor differs from its projection by more than rounding error."""
     if not can_read_values(x):
         return
     off = float((x - project(x)).detach().abs().max())

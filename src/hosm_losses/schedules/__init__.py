@@ -1,12 +1,12 @@
 """Noise schedules: α(t), σ(t) and derived quantities.
 
-- `base`: `Schedule`, whose subclasses only define alpha and sigma, and the checks that
-  run when a ScoreModel is built.
+- `base`: `Schedule`, whose subclasses only have to define alpha, sigma, t_min and t_max, and
+  `check_schedule`, which runs when a ScoreModel is built.
 - `continuous`: VP, VE, sub-VP, cosine, linear flow and EDM.
-- `discrete`: `DiscreteSchedule`, a table of ᾱ whose t is the index.
+- `discrete`: `DiscreteSchedule`, a table of ᾱ, in which t is the index.
 
-To add a schedule, write one class in `continuous` and export it here and, if it is public, from
-`hosm_losses`. No other module refers to schedules by name: each accepts any `Schedule`.
+To add a schedule, write one class in `continuous`, and export the class here and, if it is public,
+from `hosm_losses`. Losses and likelihoods accept any `Schedule` and refer to none by name.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

@@ -1,14 +1,15 @@
-r"""The base class of noise schedules, which derives everything from α and σ, and its checks.
+r"""The base class of noise schedules, and the checks that every schedule has to pass.
 
 Formula:
-    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], where t_min is the data end; σ̂ = σ/α. With log σ̂ as
-    the time, every schedule is the same diffusion dx = f x dt + g dw.
+    x_t = α(t) x₀ + σ(t) ε for t in [t_min, t_max], with the data at t_min; σ̂ is σ/α. A schedule
+    defines a diffusion dx = f x dt + g dw; with log σ̂ as the time, x/α follows the same diffusion
+    for every schedule.
 
-Checks when a ScoreModel is built:
+Checks made when a ScoreModel is built:
     α and σ must be positive. log σ̂ must grow from the data at t_min to the noise at t_max, and its
-    derivative must be positive too. `time` must be the inverse of log σ̂. All of this is checked on
-    a grid, on the CPU in float64, whatever the device of the model, so that nothing is read from
-    an accelerator.
+    derivative must also be positive. `time` must be the inverse of log σ̂. All of this is checked
+    on a grid, on the CPU in float64, whatever the model's device, so that nothing is read from an
+    accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -65,18 +66,19 @@ class Schedule:
     """A noise schedule; a subclass only has to define alpha, sigma, t_min and t_max.
 
     σ/α must grow with t: the data are at t_min. By default, the inverse `time` is computed by
-    bisection and the derivatives are computed by `torch.func`. The schedules of this package have
-    closed forms for `time` and `squared_diffusion`, which losses and likelihoods call.
+    bisection, and the derivatives are computed using `torch.func`. The schedules in this package
+    have closed forms for `time` and `squared_diffusion`, which losses and likelihoods call.
 
-    t is a tensor of any shape, a number or an array. Methods return tensors with the shape, device
-    and dtype of t, but in at least float32. Integers are converted to the default dtype, and
-    numbers and arrays are converted to CPU tensors, whatever the default device.
+    t may be a tensor of any shape, a number or an array. Methods return tensors with the shape,
+    device and dtype of t, except that dtypes narrower than float32 become float32. Integers are
+    converted to the default dtype, and numbers and arrays are converted to CPU tensors, whatever
+    the default device.
 
-    If you write `alpha` and `sigma` yourself, they are only called with floating-point tensors.
-    `alpha` and `sigma` must return a tensor like t and must not use tensors on another device. A
-    ScoreModel checks these rules when it is built.
+    If you write your own `alpha` and `sigma`, both are called only with floating-point tensors.
+    `alpha` and `sigma` must return tensors with the shape, dtype and device of t, and must not use
+    tensors on other devices. A ScoreModel checks these rules when it is built.
 
-    The check runs in float64, but losses call `alpha` and `sigma` in float32, in which 1 − α²
+    The check runs in float64, but losses call `alpha` and `sigma` in float32, where 1 − α²
     keeps few digits near t_min. If α = exp(−B/2), compute σ as torch.sqrt(-torch.expm1(-B)).
 
     Example:
@@ -95,7 +97,7 @@ class Schedule:
     _starts_at_data: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        """Return the name and the range, if the class has one."""
+        """Return the class name and the range; undefined ends of the range are None."""
         low, high = (getattr(self, name, None) for name in ("t_min", "t_max"))
         return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
@@ -114,7 +116,10 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior; it is 1 if σ ends near 1 by design, else σ(t_max)."""
+        """Standard deviation of the prior.
+
+        The value is 1 if σ is designed to end near 1, and σ(t_max) otherwise.
+        """
         if self._prior_std is not None:
             return self._prior_std
         end = torch.tensor(self.t_max, dtype=torch.float64, device="cpu")
@@ -133,7 +138,7 @@ class Schedule:
         return float(low), float(high)  # under an older torch.func, tolist() fails
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t at which log σ̂ has this value, clipped to [t_min, t_max].
+        """Return the t at which log σ̂ has the given value, clipped to [t_min, t_max].
 
         In a subclass with a closed form, the result can be differentiated. Otherwise, t is
         computed by bisection and has no derivative.
@@ -170,9 +175,12 @@ class Schedule:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw (batch,) times for training, uniform in [t_min, t_max] except for `EDMSchedule`.
+        """Draw (batch,) times for training, by default uniformly in [t_min, t_max].
 
-        If `device` is None, the times are on the generator's device or on the default device.
+        `EDMSchedule` draws log σ from a normal distribution, and a table draws whole indices.
+
+        If `device` is None, the times are on the generator's device or, if there is no generator,
+        on the default device.
         """
         if device is None and generator is not None:
             device = generator.device
@@ -187,7 +195,7 @@ class Schedule:
         return t.clamp(float(self.t_min), float(self.t_max))
 
     def _training_time(self, log_sigma_hat: Tensor) -> Tensor:
-        """Return the time at this log σ̂, or a whole index if the schedule is a table."""
+        """Return the time at the given log σ̂, or the nearest index if the schedule is a table."""
         t = self.time(log_sigma_hat)
         return t.round().long() if self.integer_time else t
 
@@ -212,7 +220,7 @@ class Schedule:
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """Return t as a tensor in at least float32; numbers, arrays and lists become CPU tensors."""
+    """Return t as a tensor in float32 or wider; numbers, arrays and lists become CPU tensors."""
     if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
         raise TypeError(error_message("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
@@ -228,7 +236,7 @@ def as_time(t: Tensor | float) -> Tensor:
 def check_schedule(schedule: object) -> Schedule:
     """Return `schedule` if it is valid.
 
-    Values are not checked while `torch.compile` traces, or under a fake tensor mode.
+    Values are not checked while `torch.compile` is tracing or under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
         remedy = "For a scheduler of diffusers, use from_diffusers(network, scheduler)."
@@ -250,13 +258,13 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _check_values(schedule: Schedule, t: Tensor) -> None:
-    """Raise ValueError for the first rule that is broken at the increasing times t."""
+    """Raise ValueError for the first rule that is broken at the times t, which are increasing."""
     name = type(schedule).__name__
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     u = sigma.log() - alpha.log()
     grows = f"log(sigma/alpha) of {name} to grow with t"
     if (i := _first_broken(u.diff() > 0)) is not None:
-        got = f"one that does not from t = {t[i]:g} to t = {t[i + 1]:g}"
+        got = f"one that does not grow from t = {t[i]:g} to t = {t[i + 1]:g}"
         raise ValueError(error_message("schedule", grows, schedule, RANGE, got=got))
 
     # `time` must be the inverse of log σ̂, clipped beyond both ends.
@@ -270,7 +278,9 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
             "Return self.clip(t) from time and override log_sigma_hat too, or subclass "
             "Schedule, where both follow from alpha and sigma."
         )
-        raise ValueError(error_message("schedule", expected, schedule, remedy, got="another"))
+        raise ValueError(
+            error_message("schedule", expected, schedule, remedy, got="another function")
+        )
 
     # g² = 2 σ² d log σ̂/dt > 0
     inner = t[0] + (t[-1] - t[0]) * torch.tensor(INNER, dtype=t.dtype, device=t.device)
@@ -293,12 +303,12 @@ def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
 
 
 def _first_broken(holds: Tensor) -> int | None:
-    """Return the first index at which a condition is False; None if it holds everywhere."""
+    """Return the first index at which a condition is False, or None if it holds everywhere."""
     return None if holds.all() else int(holds.int().argmin())
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
-    """Return a method's values at t; raise TypeError unless they are a tensor like t."""
+    """Return a method's values at t; raise TypeError unless the result is a tensor like t."""
     value = getattr(schedule, method)(t.clone())
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:

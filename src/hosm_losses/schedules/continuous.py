@@ -7,8 +7,8 @@ Source:
 
 Precision:
     1 − α² loses all digits near t_min, so σ is computed with expm1 or as a product of sines, and
-    is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, in which no digits
-    cancel.
+    is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, which loses no
+    digits to cancellation.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -31,12 +31,12 @@ LEAST_MASS = 1e-9
 
 
 class Parametric(Schedule):
-    """A schedule with a few parameters, which must satisfy its `_rules`."""
+    """A schedule whose parameters must satisfy its `_rules`."""
 
     _rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Convert every parameter with a rule to a float, and check the rule."""
+        """Convert every parameter that has a rule to a float, and check all rules."""
         for rule in ("t_min < t_max", *self._rules):
             left, order, right = rule.split()
             values = {name: self._number(name) for name in (left, right) if hasattr(self, name)}
@@ -55,7 +55,7 @@ class Parametric(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class _LinearBeta(Parametric):
-    """Base class of VP and sub-VP, which defines β, its integral B, α and the inverse of B."""
+    """The base class of VP and sub-VP; it defines β, its integral B, α and the inverse of B."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -300,8 +300,8 @@ class EDMSchedule(Parametric):
         normal = torch.randn(shape, **options)
         sign, low, high, inside = self._standard
         z = sign * normal.to(torch.float32 if normal.device.type == "mps" else torch.float64)
-        # A draw's quantile within its tail, uniform in [0, 1], becomes its quantile inside the
-        # range.
+        # The quantile of a draw within its tail, uniform in [0, 1], becomes its quantile inside
+        # the range.
         below = 0.5 * (1 + torch.erf(z / SQRT_2)) / _mass_below(low)
         above = 0.5 * (1 - torch.erf(z / SQRT_2)) / _mass_below(-high)
         mass = _mass_below(low) + inside * torch.where(z < low, below, above)
@@ -316,9 +316,9 @@ class EDMSchedule(Parametric):
 
     @property
     def _standard(self) -> tuple[int, float, float, float]:
-        """A sign, the range of sign · z for standard normal z, and the probability mass inside it.
+        """A sign, the range of sign · z for a standard normal z, and the mass inside this range.
 
-        The sign moves most of the range below 0, where probabilities keep their digits.
+        The sign places most of the range below 0, where probabilities keep their digits.
         """
         low, high = (
             (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf
@@ -334,5 +334,5 @@ class EDMSchedule(Parametric):
 
 
 def _mass_below(z: float) -> float:
-    """Return the probability of the standard normal distribution below z."""
+    """Return the probability that a standard normal variable is below z."""
     return 0.5 * math.erfc(-z / SQRT_2)

@@ -55,7 +55,7 @@ class Table:
         return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """Return the numbers and the slopes after them, (2, N), in `like`'s dtype and device."""
+        """Return the numbers and the slopes after them, (2, N), with `like`'s dtype and device."""
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
@@ -69,7 +69,7 @@ class Table:
         return copy
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """Return the interpolated number at the index t; raise ValueError outside the table."""
+        """Return the interpolated number at index t; raise ValueError if t is out of range."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)
@@ -85,7 +85,7 @@ class Table:
         return left + (value - low) / (high - low)
 
     def slope(self, t: Tensor) -> Tensor:
-        """Return the slope after the entry at or before the index t, or the last slope."""
+        """Return the slope just after the index t or, at the end of the table, just before it."""
         return _entries(self.beside(t)[1], self._left(t))
 
     def _left(self, t: Tensor) -> Tensor:
@@ -94,21 +94,22 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class DiscreteSchedule(Schedule):
-    """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
+    """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index 0 … N−1, an integer or a float.
 
-    Between the entries, log σ̂ is linear in t. Losses draw integer indices, with any time_sampler,
-    and replace integrals over t by sums, using the trapezoidal rule. Likelihoods also evaluate the
-    schedule at fractional indices. On the CPU, an index outside the table raises ValueError; on
-    accelerators, indices are not checked, to avoid a synchronisation.
+    Between the entries, log σ̂ is linear in t. With either of the named time samplers,
+    losses draw integer indices and replace integrals over t with trapezoidal sums. Likelihoods
+    also evaluate the schedule at fractional indices. On the CPU, an index outside the table raises
+    ValueError; on accelerators, indices are not checked, to avoid a synchronisation.
 
     Args:
-        alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
-            tensor with one dimension. The table is stored as a tuple.
+        alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, with every entry in (0, 1), as a list,
+            an array or a one-dimensional tensor. The table is stored as a tuple.
 
     Raises:
         TypeError: if the table contains anything other than real numbers.
-        ValueError: if the table has the wrong shape or does not decrease within (0, 1). If the
-            table ends at ᾱ = 0 (zero terminal SNR), σ̂ is infinite at the end: omit the last entry.
+        ValueError: if the table has the wrong shape, does not decrease, or is not within (0, 1).
+            If the table ends at ᾱ = 0 (zero terminal SNR), σ̂ is infinite at the end: omit the last
+            entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -124,7 +125,7 @@ class DiscreteSchedule(Schedule):
     _log_sigma_hat: Table = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Store the table as a tuple of floats, which is hashable, picklable and on no device."""
+        """Store the table as a tuple of floats: hashable, picklable and not tied to a device."""
         table = _numbers("alphas_cumprod", self.alphas_cumprod)
         rising = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
         if len(table) < 2 or len(rising) or not (table[-1] > 0 and table[0] < 1):
@@ -174,8 +175,8 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
 
-        `scaled` uses equal steps of √β, like "scaled_linear" in diffusers. A ValueError says which
-        of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
+        With `scaled`, the steps of √β are equal, as for "scaled_linear" in diffusers. ValueError
+        is raised unless 0 < beta_start ≤ beta_end < 1 and steps ≥ 2.
 
         Example:
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
@@ -194,8 +195,7 @@ class DiscreteSchedule(Schedule):
         """Return the cosine schedule, ᾱ_i ∝ cos²(π/2 (t + s)/(1 + s)) at t = (i + 1)/steps.
 
         The offset is s. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
-        stays above 0. A ValueError says which of steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1 does
-        not hold.
+        stays above 0. ValueError is raised unless steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1.
 
         Example:
             >>> DiscreteSchedule.cosine()
@@ -211,7 +211,7 @@ class DiscreteSchedule(Schedule):
         return f"{type(self).__name__}({_describe(np.asarray(self.alphas_cumprod))})"
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
-        """Return log σ̂ at the index t, which is linear between the entries of the table."""
+        """Return log σ̂ at the index t, interpolated linearly between the entries of the table."""
         return self._log_sigma_hat(t)
 
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -227,7 +227,7 @@ class DiscreteSchedule(Schedule):
         return -0.5 * self.squared_diffusion(t)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """Return g² = 2 σ² d log σ̂/dt, with the slope between the entries around t."""
+        """Return g² = 2 σ² d log σ̂/dt, using the slope between the entries around t."""
         t = as_time(t)
         return 2 * torch.sigmoid(2 * self.log_sigma_hat(t)) * self._log_sigma_hat.slope(t)
 
@@ -253,10 +253,10 @@ class DiscreteSchedule(Schedule):
 def step_labels(
     schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return the map from an index of a respaced table to the network's time, factor · step.
+    """Return the map from an index into a respaced table to the network's time, factor · step.
 
     `respaced` lists the steps of the full table that the schedule kept. Between two of these
-    steps, the result is the step with the same noise as the index, by interpolation. Since α falls
+    steps, the step that has the same noise as the index is found by interpolation. Since α falls
     smoothly from 1, the slope of α halfway between two respaced steps is taken to be the mean
     slope between them, and the slope is taken to be linear between such midpoints.
     """
@@ -273,7 +273,7 @@ def step_labels(
 
 
 def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
-    """Return factor · step at the index t; `places` has the indices of the steps from `first`."""
+    """Return factor · step at index t; `places` lists the index of every step from `first` on."""
     t = as_time(t)
     check_range("t", t, places.values[0], places.values[-1])
     return factor * (first + places.inverse(t))

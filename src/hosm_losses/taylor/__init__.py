@@ -1,4 +1,4 @@
-r"""Derivatives of a function along directions, from a single call.
+r"""Derivatives of a function along directions, computed by calling the function once.
 
 `jet` and `laplacian` are for users. The engine below them needs only PyTorch:
 
@@ -9,62 +9,63 @@ r"""Derivatives of a function along directions, from a single call.
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, on a `Jet` in place of x. A Jet is a tensor that looks like x and
-    carries a stack (C, B, *): its value, its first derivatives (one along each direction l) and
-    its second derivatives (twice along each l). PyTorch passes each function that is called on a
-    Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the
-    stack of y = f(x) from the stack of x by the chain rule:
+    The function is called once, with a `Jet` in place of x. A Jet is a tensor that looks like x
+    and carries a stack (C, B, *): the value, the first derivatives (one along each direction l)
+    and the second derivatives (taken twice along each l). PyTorch passes each function that is
+    called on a Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule
+    computes the stack of y = f(x) from the stack of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated on its own, by `torch.func.jvp`. Calls that could
-    give wrong derivatives raise `TaylorError`, for example calls of a custom autograd.Function, or
-    calls with complex numbers outside rotary embeddings.
+    A function without a rule is differentiated separately, by `torch.func.jvp`. Calls that could
+    give wrong derivatives, such as calls to a custom autograd.Function or calls with complex
+    numbers outside rotary embeddings, raise `TaylorError`.
 
 Kinds of rules, with an example of each:
-    linear: ∂²f is zero, so the rule is the function itself, applied to one component after another
-        or to the whole stack, with axes shifted by one.
+    linear: ∂²f is zero, so the rule is the function itself, which is applied either to each
+        component in turn or, with axes shifted by one, to the whole stack.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
-    bilinear: y_l = a_l · b + a · b_l, and so on: `product_rule` does the rest.
+    bilinear: y_l = a_l · b + a · b_l, and so on, all computed by `product_rule`.
 
         @rule("mul", several=True, kind="bilinear")
         def multiply(a, b):
             return product_rule(a, b, torch.mul, ndim)
 
-    pointwise: a generator of the function and its first three derivatives at x. The third
-    derivative is needed for gradients, which are written once for all pointwise rules; see
+    pointwise: a generator that yields the function's value and first three derivatives at x. The
+    third derivative is needed for gradients, whose code all pointwise rules share; see
     `pointwise`.
 
         @pointwise("exp")
         def _exp(x):
             return repeat(torch.exp(x), 4)
 
-    composite: made of a few other functions. `ops` provides torch's functions or their rules.
+    composite: composed of a few other functions. `ops` provides torch's functions for plain
+    tensors, and the rules of these functions for Jets.
 
         @composite(F.glu)
         def _glu(ops, input, dim=-1):
             value, gate = ops.chunk(input, 2, dim)
             return ops.mul(value, ops.sigmoid(gate))
 
-    A rule of another kind, such as the rule for softmax, computes with stacks directly. The page
-    "Inside the engines" says how to add and test a rule.
+    A rule of another kind, such as the rule for softmax, operates on stacks directly. The page
+    "Inside the engines" explains how to add and test a rule.
 
 Source:
     Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 
 Files, from the bottom up:
-- `_torch`, `stacks`: private names of PyTorch; stacks of components.
-- `registry`: the rule of each function; errors; hooks inside a network.
+- `_torch` and `stacks`: PyTorch's private names, and stacks of components, respectively.
+- `registry`: the rule for each function; errors; hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments for the backward
   passes.
-- `primitives`: operators with a correct double backward, and the mode that substitutes them for
-  PyTorch's operators in reverse mode.
-- `jets`: the Jet, how a function is called on a Jet, and `jet` and `laplacian`.
+- `primitives`: operators with a correct double backward, and the `TorchFunctionMode` that
+  substitutes them for PyTorch's operators during reverse-mode differentiation.
+- `jets`: the class `Jet`, function calls on Jets, and the functions `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
-  the rules, registered on import, each next to its gradients.
+  the rules, which are registered on import, each defined next to its gradients.
 """
 
 from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401

@@ -1,4 +1,4 @@
-"""Private names of PyTorch that the engine needs, and queries about what surrounds a call.
+"""Private names of PyTorch that the engine needs, and queries about the context of a call.
 
 PyTorch does not keep private names stable. `tests/taylor/test_torch.py` tests the names that could
 change silently, and lists the PyTorch versions that have them. If one of these tests fails, this
@@ -40,12 +40,12 @@ def carries_gradient(x: object) -> bool:
 
 
 def saving_hooks() -> Any:
-    """The innermost saved-tensor hooks; None if there are none or this PyTorch cannot tell."""
+    """The innermost saved-tensor hooks; None if there are none or PyTorch cannot report them."""
     return None if _look is None or torch.compiler.is_compiling() else _look(True)
 
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
-    """The innermost saved-tensor hook if it is of this `kind`, by default a checkpoint's."""
+    """The innermost saved-tensor hook if it has this `kind` (default: a checkpoint's hook)."""
     if _look is None or torch.compiler.is_compiling():
         return None
     hook, _ = _look(True) or (None, None)
@@ -72,12 +72,12 @@ def autocast_type(x: Tensor) -> torch.dtype:
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """Return a tensor in the dtype in which autocast multiplies it."""
+    """Cast a tensor to the dtype in which autocast multiplies it."""
     return x.to(autocast_type(x))
 
 
 def _autocast(kind: str) -> bool:
-    """Whether autocast is on for a device type; some, such as meta, do not support it."""
+    """Whether autocast is on for a device type; some types, such as meta, do not support it."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -94,14 +94,14 @@ def in_custom_function() -> bool:
 
 
 def forward_mode_on() -> AbstractContextManager[object]:
-    """Return a context manager within which `in_custom_function` ignores what is outside it."""
+    """Return a context manager that hides its surroundings from `in_custom_function`."""
     if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
         return nullcontext()
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
 def operators(name: str) -> list[Any]:
-    """The operators of torch.ops.aten behind a function of this name, with their overloads."""
+    """The operators in torch.ops.aten that implement a function of this name, with overloads."""
     overloads: list[Any] = []
     for aten_name in (name, f"linalg_{name}", f"_linalg_{name}"):
         packet = getattr(torch.ops.aten, aten_name, None)
@@ -125,7 +125,7 @@ of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def will_run(node: object) -> bool:
-    """Whether the running backward pass needs a node's gradient; the node may be None."""
+    """Whether the current backward pass needs a node's gradient; the node may be None."""
     if node is None:
         return False
     try:
@@ -135,7 +135,7 @@ def will_run(node: object) -> bool:
 
 
 def shell(kind: type[Tensor], stack: Tensor) -> Any:
-    """A data-free tensor of a subclass, with the properties of a stack's first entry."""
+    """A data-free tensor of a subclass, with the metadata of a stack's first entry."""
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
@@ -156,13 +156,16 @@ def has_alias(x: Tensor) -> bool:
 
 
 def swap(a: Tensor, b: Tensor) -> None:
-    """Swap two tensors in place; raises RuntimeError for views, weak references or a graph."""
+    """Swap two tensors in place.
+
+    Raises RuntimeError if a view, a weak reference or a graph of either tensor prevents the swap.
+    """
     with without_subclasses():
         torch.utils.swap_tensors(a, b)
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
-    """Leave torch.inference_mode, which forbids all derivatives, but keep gradients off."""
+    """Leave torch.inference_mode, which forbids all derivatives, but keep gradients disabled."""
     # In PyTorch 2.6, torch.compile cannot trace generator-based context managers.
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
@@ -176,18 +179,18 @@ def _left() -> Iterator[None]:
 
 
 def leave_inference_mode(tensor: Tensor) -> Tensor:
-    """Clone an inference-mode tensor so that autograd can save it; return any other unchanged."""
+    """Clone an inference-mode tensor for autograd to save; return any other tensor unchanged."""
     made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if made_in_it else tensor
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was changed in place; an empty list under torch.compile."""
+    """Return how often each tensor was changed in place, or an empty list under torch.compile."""
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def forward_mode() -> AbstractContextManager[object]:
-    """Return a lock for torch.func.jvp, whose levels are shared by the whole process."""
+    """Return a lock for calls to torch.func.jvp, whose levels are shared by the whole process."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

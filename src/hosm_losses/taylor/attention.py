@@ -1,6 +1,6 @@
-r"""Softmax with its gradients, and attention: two matrix products and a softmax.
+r"""Softmax with its gradients, and attention, which is two matrix products and a softmax.
 
-Formula of p = softmax(x), where ⟨z⟩ is the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
+Formulas for p = softmax(x), where ⟨z⟩ is the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
     p_l = p u_l        p_ll = p c̃, where c = u_l² + x_ll
 
 Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index sums over
@@ -11,15 +11,15 @@ w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x      w − p Σ w
     These formulas need the result, but not x, so only the result is kept.
 
-Second gradients: the gradients in x and x_l are differentiated again, with respect to the result
-and its cotangents, for the case without p_ll. With cotangents A of the gradient in x and B_l of
-the gradient in x_l, Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+Second gradients: the gradients with respect to x and x_l are themselves differentiated with
+respect to the result and its cotangents, in the case without p_ll. For cotangents A and B_l of the
+gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
     in a      p Ã
     in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-Attention's product with the values also saves this result, unless rounding or dropout comes in
+Attention's product with the values saves the same result, unless rounding or dropout comes in
 between. In half precision, gradients are as accurate as PyTorch's, which are also computed from a
 rounded result.
 """
@@ -176,13 +176,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow anything; PyTorch's attention gives zeros for all other rows."""
+    """Which rows of a mask allow any key; PyTorch's attention returns zeros for all other rows."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add to logits; rows that allow nothing get zeros, to avoid NaN."""
+    """A mask as numbers to add to logits; rows that allow no key get zeros, to avoid NaN."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)
@@ -229,7 +229,7 @@ def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]
     # Reshape (L, N, E) to (N, heads, L, E/heads).
     q, k, v = (ops.permute(ops.unflatten(x, -1, (heads, -1)), (1, 2, 0, 3)) for x in parts)
     mask = _merge_masks(*masks, heads)
-    if need_weights and mask is not None:  # PyTorch returns NaN for a row that allows nothing
+    if need_weights and mask is not None:  # PyTorch returns NaN for a row that allows no key
         mask = _additive_mask(mask, q.dtype).masked_fill(~_allows_any(mask), math.nan)
     dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
     mixed, weights = _attend(ops, q, k, v, mask, dropout_p)

@@ -5,12 +5,13 @@ function of torch or torch.nn.functional, or a method of Tensor. On plain tensor
 function itself; on Jets, its rule. If a body called `torch.softmax(x, -1)` directly,
 torch.compile would mistake a Jet for a plain tensor.
 
-With `primitive=True`, the body also replaces the operator when reverse mode differentiates a
-network; see `primitives`.
+With `primitive=True`, the body also replaces the operator when a network is differentiated in
+reverse mode; see `primitives`.
 
-Lengths of vectors, and quantities derived from lengths, such as distances, angles and spreads, are
+Lengths of vectors, and quantities derived from lengths (distances, angles and spreads), are
 composites because PyTorch's own forward-mode formulas cannot be differentiated again where they
-fill in a zero. A length has no derivative at zero; as in PyTorch, it is treated as constant there.
+substitute a zero. A length has no derivative at zero; as in PyTorch, it is treated as a constant
+there.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Return a function that uses its rule if an argument is a Jet or a list containing a Jet."""
+    """Wrap a function so that its rule is used if an argument is a Jet or a list with a Jet."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -100,7 +101,7 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
 
 @composite("logaddexp", primitive=True)
 def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
-    """Uses softplus: PyTorch's second derivative is NaN for arguments 88 apart in float32."""
+    """Uses softplus: PyTorch's second derivative is NaN if float32 arguments are 88 apart."""
     larger = ops.ge(input, other)
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
@@ -113,10 +114,10 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """Return x divided by the largest element of each row, in at least float32, and that element.
+    """Return x / d and d in at least float32, where d is the largest |x| in each row.
 
-    A length is homogeneous, so the divisor can be treated as a constant. Without the division, the
-    powers in derivatives of short vectors would leave float32's range.
+    A length is homogeneous in x, so d can be treated as a constant. Without the division, the
+    derivatives for short vectors would contain powers outside float32's range.
     """
     if x.ndim == 0:
         raise NoRule
@@ -134,7 +135,7 @@ def _sum_of_powers(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
 
 
 def _root(ops: Any, powers: Any, p: float) -> Any:
-    """The p-th root of nonnegative numbers, treated as constant at zero."""
+    """The p-th root of nonnegative numbers, treated as a constant at zero."""
     zero = ops.value(powers) == 0
     root = ops.pow(ops.masked_fill(powers, zero, 1.0), 1 / p)
     return ops.masked_fill(root, zero, 0.0)
@@ -164,7 +165,7 @@ def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12)
 def _norm(
     ops: Any, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    """The length of vectors, or the Frobenius norm; other matrix norms have no rule."""
+    """The lengths of vectors, or the Frobenius norm; other matrix norms have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
     floating = dtype is None or dtype.is_floating_point
@@ -200,7 +201,7 @@ def _spread(
     *,
     correction: Any = None,
 ) -> Any:
-    """The variance over some axes, or its square `root`; with `with_mean`, also the mean."""
+    """The variance over some axes, or its square root if `root`; also the mean if `with_mean`."""
     if isinstance(dim, bool):  # `unbiased` was passed in place of `dim`
         dim, unbiased = None, dim
     if correction is None:

@@ -1,8 +1,9 @@
 r"""Rules for in-place changes: the out-of-place function, followed by a `write`.
 
-A trailing underscore in PyTorch marks a method that changes its tensor. If the method without the
-underscore has a rule, that rule is used. If that method has no rule or does not exist, PyTorch's
-own method changes a copy and is differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
+In PyTorch, a trailing underscore marks a method that changes its tensor in place. If the method
+without the underscore has a rule, that rule is used. If that method has no rule or does not exist,
+PyTorch's own in-place method is called on a copy and differentiated by torch.func.jvp; see
+`hosm_losses.taylor.jets`.
 """
 
 from functools import partial
@@ -29,7 +30,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place through `plain`, the out-of-place function with a rule."""
+    """Change x in place by means of `plain`, an out-of-place function that has a rule."""
     start = _as_jet(x, *args, *named.values())
     # If the dtypes differ, PyTorch's own method computes the result, on a copy.
     if plain is None or start.dtype != x.dtype:
@@ -38,7 +39,7 @@ def _change_in_place(
 
 
 def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    """Change x in place: differentiate the change of a copy, and write the result to x."""
+    """Change x in place: differentiate the same change to a copy, and write the result to x."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
         copy = x.clone()
@@ -53,13 +54,13 @@ def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Ten
 
 
 def _as_jet(x: Tensor, *others: Any) -> Jet:
-    """Return a Jet unchanged, and a plain tensor as the Jet of a constant."""
+    """Return a Jet unchanged; return a plain tensor as a Jet with zero derivatives."""
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
 @rule(REFUSED, *LISTS, several=True, with_function=True)
 def _refused(change: Function, *_args: Any, **_named: Any) -> Any:
-    raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
+    raise TaylorError(f"{change.__name__}: changes more than the values of a tensor in place.")
 
 
 _METHODS = {

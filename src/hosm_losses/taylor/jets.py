@@ -1,8 +1,8 @@
-r"""The Jet, a tensor with its derivatives along directions, and derivatives of functions.
+r"""The Jet (a tensor with derivatives along directions), and the derivatives of functions.
 
 Purpose:
-    A Jet stands for x and carries a stack (C, B, *): the value, `firsts` first derivatives (one
-    for each direction) and, depending on `pairs`, second derivatives. PyTorch passes every
+    A Jet stands in for x and carries a stack (C, B, *): the value, `firsts` first derivatives
+    (one for each direction) and, depending on `pairs`, second derivatives. PyTorch passes every
     function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule
     computes all components at once: a linear layer is one call on the whole stack.
 
@@ -11,14 +11,15 @@ Purpose:
     `jet` and `laplacian` are for users, and `propagate` is for the engines.
 
 Without a rule:
-    The function is differentiated on its own by `torch.func.jvp`, with the user's arguments and
-    the safe primitives. This is correct but slower. Calls that could give wrong derivatives raise
-    TaylorError: complex numbers outside rotary embeddings, and everything under torch.no_grad,
-    which includes the forward of a custom autograd.Function. Operators that PyTorch does not
-    differentiate raise ConstantError. In-place changes are handled in `memory` and `in_place`.
+    A function that has no rule is differentiated separately by `torch.func.jvp`, with the user's
+    arguments and the safe primitives. This is correct but slower. Calls that could give wrong
+    derivatives raise TaylorError: calls with complex numbers outside rotary embeddings, and
+    calls under torch.no_grad, including those in the forward of a custom autograd.Function.
+    Operators that PyTorch does not differentiate raise ConstantError. In-place changes are handled
+    in `memory` and `in_place`.
 
-A rule may call other rules, and PyTorch functions on stacks. It must not call PyTorch functions on
-Jets, because torch.compile would mistake the Jets for plain tensors.
+A rule may call other rules, and may call PyTorch functions on stacks. A rule must not call PyTorch
+functions on Jets, because torch.compile would mistake the Jets for plain tensors.
 """
 
 import math
@@ -90,7 +91,7 @@ class Jet(Tensor):
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, which may be complex only if `of_complex`."""
+        """Return the Jet of a stack, which may be complex only if `of_complex` is True."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -105,7 +106,7 @@ class Jet(Tensor):
         return jet
 
     def like(self, stack: Tensor) -> "Jet":
-        """Return the Jet of another stack, along the same directions."""
+        """Return the Jet of another stack with the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
@@ -130,7 +131,7 @@ class Jet(Tensor):
 
 
 class _Opaque(Jet):
-    """A Jet without data, so that code that bypasses `__torch_function__` can read none."""
+    """A Jet without data, so that code bypassing `__torch_function__` has nothing to read."""
 
     @classmethod
     def __torch_dispatch__(
@@ -140,7 +141,7 @@ class _Opaque(Jet):
 
 
 class _Complex(_Opaque):
-    """A Jet of complex numbers, which rotary embeddings make from real pairs; see `OF_COMPLEX`.
+    """A complex Jet, made from pairs of real numbers by rotary embeddings; see `OF_COMPLEX`.
 
     Hand-written formulas, especially those for gradients, hold only for real numbers.
     """
@@ -159,16 +160,16 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile; its data are the stack, with the components last, and then NaN.
+    """A Jet under torch.compile; its data hold the components, then NaN, along the last axis.
 
     Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
-    The rows have all components but no attributes; `unpack` turns them into Jets. torch.func.vmap
-    inside a network also takes rows, but would treat the components as elements. The NaN then
-    makes the result NaN.
+    These rows contain all components but lack a Jet's attributes; `unpack` turns the rows into
+    Jets. torch.func.vmap inside a network also takes rows, but would treat the components as
+    elements; the NaN in the data then makes the result NaN.
     """
 
 
-# Attributes that rules and networks read all the time, ten times as fast as by
+# Attributes that rules and networks read all the time. A property is ten times as fast as
 # __torch_function__.
 _ASKED: dict[str, Callable[[Jet], Any]] = {
     "shape": lambda jet: jet.stack.shape[1:],
@@ -182,7 +183,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Make Jets of rows that torch.compile unpacked, in an argument or a list of arguments."""
+    """Turn rows that torch.compile unpacked, in an argument or a list of arguments, into Jets."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -198,7 +199,7 @@ def unpack(x: Any) -> Any:
 
 
 def _rule_of(func: Callable[..., Any]) -> Rule | None:
-    """The rule of a function under torch.compile, which cannot find methods in a dictionary."""
+    """Find a function's rule under torch.compile, which cannot look methods up in a dictionary."""
     for method, rule in IN_PYTHON:
         if func is method:
             return rule
@@ -317,7 +318,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value of a function, and its derivatives along all directions.
 
-    Several directions are evaluated by vmap, and then share one dropout mask.
+    If there are several directions, vmap evaluates them, and they share one dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -331,7 +332,7 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Write a result in place to x, a Jet or a plain tensor, cast to the dtype of x; return x."""
+    """Write a result to x (a Jet or plain tensor) in place, cast to the dtype of x; return x."""
     if result.shape != x.shape:
         raise TaylorError(
             f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
@@ -346,7 +347,7 @@ def write_jet(x: Tensor, result: Any) -> Tensor:
 
 
 def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the first argument is a Jet and no other is."""
+    """Whether the first argument, and no other argument, is a Jet."""
     first, *others = *args, *kwargs.values()
     for other in others:
         if isinstance(other, Jet):
@@ -362,12 +363,12 @@ Directions = Tensor | tuple[Tensor | None, ...]
 def propagate(
     function: Callable[..., object], x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> Tensor:
-    """Return the stack (C, B, *) of a function at x (B, *): f, ∂f w for K directions, and `pairs`.
+    """Return the stack (C, B, *) of f at x (B, *): f, ∂f w for K directions w, second derivatives.
 
-    `pairs` is "none", "squares" (∂²f[w, w] for every direction) or "sum" (their sum, carried as
-    one component). Raises TaylorError if derivatives cannot be carried through the function. For a
-    tuple of inputs, pass a tuple of directions; an input whose directions are None stays a plain
-    tensor.
+    `pairs` selects the second derivatives: "none", "squares" (∂²f[w, w] for every direction w) or
+    "sum" (the sum of these derivatives, carried as one component). Raises TaylorError if
+    derivatives cannot be carried through the function. For a tuple of inputs, pass a tuple of
+    directions; an input whose directions are None stays a plain tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -412,13 +413,13 @@ def propagate(
 
 
 def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function on the values of Jets; its result has no derivative."""
+    """Call a function on the values of Jets; the result has no derivatives."""
     args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
     return func(*args, **kwargs)
 
 
 def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Equally long stacks of Jets and plain tensors, with zero derivatives for the latter."""
+    """The stacks of Jets and plain tensors, extended to equal length with zero derivatives."""
     stacks = [x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in tensors]
     count = max([stack.shape[0] for stack in stacks])
     return [extend(stack, count) for stack in stacks]
@@ -430,7 +431,7 @@ def jet_among(candidates: Iterable[Any]) -> Jet:
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
-    """The dtype of PyTorch's result for the operands a and b, which may be Jets."""
+    """PyTorch's result dtype for the operands a and b, either of which may be a Jet."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
     # Computed from empty tensors, because torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
@@ -438,7 +439,7 @@ def result_type(a: Any, b: Any) -> torch.dtype:
 
 
 def define_methods() -> None:
-    """Give Jet the methods that are written in Python, once every rule is registered."""
+    """Give Jet its own versions of Tensor's Python methods, once every rule is registered."""
     for name in METHODS.split():
         function = getattr(Tensor, name)
         IN_PYTHON.append((function, RULES.get(function)))
@@ -460,7 +461,7 @@ PAIRS = get_args(Pairs)
 
 
 def _check_floats(name: str, value: object) -> None:
-    """Raise TypeError unless this is a floating-point tensor."""
+    """Raise TypeError unless `value` is a floating-point tensor."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
@@ -470,7 +471,7 @@ def _check_floats(name: str, value: object) -> None:
 
 
 def _check_batch(x: object, place: str = "") -> None:
-    """Raise unless this is a floating-point batch (B, *)."""
+    """Raise an error unless x is a floating-point batch (B, *)."""
     _check_floats(f"x{place}", x)
     if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(
@@ -479,7 +480,7 @@ def _check_batch(x: object, place: str = "") -> None:
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise unless all batches (B, *) with directions (K, B, *) have the same B and K."""
+    """Raise an error unless all batches (B, *) with directions (K, B, *) share one B and K."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -509,15 +510,15 @@ def jet(
     norms, come from the library's own formulas.
 
     Args:
-        function: a function of x (B, \*) that treats samples independently, such as a network with
-            its conditions bound.
+        function: a function of x (B, \*) that treats samples independently, such as a network
+            whose conditions are already bound.
         x: a floating-point batch (B, \*) or, for a function of several arguments, a tuple of
             batches, each with its own shape.
         directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
-            of inputs, pass a tuple; direction k then moves all inputs at once. An input whose
-            directions are None is held fixed and may be of any kind, such as labels.
-        pairs: which second derivatives to compute: "none", "squares" (∂²f[v, v] for every
-            direction) or "sum" (their sum).
+            of inputs, pass a tuple; direction k then applies to all inputs at once. An input
+            whose directions are None is held fixed and may be of any kind, such as labels.
+        pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
+            v) or "sum" (the sum of these derivatives over all directions).
 
     Returns:
         f (B, \*), first derivatives (K, B, \*), and second derivatives, which are None for
@@ -527,9 +528,9 @@ def jet(
         TaylorError: if derivatives cannot be carried through the function; the message says why.
         DerivativeError: if an operator inside the function has no derivative in PyTorch, or a hook
             changes a gradient.
-        TypeError: if x or directions are not floating-point tensors, or are not tuples of equal
-            length.
-        ValueError: if x has no axes, the directions do not have the shape of x, K or B differ
+        TypeError: if an input or its directions are not floating-point tensors, or if x is a tuple
+            and `directions` is not a tuple of the same length.
+        ValueError: if x has no axes, the directions do not match the shape of x, K or B differs
             between inputs, all directions are None, or `pairs` is unknown.
 
     Example:
@@ -575,8 +576,8 @@ def laplacian(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
-    It needs one direction for each of the d elements of a sample, and hence d + 2 times the memory
-    of the function's value. It raises the same errors as `jet`.
+    The computation needs one direction for each of the d elements of a sample, and hence d + 2
+    times the memory of the function's value. `laplacian` raises the same errors as `jet`.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.
@@ -584,8 +585,9 @@ def laplacian(
         gradient: whether to return f(x) and ∇f as well, from the same pass.
 
     Returns:
-        Δf, in the shape of f(x). With `gradient`, f(x), ∇f and Δf: ∇f has the axes of f(x),
-        followed by the axes of a sample. If f(x) is one number per sample, ∇f has the shape of x.
+        Δf, in the shape of f(x). With `gradient`, a tuple of f(x), ∇f and Δf, where ∇f has the
+        axes of f(x), followed by the axes of a sample. If f(x) is one number per sample, ∇f has
+        the shape of x.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))

@@ -1,16 +1,17 @@
-"""Rules for functions that move or add up elements, in every component alike.
+"""Rules for functions that move or sum elements in the same way in every component.
 
-Dimensions are negative indices, so that they refer to the same axes of a value and of its stack.
+Dimensions are converted to negative indices, which refer to the same axes in a value and in its
+stack.
 
 The functions that networks call most often have a rule for the whole stack. The other functions
-are called on one component after another, with the user's own arguments.
+are called on each component in turn, with the user's own arguments.
 
 Queries and casts:
-    Queries about a Jet's graph are answered from its stack, so that tools that watch modules, such
-    as PyTorch's FLOP counter, see the same as with an ordinary tensor. A cast to another floating
-    dtype casts every component. A cast to integers or to bool has no derivatives, as in PyTorch:
-    its result is a plain tensor, and casting this tensor back restores no derivatives. `Jet.make`
-    rejects a cast to complex numbers.
+    Queries about a Jet's graph are answered from its stack, so tools that monitor modules, such as
+    PyTorch's FLOP counter, see what they would see for an ordinary tensor. A cast to another
+    floating dtype casts every component. As in PyTorch, a cast to integers or to bool drops the
+    derivatives: the result is a plain tensor, and casting this tensor back restores no
+    derivatives. `Jet.make` rejects a cast to complex numbers.
 """
 
 from collections import OrderedDict
@@ -49,9 +50,9 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register a function of a stack, whose other tensor arguments matter only by their shape.
+    """Register `move`, which acts on a stack and uses only the shapes of any other tensors.
 
-    With `view`, the result is noted as one that may share the memory of the argument.
+    With `view`, the result is recorded as possibly sharing the memory of the argument.
     """
 
     def register(function: Function) -> None:
@@ -70,7 +71,7 @@ def linear(move: Function, *names: str | Function, view: bool = False) -> None:
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The sizes or dimensions of a method that accepts them separately or in a sequence."""
+    """The sizes or dimensions passed to a method, either separately or as one sequence."""
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         return tuple(sizes[0])
     return sizes
@@ -161,7 +162,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function that treats samples independently, with the components as extra samples."""
+    """Apply a function that treats samples independently; components become extra samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -258,7 +259,7 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 @rule(torch.where, several=True, kind="linear")
 def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
-    """In each component, the elements of `a` where a mask is True, and of `b` elsewhere."""
+    """In each component, the elements of `a` where a mask is True, and those of `b` elsewhere."""
     known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
@@ -330,13 +331,13 @@ CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIss
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
-    """True, as in reverse mode, so that a checkpoint does not warn."""
+    """Return True, as in reverse mode, so that a checkpoint does not warn."""
     return True
 
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """The node of the stack or, without a graph, a node that leads nowhere; never None."""
+    """The stack's autograd node or, if it has none, a node that leads nowhere; never None."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -344,7 +345,7 @@ def _grad_fn(x: Jet) -> Any:
 
 @rule(Tensor.register_hook)
 def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    """Call a hook with the value's gradient, which it may not change."""
+    """Register a hook on the value's gradient; the hook must not change this gradient."""
     if not x.stack.requires_grad:
         return RemovableHandle(OrderedDict())
 
@@ -372,5 +373,5 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """A cast under torch.compile; in eager mode, it happens below autograd and is refused."""
+    """A cast under torch.compile; in eager mode, the cast is below autograd and is refused."""
     return x.of(x.stack.to(dtype=dtype, device=device))

@@ -1,20 +1,21 @@
 r"""Rules for square matrices: determinants, inverses, linear systems and Cholesky factors.
 
-Formula, with X = A⁻¹, computed once, and derivatives along l and twice along l:
+Formulas for the derivatives along l and twice along l, where X = A⁻¹ is computed once:
     log|det A|    tr(X A_l)                    tr(X A_ll) − tr((X A_l)²)
     det A         det A tr(X A_l)              det A (tr(X A_ll) − tr((X A_l)²) + tr(X A_l)²)
     A Y = B       Y_l = X (B_l − A_l Y)        Y_ll = X (B_ll − A_ll Y − 2 A_l Y_l)
     A = L Lᵀ      L_l = L Φ(A_l)               L_ll = L Φ(A_ll − 2 L_l L_lᵀ)
     Φ(M), for symmetrised M, is the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, as in
-    PyTorch's gradients. An inverse is the solution for B = 1.
+    PyTorch's gradients. The inverse of A is the solution Y if B is the identity matrix.
 
-Gradients come from autograd through products and an inverse, whose derivatives PyTorch gets right
-at every order. PyTorch also differentiates the values above correctly in reverse mode, but not in
-forward mode: under vmap, the jvp of the grad of slogdet is wrong for all samples but the first.
+Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
+correctly at every order. PyTorch also differentiates the values above correctly in reverse mode,
+but not in forward mode: under vmap, the jvp of the grad of slogdet is wrong for all samples but
+the first.
 
 Precision: a condition number κ costs up to log10 κ digits, and float32 has seven, so use float64
 for nearly singular matrices. For an exactly singular matrix, the derivatives of a determinant are
-NaN, and PyTorch raises an error for an inverse or a solution.
+NaN, and PyTorch raises an error for its inverse and for linear systems.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
@@ -33,7 +34,7 @@ from hosm_losses.taylor.stacks import align, collect, components, extend
 
 
 def _components(stack: Tensor, jet: Jet) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the value, first and second derivatives of a stack, padded with zeros."""
+    """Pad a stack with zeros; return its value, first derivatives and second derivatives."""
     seconds = {"none": 0, "sum": 1}.get(jet.pairs, jet.firsts)
     return components(extend(stack, 1 + jet.firsts + seconds), jet.firsts)
 
@@ -89,7 +90,7 @@ def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
 
 
 def _solution(A: Tensor, B: Tensor, jet: Jet) -> Tensor:
-    """Return the stack of Y in A Y = B; one of the stacks A and B may hold only a value."""
+    """Return the stack of Y, where A Y = B; either A or B may be a stack without derivatives."""
     inverse = torch.linalg.inv(A[:1])
     if len(A) == 1:
         return inverse @ B

@@ -1,12 +1,13 @@
 r"""Tensors that may share the memory of a Jet, and tensors kept for a backward pass.
 
 Changes in place:
-    A Jet that is changed in place gets a new stack, and no stack is ever written to. So autograd's
-    saved tensors stay valid, and a change costs as much as the out-of-place function. In PyTorch,
-    every tensor that shares the memory, such as a view, sees the change; with Jets, none would.
-    The change is therefore rejected while another tensor that may share the memory is in use: a
-    view, the result of a reshape, or a detached tensor. Under torch.compile, which has no weak
-    references, every tensor ever taken from a Jet counts as in use.
+    A Jet that is changed in place gets a new stack, and no stack is ever written to. Autograd's
+    saved tensors therefore stay valid, and a change costs as much as the out-of-place function. In
+    PyTorch, every tensor that shares the changed memory, such as a view, sees the change; with
+    Jets, no other tensor would see it. A change is therefore rejected while another tensor that
+    may share the memory is in use: a view, the result of a reshape, or a detached tensor. Under
+    torch.compile, which has no weak references, every tensor that was ever taken from a Jet counts
+    as being in use.
 
     A detached tensor shares the memory of a stack and must not be changed, because a Jet made by a
     reshape may or may not have its own copy of that memory. The versions of all detached tensors
@@ -16,15 +17,15 @@ Changes in place:
     the function returns.
 
 Recomputation:
-    Autograd keeps every tensor that an operator of a composition needs. An elementwise rule
-    consists of a handful of operators on tensors as large as the activations; keeping all of these
-    tensors would take several times the memory of the network itself. `with_recomputation` keeps
-    only the arguments of a rule, or its result, and evaluates the rule again when a gradient is
-    needed. The gradient is evaluated in the same way, as a function of the arguments and the
-    cotangents, and so on to any order.
+    When a rule is composed of operators, autograd keeps every tensor that any of the operators
+    needs. An elementwise rule consists of a handful of operators on tensors as large as the
+    activations; keeping all of these tensors would take several times the memory of the network
+    itself. `with_recomputation` keeps only a rule's arguments, or only its result, and evaluates
+    the rule again when a gradient is needed. The gradient is evaluated in the same way, as a
+    function of the arguments and the cotangents, and so on to any order.
 
-    Under torch.compile and the transforms of torch.func, the function is evaluated directly,
-    because these decide for themselves what to keep.
+    Under torch.compile and the transforms of torch.func, which decide for themselves what to keep,
+    the function is evaluated directly.
 """
 
 import threading
@@ -73,7 +74,7 @@ MAY_RETURN_VIEW = _VIEWS.split()
 
 
 class Propagation(NamedTuple):
-    """State of one propagation of derivatives through a function."""
+    """The state of one propagation of derivatives through a function."""
 
     firsts: int
     pairs: Pairs
@@ -105,26 +106,26 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """A weak reference; under torch.compile, which has no weak references, a strong one."""
+    """A weak reference to a tensor; a strong one under torch.compile, which has no weak ones."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
 def share(source: Any, result: Any) -> Any:
-    """Note that the Jet `result` may share memory with the Jet `source`; return the result."""
+    """Record that the Jet `result` may share memory with the Jet `source`; return `result`."""
     share_value(source, result)
     result.memory = source.memory
     return result
 
 
 def share_value(source: Any, value: Tensor) -> None:
-    """Note that a tensor, such as the result of .detach(), may share memory with a Jet."""
+    """Record that a tensor, such as the result of .detach(), may share memory with a Jet."""
     if source.memory is None:
         source.memory = [_reference(source)]
     source.memory.append(_reference(value))
 
 
 def detached(source: Any, value: Tensor) -> Tensor:
-    """Return the value that was detached from a Jet, and remember its version."""
+    """Return a value that was detached from a Jet, after recording its version."""
     share_value(source, value)
     for propagation in THREAD.propagations[-1:]:
         propagation.detached.extend((value, version) for version in versions([value]))
@@ -132,7 +133,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Change a Jet in place by giving it a new stack; raises an error if it may share memory."""
+    """Give a Jet a new stack in place; raises an error if another tensor may share its memory."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -146,7 +147,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn Jets that are still alive into plain tensors, because the function may keep them.
+    """Turn Jets that are still alive into plain tensors, because the function may have kept them.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
@@ -164,9 +165,9 @@ def end(propagation: Propagation) -> None:
 
 
 def to_tensor(count: int, finished: bool) -> None:
-    """Make all but the first `count` tensors that became Jets plain again, with their new values.
+    """Turn tensors that became Jets, except the first `count`, back into plain tensors.
 
-    If the call has not finished, the new values are discarded.
+    The plain tensors receive the new values only if the call has finished.
     """
     while len(THREAD.became_jets) > count:
         reference, plain = THREAD.became_jets.pop()
@@ -182,7 +183,7 @@ def to_tensor(count: int, finished: bool) -> None:
 
 
 def to_jet(tensor: Tensor, jet: Any) -> None:
-    """Make a plain tensor a Jet in place."""
+    """Turn a plain tensor into a Jet in place."""
     refused = "values that depend on x are written in place to a plain tensor that shares memory."
     leaf = tensor.requires_grad and tensor.is_leaf
     if torch.compiler.is_compiling() or leaf or tensor._base is not None:
@@ -221,8 +222,8 @@ def with_recomputation(
             first argument of a pullback says which gradients are needed; any other gradient may be
             None. The second pullback differentiates the first result of the first pullback, and so
             on. Beyond the last pullback, autograd computes the gradients.
-        again: a version of the function for repeated differentiation, for example by a transform;
-            `function` if None.
+        again: a version of the function for repeated differentiation, for example by a transform.
+            If None, `function` is used.
         by_result: whether the result, instead of the arguments, is kept and passed to the
             pullbacks.
 
@@ -271,9 +272,9 @@ class _Recomputed(torch.autograd.Function):
 
 
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
-    """Which tensors, the last arguments of a Function, need gradients in this backward pass.
+    """Which of `tensors`, a Function's last arguments, need gradients in this backward pass.
 
-    A backward pass to x alone needs no gradients in the weights, which a Function is not told.
+    A backward pass for x alone needs no weight gradients, but a Function is not told this.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []
@@ -288,7 +289,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """The needed gradients out of all that a pullback returns."""
+    """Those of a pullback's gradients that are needed."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -313,7 +314,7 @@ def _by_autograd(
         results = _as_tuple((again if tracked else function)(*points))
         wanted = list(compress(points, needed))
         outputs = [(results[place], c) for place, c in zip(places, cotangents, strict=True)]
-        # Leave out results that depend on no tensor, such as the gradient in a bias.
+        # Leave out results that depend on no tensor, such as the gradient with respect to a bias.
         outputs = [(output, c) for output, c in outputs if output.requires_grad]
         if not outputs:
             return tuple(map(torch.zeros_like, wanted))

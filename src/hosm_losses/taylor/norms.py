@@ -1,10 +1,10 @@
 r"""Norms over rows, and their gradients.
 
-Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm: c = x), and
+Formulas for a row, where ⟨·⟩ is the mean over the row, c = x − ⟨x⟩ (RMS norm: c = x), and
 ρ = (⟨c c⟩ + eps)^(−1/2):
     y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
-    The first three derivatives of y are taken along rows z, w and v, already multiplied by ρ.
-    Capitals are the parts along y, as in Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
+    The first three derivatives of y are taken along rows z, w and v that are already multiplied by
+    ρ. Capitals denote the components along y, as in Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
     J z = z − y Z
     second(z, w) = −(Z w + W z + y {z w})
     third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
@@ -15,13 +15,15 @@ Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
-    Gradients of the gradients in x and x_l, for their cotangents p and q_l, without y_ll:
+    Gradients of the gradients with respect to x and x_l, for cotangents p and q_l of these
+    gradients, without y_ll:
     in a      J p
     in b_l    J q_l + second(p, c_l)
     in x_l    second(p, b_l)
     in x      second(p, a) + Σ_l [second(q_l, b_l) + third(p, b_l, c_l)]
 
-Autograd, with recomputation of the formula, would read and write activations 1.6 times as often.
+If autograd differentiated a recomputed formula instead, activations would be read and written 1.6
+times as often.
 """
 
 import math
@@ -50,7 +52,7 @@ Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 
 
 class Rows(NamedTuple):
-    """The rows that a norm is taken over."""
+    """The rows over which a norm is taken."""
 
     shape: tuple[int, ...]  # the shape to which the value is reshaped
     dims: tuple[int, ...]  # the dimensions of a row, counted from the back
@@ -76,7 +78,7 @@ class Rows(NamedTuple):
         return x.mean(self.dims, keepdim=True)
 
     def standardize(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """The centred stack times ρ, whose first component is y, and the ρ of each row."""
+        """Return ρ times the centred stack, whose first component is then y, and each row's ρ."""
         centred = self.reshape(stack)
         if self.centred:
             # Divided by N, not multiplied by a rounded 1/N: equal numbers must give exactly zero.
@@ -90,7 +92,7 @@ class Rows(NamedTuple):
         return x if weight is None else x * weight.reshape(self.weights)
 
     def scale_cotangents(self, cotangents: Tensor, rho: Tensor, weight: Some = None) -> Tensor:
-        """A stack times the weight and ρ, minus its mean if the norm subtracts the mean."""
+        """The cotangents times the weight and ρ, then centred if the norm subtracts the mean."""
         scaled = cotangents * self.multiply(rho, weight)
         return scaled.sub_(self.mean(scaled)) if self.centred else scaled
 
@@ -114,13 +116,13 @@ class _Stack(NamedTuple):
 
 
 class _Derivatives:
-    """J, −second and −third at given rows, the last two as lists of terms."""
+    """J, −second and −third for a given y, the last two as lists of terms."""
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows, self.value = rows, value
 
     def stack(self, z: Tensor) -> _Stack:
-        """A stack of rows, with their Z."""
+        """A stack of rows z, with the Z of each row."""
         return _Stack(z, self.rows.mean(self.value * z))
 
     def product(self, x: _Stack, y: _Stack) -> Tensor:
@@ -157,26 +159,26 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place: each to its component, or all to a single component."""
+    """Add terms to a stack in place: each term to its component, or all terms to a single one."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """A stack in the shape and dtype of another."""
+    """A stack with the shape and dtype of another tensor."""
     return x.reshape(other.shape).to(other.dtype)
 
 
 class Norm(NamedTuple):
-    """A norm of a stack, with its gradients, in at least float32."""
+    """A norm of a stack, and the gradients of the norm, computed in at least float32."""
 
     rows: Rows
     firsts: int
     pairs: Pairs
 
     def evaluate(self, stack: Tensor, weight: Some, bias: Some) -> Tensor:
-        """The stack of the norm, with weight and bias."""
+        """The stack of the norm, after applying the weight and the bias."""
         rows = self.rows
         scaled, rho = rows.standardize(stack)
         value, tangents, seconds = components(scaled, self.firsts)
@@ -231,7 +233,7 @@ class Norm(NamedTuple):
         cotangent: Tensor,
         again: Tensor,
     ) -> tuple[Some, ...]:
-        """The gradients of the first result of `pull_back` with respect to its arguments.
+        """The gradients of `pull_back`'s first result with respect to that method's tensors.
 
         This method assumes that there are no second derivatives.
         """
@@ -270,7 +272,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 
 
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
-    """The norm, from operators that PyTorch differentiates correctly, in at least float32."""
+    """The norm, in at least float32, by operators that PyTorch differentiates correctly."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums, divided afterwards: the gradient of a sum is a view, but a mean's gradient is a copy.
     if rows.centred:
@@ -337,7 +339,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics; PyTorch rejects a single value per channel."""
+    """Let the operator update its statistics; PyTorch itself rejects one value per channel."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

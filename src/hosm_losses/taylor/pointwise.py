@@ -3,12 +3,13 @@ r"""Rules for elementwise functions, such as activations, and for arithmetic.
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
-A new activation is a generator that yields a and its first three derivatives at x, registered
-under every name by which networks call it; see `_tanh`. Gradients are computed from the same
-four values, and only the stack is kept for this. If PyTorch has operators for a and for a'(x) x_l,
-the activation can name them; see `_silu`.
+To add an activation, write a generator that yields the activation's value a(x) and its first three
+derivatives, and register this generator under every name by which networks call the activation;
+see `_tanh`.
+Gradients are computed from the same four values, and only the stack is kept for this purpose. If
+PyTorch has operators for a(x) and for a'(x) x_l, they can be passed as `operators`; see `_silu`.
 
-Formula of softplus:
+Formula for softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
@@ -51,7 +52,7 @@ class Pointwise(NamedTuple):
     pairs: Pairs
 
     def derivatives(self, x: Tensor) -> Iterator[Tensor]:
-        """The first three derivatives at x, one after the other."""
+        """An iterator over the first three derivatives at x."""
         series = self.series(x)
         if self.operators is None:
             next(series)
@@ -72,7 +73,7 @@ class Pointwise(NamedTuple):
         return torch.cat(parts).to(stack.dtype)
 
     def evaluate_by_operators(self, stack: Tensor) -> Tensor:
-        """The value and first derivatives, by PyTorch's operators for a(x) and a'(x) x_l."""
+        """The value and first derivatives, from PyTorch's operators for a(x) and a'(x) x_l."""
         assert self.operators is not None
         x, tangents, _ = components(at_least_float32(stack), self.firsts)
         # Expanded, because oneDNN's gelu_backward does not accept shapes that broadcast.
@@ -120,9 +121,9 @@ class Pointwise(NamedTuple):
 
 
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
-    """Apply a function to a Jet; `series` yields it and its first three derivatives at x.
+    """Apply to a Jet the function whose value and first three derivatives `series` yields.
 
-    With `operators`, `series` yields only the derivatives.
+    If `operators` are passed, `series` yields only the derivatives.
     """
     rule = Pointwise(series, operators, jet.firsts, jet.pairs)
     if jet.pairs != "none":
@@ -138,16 +139,16 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
 
 
 def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Function:
-    """Return a function of tensors alone, which passes further arguments after the tensors."""
+    """Bind the arguments that follow the tensors, and return a function of the tensors alone."""
     return (lambda *tensors: function(*tensors, *args, **named)) if args or named else function
 
 
 def pointwise(
     *names: str | Function, operators: Operators | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a generator that takes a function's arguments and yields it and its derivatives.
+    """Register a generator that, given a function's arguments, yields its value and derivatives.
 
-    The `operators` take these arguments as well; see `apply`.
+    The `operators` take the function's further arguments as well; see `apply`.
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,7 +193,7 @@ def _mish(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise("sigmoid")
 def sigmoid(x: Tensor) -> Iterator[Tensor]:
-    """The logistic function, and its derivatives."""
+    """The logistic function and its derivatives."""
     s = torch.sigmoid(x)
     yield s
     q = s * (1 - s)
@@ -243,7 +244,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
 
 
 def piecewise_linear(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
-    """A piecewise linear function, whose further derivatives are zero."""
+    """A piecewise linear function and its derivatives, which are zero beyond the first."""
     yield value
     yield slope
     yield torch.zeros_like(value)
@@ -292,7 +293,7 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
-    """x to the power of a number, and its derivatives."""
+    """The power of x with a constant exponent, and its derivatives."""
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
@@ -345,14 +346,14 @@ for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": 
 
 # ------------------------------------------------------------ sums, products, quotients and powers
 def _operands(a: Any, b: Any) -> int:
-    """The number of axes of the result; NoRule unless both are tensors or real numbers."""
+    """The result's number of axes; raises NoRule unless a and b are tensors or real numbers."""
     if not (isinstance(a, (Tensor, float, int)) and isinstance(b, (Tensor, float, int))):
         raise NoRule
     return max(ndim_of(a), ndim_of(b))
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """The dtype of PyTorch's result for a and b; no query is made if both have the same dtype."""
+    """The dtype of PyTorch's result for a and b, found without a query if both dtypes agree."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype

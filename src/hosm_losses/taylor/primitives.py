@@ -1,18 +1,19 @@
-r"""The few operators whose derivatives PyTorch gets wrong, replaced or rejected.
+r"""Replacement or rejection of the few operators whose derivatives PyTorch gets wrong.
 
 Purpose:
-    PyTorch 2.6 to 2.13 do not differentiate layer norm, batch norm (in training) and instance norm
-    correctly more than twice. The parameter gradient of a loss on a directional derivative, and at
-    order three sometimes the derivative itself, is silently off by between several and more than a
-    hundred percent. Later versions may raise an error instead, as the pull requests below do.
-    Group norm, attention and the gated linear unit fail with an error on common inputs. When
-    composed of means, products and softmax, each of these operators is right in every mode.
+    PyTorch 2.6 to 2.13 do not correctly differentiate layer norm, batch norm (in training) or
+    instance norm more than twice. The parameter gradient of a loss on a directional derivative has
+    a silent error of several percent to more than a hundred percent; at order three, the
+    derivative itself sometimes has such an error too. Later versions may raise an error instead,
+    as with the pull requests below. Group norm, attention and the gated linear unit fail with an
+    error on common inputs. When composed of means, products and softmax, each of these operators
+    is differentiated correctly in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
     loss evaluates the network, and only in the loss's thread. Nothing is patched. An activation
     checkpoint evaluates its part of the network again in the backward pass, when the mode is off;
-    `recomputable` turns the mode on again for this.
+    `recomputable` turns the mode on again for this evaluation.
 
 Refused:
     A few operators are refused where their forward-mode derivative is needed, because PyTorch does
@@ -58,7 +59,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _operators_named(names: str) -> set[Any]:
-    """PyTorch's functions and methods of these names, and the operators that implement them."""
+    """PyTorch's functions and methods with these names, and the operators that implement them."""
     return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
 
 
@@ -94,7 +95,7 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 
 
 def refuse_constant(function: Any, result: Tensor) -> None:
-    """Raise if a result has no derivative although an argument of the function has one.
+    """Raise ConstantError if a result has no derivative although an argument has a derivative.
 
     A result may be constant on purpose: a new tensor, a random draw, or a detached tensor.
     """
@@ -125,7 +126,7 @@ _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
-    """Torch's own checkpoint inside the network surrounds an operator it cannot recompute."""
+    """Torch's own checkpoint inside a network cannot recompute an operator that it surrounds."""
 
 
 class _Thread(threading.local):
@@ -181,10 +182,11 @@ class _SafePrimitives(TorchFunctionMode):
 
 
 def _refuse_foreign_checkpoint() -> None:
-    """Raise if torch's own checkpoint would recompute an operator differently from the loss.
+    """Raise an error if torch's own checkpoint would recompute an operator without its primitive.
 
-    These are the operators that have a primitive. A checkpoint that was active before the mode is
-    `hosm_losses.checkpoint`, or surrounds the loss; its recomputation enters the mode again.
+    A checkpoint that was already active when the mode was entered either is
+    `hosm_losses.checkpoint` or surrounds the loss. In both cases, the recomputation enters the
+    mode again.
     """
     if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
@@ -193,20 +195,20 @@ def _refuse_foreign_checkpoint() -> None:
 def safe_primitives(
     enabled: bool = True, *, of_one_sample: bool = False
 ) -> AbstractContextManager[Any]:
-    """Return a context manager in which this thread uses the primitives, if `enabled`.
+    """Return a context manager within which, if `enabled`, this thread uses the primitives.
 
-    With `of_one_sample`, only the primitives for a first derivative of one sample are used.
+    With `of_one_sample`, only the primitives needed for a first derivative of one sample are used.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
-    """Return a context manager that only rejects operators without a derivative in PyTorch."""
+    """Return a context manager that rejects operators without a derivative, and replaces none."""
     return _SafePrimitives({})
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call torch's non-reentrant checkpoint; it recomputes with primitives if this call uses them.
+    """Call torch's non-reentrant checkpoint, which recomputes with primitives if this call does.
 
     The first computation also enters the mode again, inside the hooks that save its tensors.
     """
@@ -222,26 +224,26 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 # ---------------------------------------------------------------------------------- the primitives
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
-    """Add to batch norm's batch counter: torch.func forbids the in-place method, but not out=."""
+    """Add to batch norm's batch counter with out=, as torch.func forbids the in-place method."""
     if counter.is_floating_point():
         return counter.add_(other, alpha=alpha)
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """Computed by softplus: PyTorch's own second derivative is NaN above 88 in float32."""
+    """Uses softplus: PyTorch's own second derivative is NaN for float32 inputs above 88."""
     result = input * torch.tanh(F.softplus(input))
     return input.copy_(result) if inplace else result
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """Written as a slice of length one: PyTorch's own gradient through vmap is wrong."""
+    """Writes to a slice of length one: PyTorch's select_scatter has a wrong gradient in vmap."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """Computed by a mask: PyTorch's index_fill is wrong in vmap if only the value is batched."""
+    """Uses a mask: PyTorch's own index_fill is wrong in vmap if only the value is batched."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 

@@ -3,23 +3,25 @@ r"""Rules for products that are linear in both factors: matrix products, layers 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
     A plain tensor has no derivatives, so a plain factor multiplies the whole stack. A linear or
-    convolutional layer is one call on a larger batch; its bias is added only to the value.
+    convolutional layer is evaluated in one call on a larger batch; its bias is added only to the
+    value.
 
 Gradients, for a cotangent c:
-    The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form in one of these is
-    linear in the other two, and gradients of this gradient come from the same form, with p in the
-    place of a: ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three functions give all derivatives of
-    any order, and only their arguments are kept.
+    The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form with respect to one
+    of these is linear in the other two, and the gradients of this gradient come from the same
+    form, with p in place of a: ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. Three functions therefore
+    give all derivatives of every order, and only their arguments are kept.
 
-Formula of Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
+Formulas for Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
-    All three sums are over the same terms (i, j, k, f), where f A_i B_j is a part of Y_k. Each sum
-    is accumulated in place. A sum of separate products would read and write the larger matrices,
-    such as the weights of attention, three times for each product.
+    All three sums are over the same terms (i, j, k, f), where f is a factor and f A_i B_j is a
+    part of Y_k. Each sum is accumulated in place. If the products were computed separately and
+    then added, the larger matrices, such as attention's weights, would be read and written three
+    times for each product.
 
-When PyTorch differentiates the gradient of a convolution, it computes the weight gradient by a
+When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as a
 convolution whose kernel is the cotangent, which is as large as the image. This costs up to three
-times as much as the method that a first backward pass uses. A `Form` always uses the cheaper one.
+times as much as the method used in a first backward pass. A `Form` always uses the cheaper method.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,7 +54,7 @@ def ndim_of(x: Any) -> int:
 
 
 def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
-    """A product that is linear in both stacks, and broadcasts over their first axis."""
+    """Apply a product that is linear in both factors and broadcasts over a stack's first axis."""
     if not isinstance(b, Jet):
         return a.like(product(align(a.stack, ndim), b))
     if not isinstance(a, Jet):
@@ -87,7 +89,7 @@ class Form(NamedTuple):
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether all of these are plain tensors or parameters, and none is of another subclass."""
+    """Whether each tensor is a plain Tensor or Parameter, rather than of another subclass."""
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
@@ -98,7 +100,7 @@ def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of a form in one of its three arguments, from the other two."""
+    """The gradient of a form with respect to one of three arguments, from the other two."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- layers of weights
 class _AddInPlace(torch.autograd.Function):
-    """Add a bias to the first rows of a layer's output in place, without a copy of other rows."""
+    """Add a bias in place to the first rows of a layer's output, without copying other rows."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
@@ -147,7 +149,7 @@ class _AddInPlace(torch.autograd.Function):
 
 
 def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """Add the bias to the first rows of a layer's output, in place where that is allowed."""
+    """Add the bias to the first rows of a layer's output, in place where possible."""
     if bias is None:
         return output
     # A selective checkpoint may keep the output, still without a bias, for its recomputation.
@@ -202,7 +204,8 @@ def _convolution(
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """The gradients of a convolution.
 
-    The weight is kept in its own dtype, and multiplied in autocast's dtype if autocast is on now.
+    The weight is kept in its own dtype, and multiplied in autocast's dtype if autocast is on
+    when the form is made.
     """
     *sizes, groups = settings
     stride, padding, output_padding, dilation = (
@@ -240,7 +243,7 @@ _Term = tuple[int, int, int, int]  # i, j, k, factor
 
 @cache
 def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
-    """Return all terms for stacks of these lengths, without second derivatives that are zero."""
+    """Return all terms for stacks of these lengths, except terms with zero second derivatives."""
     terms = [(0, 0, 0, 1)]
     terms += [(k, 0, k, 1) for k in range(1, left)] + [(0, k, k, 1) for k in range(1, right)]
     places = range(1, 1 + firsts) if pairs != "none" else ()
@@ -259,15 +262,16 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The stack of `_sums`, with matrices stored column by column."""
+    """The stack that `_sums` returns, but with its matrices stored column by column."""
     return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
-    """The form of a product of stacks such as (C, N, m, k) and (C, N, k, n).
+    """The form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
-    A gradient is stored in the memory order of its factor. In any other order, operators that
-    combine this gradient with others, as in the backward of a softmax, take three times as long.
+    Each gradient is stored in the same memory order as its factor. In any other order, operators
+    that combine this gradient with other tensors, as in the backward of a softmax, take three
+    times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -283,7 +287,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """The indices of batch, rows, sum and columns; None if this is not a product of matrices."""
+    """The batch, row, sum and column indices; None if this is not a product of matrices."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -326,7 +330,7 @@ def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
 
 @rule("matmul __matmul__", several=True, kind="bilinear")
 def matmul(a: Any, b: Any) -> Jet:
-    """The matrix product, with at least one Jet as a factor."""
+    """The matrix product of a and b, at least one of which is a Jet."""
     if min(ndim_of(a), ndim_of(b)) < 2:
         raise NoRule
     ndim = max(ndim_of(a), ndim_of(b))
@@ -349,7 +353,7 @@ rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:
-    """An equation with "..." replaced by letters, for the same number of axes in every factor."""
+    """Replace "..." by letters; raises NoRule if it stands for different numbers of axes."""
     terms = equation.partition("->")[0].replace(" ", "").split(",")
     counts = {
         ndim_of(factor) - len(term) + 3

@@ -1,10 +1,10 @@
-r"""The rules of PyTorch functions, the engine's errors, and hooks inside a network.
+r"""The rules for PyTorch functions, the engine's errors, and hooks inside a network.
 
 Kinds of rules:
-    linear      the same function of every component of a stack, `linear(function, name, …)`
-    bilinear    a product of two factors, `product_rule(a, b, product, ndim)`
-    pointwise   an elementwise function, from its first three derivatives; see `pointwise`
-    composite   a few other functions, in one body for Jets and plain tensors
+    linear      one function, applied to every component of a stack: `linear(function, name, …)`
+    bilinear    a product of two factors: `product_rule(a, b, product, ndim)`
+    pointwise   an elementwise function, given by its first three derivatives; see `pointwise`
+    composite   a combination of other functions, written once for Jets and plain tensors
     stack       a function of Jets that computes with their stacks
     other       a property of a tensor, an in-place change, or an error
 
@@ -12,7 +12,7 @@ A rule accepts the arguments that networks usually pass. A call with other argum
 which the rule raises `NoRule`, goes to PyTorch's own function with exactly the same arguments; see
 `hosm_losses.taylor.jets`.
 
-Hooks on tensors and modules inside a network may look at gradients but not change them.
+Hooks on tensors and modules inside a network may look at gradients but must not change them.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class DerivativeError(ValueError):
 
 
 class ConstantError(DerivativeError):
-    """An operator without a derivative in PyTorch, which either engine would treat as constant."""
+    """PyTorch cannot differentiate an operator, so either engine would treat it as constant."""
 
 
 class TaylorError(RuntimeError):
@@ -55,7 +55,7 @@ HOMES = (torch, Tensor, F, torch.linalg)
 
 
 def name_of(func: Function) -> str:
-    """The name of a PyTorch function, for messages."""
+    """The name of a PyTorch function, for use in messages."""
     return getattr(func, "__name__", str(func))
 
 
@@ -105,7 +105,7 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions among `names`, and the PyTorch functions and methods named by its strings."""
+    """The functions in `names`, and the PyTorch functions and methods that its strings name."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
@@ -121,8 +121,8 @@ def rule(
 ) -> Callable[[Function], Function]:
     """Register a rule for PyTorch functions; the rule takes the same arguments as the functions.
 
-    Only the first argument is a Jet, unless `several` says that any argument may be a Jet. With
-    `with_function`, the rule takes the called function as an extra first argument.
+    Only the first argument is a Jet, unless `several` says that any argument may be a Jet. If
+    `with_function` is true, the rule takes the called function as an extra first argument.
     """
 
     def register(function: Function) -> Function:
@@ -147,7 +147,7 @@ def rule(
 
 
 def swapped(function: Function) -> Function:
-    """Return a function of two operands with their order swapped."""
+    """Return a function that calls `function` with its two operands swapped."""
     return lambda a, b, **named: function(b, a, **named)
 
 
@@ -159,7 +159,7 @@ def axis(dim: Any, ndim: int) -> int:
 
 
 def axes(dim: Any, ndim: int) -> tuple[int, ...]:
-    """One or more dimensions of a value, or all of them for None; see `axis`."""
+    """One or more dimensions of a value, or all its dimensions if `dim` is None; see `axis`."""
     if dim is None:
         dim = tuple(range(ndim))
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
@@ -180,7 +180,7 @@ class ChangedGradientError(DerivativeError):
 
 
 class ScriptedError(DerivativeError):
-    """A network has a torch.jit part, and no engine can see the norms inside it."""
+    """A network contains a torch.jit part, and no engine can see the norms inside that part."""
 
 
 GIVE_THE_SOURCE = (

@@ -15,7 +15,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a stack into value, first and second derivatives; the last part may be empty."""
+    """Split a stack into the value, the first derivatives and any second derivatives."""
     # The gradient of a split is one stack, while each slice would give a stack of mostly zeros.
     sizes = 1, firsts, stack.shape[0] - 1 - firsts
     value, tangents, seconds = stack.split_with_sizes(sizes)
@@ -28,13 +28,13 @@ def collect(squares: Tensor, pairs: Pairs) -> Tensor:
 
 
 def extend(stack: Tensor, count: int) -> Tensor:
-    """Extend a stack to `count` components with zero derivatives."""
+    """Append zero derivatives to a stack, so that the result has `count` components."""
     missing = count - stack.shape[0]
     return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
 
 def align(stack: Tensor, ndim: int) -> Tensor:
-    """Insert axes of size one after the first, so that the value has at least `ndim` axes."""
+    """Insert axes of size one after the first axis, so that the value has at least `ndim` axes."""
     missing = ndim + 1 - stack.ndim
     if missing <= 0:
         return stack
@@ -48,10 +48,10 @@ def total(stack: Tensor) -> Tensor:
 
 
 def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
-    """Add the products of two stacks to `whole` in place; a single component receives them all.
+    """Add the products of two stacks to `whole` in place, summed if `whole` has one component.
 
-    If `left` has several components, `right` may still have a single component. If `whole` has
-    several components, either `left` or `right` may have a single component.
+    If `right` has a single component, it multiplies every component of `left`. If `whole` has
+    several components, a single component of `left` likewise multiplies all those of `right`.
     """
     if len(whole) > 1 or len(left) == len(right) == 1:
         whole.addcmul_(left, right, value=value)
