@@ -76,7 +76,7 @@ Times = dict[str, Any]
 
 @dataclass(frozen=True)
 class WrappingCandidate:
-    """A way to wrap a network, which is printed as the arguments of `ScoreModel`.
+    """A way to wrap a network; it is printed as the arguments of `ScoreModel`.
 
     Attributes:
         schedule: the schedule, as code; "your schedule" for the model's own.

@@ -66,7 +66,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return function(), whose graph stores indices, and the tensors with these indices."""
+        """Return a pair: function(), with indices in its graph, and the tensors they refer to."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:

@@ -3,9 +3,8 @@
 A function takes a ScoreModel and clean data, and returns a scalar loss, on which `backward` can be
 called. A module can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: its
 `forward` computes the whole loss, so that a wrapper sees every use of a parameter. The module
-stores the ScoreModel as `model`, together with the options of the function of the same order. The
-formula is in `objective`. The residuals, the quantities that are detached in the residuals, and
-the source are in `terms`.
+stores the ScoreModel as `model`, together with the options of the function of the same order.
+`objective` has the formula. `terms` has the residuals, says what is detached and names the source.
 """
 
 from __future__ import annotations
@@ -205,7 +204,7 @@ def third_order_dsm(
             of the cost. "laplacian" equals "exact" if the network's Jacobian is symmetric, as the
             true score's Jacobian is; otherwise, it is a different objective, which leaves ∇tr(∂f)
             partly unconstrained. With probes=Paired(), "laplacian" costs more than "exact": 35
-            network evaluations instead of 25. "laplacian" needs a network that the engine "taylor"
+            network evaluations instead of 25. "laplacian" needs a network that the "taylor" engine
             can differentiate.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.

@@ -152,7 +152,7 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """A dimension of a value as a negative index, which is also correct for the stack."""
+    """A dimension of a value, as a negative index so that it is valid for the stack too."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
