@@ -34,11 +34,11 @@ EVALUATIONS = [
     ("derivatives", r"\| Order three, laplacian \|", THREE, LAPLACIAN | TAYLOR),
     (
         "derivatives",
-        r"step of order three costs 25 evaluations in place of",
+        r"step of order three costs 25 evaluations instead of",
         THREE,
         PAIRED | TAYLOR,
     ),
-    ("derivatives", r"`\"laplacian\"`, at", THREE, LAPLACIAN | PAIRED),
+    ("derivatives", r"\"auto\" stays with \"taylor\", at", THREE, LAPLACIAN | PAIRED),
 ]
 
 

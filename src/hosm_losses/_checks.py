@@ -32,7 +32,7 @@ def error_message(
 ) -> str:
     """Return an error message that says what was expected, what was received, and the remedy.
 
-    What was received is `got`, or a description of `value` if `got` is None.
+    If `got` is None, a description of `value` is used instead.
     """
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
@@ -290,7 +290,7 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances the bar by a number of units; the bar ends at `total`.
+    """Yield a function that advances the bar by a given number of units; the bar ends at `total`.
 
     If `visible` is False, no bar is shown and tqdm is not needed. The extra `progress` installs
     tqdm.

@@ -1,4 +1,4 @@
-"""PyTorch's private names and error messages; `taylor._torch` has those of the Taylor engine.
+"""PyTorch's private names and error messages; the Taylor engine uses those in `taylor._torch`.
 
 PyTorch does not guarantee that these names and messages stay the same.
 `tests/test_torch_internals.py` tests the names and messages that could change silently, and lists
@@ -97,6 +97,6 @@ def custom_function(node: object) -> type | None:
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Return whether a gradient can be differentiated again: once_differentiable prevents this."""
+    """Return whether a gradient can be differentiated again; once_differentiable prevents this."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)

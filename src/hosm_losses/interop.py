@@ -56,18 +56,18 @@ DISCRETE_VE = (
 
 
 def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
-    """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
+    """Return a ScoreModel built from a diffusers model and its scheduler.
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
     DiscreteSchedule. With such a schedule, t is the timestep, which is an integer in training and
     fractional in the likelihood; a HunyuanDiT gets t in the dtype of x. x is the model's input;
     with an Euler scheduler, this is the sample as scaled by `scheduler.scale_model_input`.
 
-    A flow-matching scheduler becomes a LinearFlowSchedule, as does a scheduler such as UniPC with
-    `use_flow_sigmas` and "flow_prediction". With such a schedule, t is the scheduler's sigma, and
-    the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t itself, as
-    in their pipelines. The shift of a scheduler only affects which times are drawn: to use a
-    shift, draw the times yourself and pass them as t.
+    A flow-matching scheduler becomes a LinearFlowSchedule, as does a scheduler such as UniPC if
+    it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is the
+    scheduler's sigma, and the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and
+    others get t itself, as in their pipelines. A scheduler's shift affects only which times are
+    drawn: to use a shift, draw the times yourself and pass them as t.
 
     With timestep_type="continuous" and "v_prediction", the model gets ¼ log(σ/α) as the timestep.
     Class labels, text embeddings and so on go into `model_kwargs`.
@@ -175,7 +175,7 @@ def _half_of_sample(returned: Any) -> Tensor:
 
 
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
-    """Return the ScoreModel of a GaussianDiffusion: its network, with its table and objective.
+    """Return a ScoreModel with the network, table and objective of a GaussianDiffusion.
 
     t is an index into the table. x is scaled as the network expects: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The first term of the losses is
@@ -222,7 +222,7 @@ def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) ->
 
 
 def from_edm(net: Any) -> ScoreModel:
-    """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
+    """Return a ScoreModel for an EDM denoiser D(x, σ, class_labels); t is σ.
 
     The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
     the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
@@ -258,7 +258,7 @@ def from_flow_matching(
     time: float = 1.0,
     time_first: bool = False,
 ) -> ScoreModel:
-    """Return the ScoreModel of a velocity network from flow matching or rectified flow.
+    """Return a ScoreModel for a velocity network from flow matching or rectified flow.
 
     The network predicts dx/dt with respect to its own time. In this package, the data are at
     t = 0. Hence, with data_at=1, the network gets 1 - t, and its velocity is negated.
@@ -305,15 +305,15 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 
 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
-    """Return the ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
+    """Return a ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index into the diffusion's own table. As in the project, the model gets the number that
     the step had before respacing; for a t between two indices, the model gets the fractional step
     number with the same noise level as t. With rescale_timesteps, this number is multiplied by
     1000 and divided by the original number of steps. Class labels go into `model_kwargs` as y. If
     the model learns its variance, only the first half of its output channels is used. For orders
-    above one, replace the project's own checkpoint function, which the project's attention blocks
-    call as well.
+    above one, replace the project's own checkpoint function, which the attention blocks call even
+    if `use_checkpoint` is False.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -342,7 +342,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 
 
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
-    """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
+    """Return a ScoreModel for a network trained in continuous time; t runs from 1e-5 to 1.
 
     Under VPSDE and subVPSDE, the network predicts the noise and gets 999 t. Under VESDE, the
     network predicts the score and gets σ(t). The project's `create_model` returns a DataParallel:
@@ -394,7 +394,7 @@ def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
 
 
 def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
-    """Return the schedule, or raise TypeError if `sde.marginal_prob` implies another α or σ."""
+    """Return the schedule; raise TypeError if `sde.marginal_prob` implies a different α or σ."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
         # One number at one time is enough, since the data may have any dimension.
@@ -416,7 +416,7 @@ def check_has(
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
-    """Return the schedule for a foreign object's table ᾱ; raise ValueError if ᾱ ends at 0."""
+    """Return the schedule for another project's table ᾱ; raise ValueError if ᾱ ends at 0."""
     where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO

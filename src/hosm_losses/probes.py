@@ -14,7 +14,7 @@ Formula:
     channels: three colours become brightness and two opponent colours. If neighbouring elements
     interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S is.
     Qᵀ is applied by FFT; along one dimension,
-        v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, else c_k = √(2/n).
+        v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, otherwise c_k = √(2/n).
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,
@@ -230,9 +230,9 @@ def unit_vectors(like: Tensor) -> Tensor:
 
 
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
-    """Yield the d unit vectors in chunks, as probes (k, B, *) with k of at most `size`.
+    """Yield the d unit vectors in chunks of at most `size` vectors, as probes (k, B, *).
 
-    By default, a chunk has at most CHUNK_ELEMENTS elements.
+    By default, a chunk has at most CHUNK_ELEMENTS elements, but at least one vector.
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size

@@ -41,8 +41,8 @@ def test_adaptive_at_its_default_tolerance(name, mixture):
 def test_the_steps_of_the_fixed_grid_at_default_tolerance():
     """The sentence below the table of the page."""
     model, x, log_density, log_prior = problem(VP, paper_mixture(), 32)
-    said = r"needs (\d+) steps for an error of (\S+) nats, and has one of (\S+) with (\d+)\."
-    ((steps, error, coarse, half),) = re.findall(said, PAGE)
+    said = r"error is (\S+) nats with (\d+) steps and (\S+) nats with (\d+)\."
+    ((coarse, half, error, steps),) = re.findall(said, PAGE)
     for count, expected in ((steps, error), (half, coarse)):
         solver = hosm.FixedGrid(int(count))
         options = {"divergence": "exact", "log_prior": log_prior, "solver": solver}

@@ -1,7 +1,7 @@
 """Derivatives of a network along probes, and gradients of these derivatives.
 
 - `select`: how the engine is chosen, and how a failed attempt is undone.
-- `engines`: the two engines, "taylor" and "reverse", and products of the Jacobian with vectors.
+- `engines`: the "taylor" and "reverse" engines, and products of the Jacobian with vectors.
 - `kinks`: operators with discontinuous derivatives, the warning about such operators, and what is
   remembered about a network.
 - `backward`: backward passes, lost graphs, and remedies for known errors.

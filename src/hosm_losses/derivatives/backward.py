@@ -206,8 +206,8 @@ def pass_back(
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
     """Apply a backward pass with a single point to K cotangents; return K gradients (K, B, *).
 
-    The backward pass is called under vmap. If vmap fails, which may happen in the backward of a
-    custom autograd.Function, there are K separate calls.
+    The backward pass is called under vmap. If vmap fails, as may happen in the backward of a
+    custom autograd.Function, K separate calls are made instead.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.

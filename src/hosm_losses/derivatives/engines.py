@@ -12,11 +12,11 @@ Formula:
 
     Instead of G, the taylor engine can compute C = ∂²f[w, w], the Laplacian form, without a
     backward pass. If only the sum over the directions is needed, the taylor engine computes the
-    sum of G by a single backward pass, or carries a single second derivative for the sum of C. In
+    sum of G in a single backward pass, or carries a single second derivative for the sum of C. In
     both cases, all directions share one value.
 
-    There are two products with a fixed c = cotangent(f), where f is the value. The product
-    vjp_c = (∂f/∂x)ᵀ c comes from a backward pass from f and keeps its graph. The product
+    There are two products with a fixed c = cotangent(f), where f is the value. A backward pass
+    from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The product
     jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c is linear
     in c.
 
@@ -64,7 +64,7 @@ Cotangent = Callable[[Tensor], Tensor]
 
 
 class Network(Protocol):
-    """A function of x (B, *) that treats samples independently; its conditions are fixed."""
+    """A function of x (B, *) that treats samples independently; all other inputs are fixed."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value at x (B, *)."""
@@ -77,7 +77,7 @@ class Network(Protocol):
 
     @property
     def native(self) -> "Network":
-        """This function, with PyTorch's own operators, for values and first derivatives only."""
+        """The function with PyTorch's operators; supports only values and first derivatives."""
         ...
 
     def repeat(self, count: int) -> "Network":
@@ -256,9 +256,9 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, and products from backward passes that start at the value.
+    """Return an engine's derivatives, and the products computed by backward passes from the value.
 
-    If `copied`, each direction has its own copy of x and its own value.
+    If `copied` is True, each direction has its own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:

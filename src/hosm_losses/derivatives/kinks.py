@@ -1,12 +1,12 @@
-r"""Operators with discontinuous derivatives, the warning about them, and facts about a network.
+r"""Warnings about operators with discontinuous derivatives, and what is known about a network.
 
 Purpose:
     In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A
     second-order term then has no gradient with respect to that bias, and too small a gradient with
     respect to other parameters. Yet the mean of the term over the data depends on all these
     parameters, because they determine how often the data cross a kink. Derivatives of the network
-    do not show this dependence, whichever engine computes them. The first call of a network is
-    therefore searched for operators with discontinuous derivatives between x and the output.
+    do not show this dependence, whichever engine computes them. In the first call to a network,
+    the operators between x and the output are therefore checked for discontinuous derivatives.
     Clamps are ignored, because most of them only guard against overflow.
 """
 
@@ -45,9 +45,9 @@ class NetworkMemory:
 
     Attributes:
         refused: for each (engine, kind), the reason why the engine refuses this kind of call.
-        failed: for each (engine, kind), the reason for a first failure, which may not recur.
-        served: each combination of engine, kind of call, and surrounding transforms and modes that
-            has succeeded.
+        failed: for each (engine, kind), the reason for a first failure, which may be transient.
+        served: the combinations of engine, kind of call, and surrounding transforms and modes with
+            which a call has succeeded.
         warned: whether the user has been warned that reverse mode takes over.
         orders: the orders (2, 3) for which no further warning about discontinuous derivatives is
             needed.
@@ -64,7 +64,7 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """The reason why the taylor engine refuses calls of this order, or None if it does not."""
+    """Why the taylor engine refuses calls of this order; None if no refusal is known."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
@@ -80,7 +80,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return the field; for its first call with gradients, it is wrapped to warn about jumps."""
+    """Return the field or, for its first call with gradients, a wrapper that warns about jumps."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
 def _between(point: Tensor, value: Tensor) -> set[Any]:
     """Return the graph nodes between a point and a value.
 
-    For a Jet, these are all nodes of the value's graph, and None.
+    If the point is a Jet, these are all nodes of the value's graph, together with None.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):

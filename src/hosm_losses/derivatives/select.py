@@ -178,8 +178,8 @@ def derive_with_products(
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. With products, reverse mode is the
-    cheapest choice, so "auto" tries it first and then proceeds as in `derive`.
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. If products are needed, reverse
+    mode is cheapest, so "auto" tries it first and then proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -224,7 +224,7 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
-    """Raise an error if a buffer would change: PyTorch would then fail, without a fallback."""
+    """Raise an error if a buffer would change; PyTorch's own error would rule out a fallback."""
     for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -296,7 +296,7 @@ class EngineAttempts:
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether the other engine may succeed; an error in the network itself occurs in both."""
+    """Whether the other engine may succeed; a network's own error occurs in both engines."""
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)

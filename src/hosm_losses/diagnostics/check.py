@@ -124,9 +124,9 @@ def check_derivatives(
 ) -> DerivativeReport:
     """If a derivative of the network is wrong, raise an error that names the module at fault.
 
-    Otherwise, return a report that shows the correct orders, the engine and advice.
+    Otherwise, return a report that gives the correct orders, the engine and advice.
 
-    The check looks for the following faults, which a loss cannot detect, in this order:
+    The check looks, in this order, for the following faults, which a loss cannot detect:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;

@@ -10,8 +10,8 @@ Formula:
     comparison is made along the line x + s w for −½ ≤ s ≤ ½, for the functions
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
     ReLU networks need this comparison: their second derivatives are zero wherever they exist, so
-    finite differences with small steps agree, although the gradient of the third-order term is
-    zero.
+    finite differences with small steps reveal no fault, although the gradient of the third-order
+    term is zero.
 
     If the integral differs from p(b) − p(a), the line is halved repeatedly, and the half where the
     trapezoidal rule has the larger error is kept. Over a distance h, the error of the trapezoidal
@@ -131,7 +131,7 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, from derivatives and differences."""
+        """Return ⟨D, b⟩, ⟨G, c⟩ and all forms' slopes, from derivatives and from differences."""
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -284,7 +284,7 @@ def _integrate(line: Line) -> np.ndarray:
 
 
 def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that draws reproducible normal numbers in the shape of a tensor."""
+    """Return a function that draws reproducible normal numbers with a tensor's shape."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return lambda like: torch.randn(
         like.shape, generator=generator, dtype=like.dtype, device=like.device

@@ -4,10 +4,10 @@ Formula:
     All curves are means at x_t = α x₀ + σ ε. Here, f = σ s belongs to the model and f* to the
     reference, A = σ ∂f/∂x, u = log σ̂, and p = p_t^ODE is the density of the model's own ODE.
 
-    - first: E‖f − f*‖², which order one reduces.
-    - trace: E (tr A − tr A*)², which order two reduces.
-    - second: E‖A − A*‖²_F, which order two reduces.
-    - third: E‖σ² ∇∇·f − σ² ∇∇·f*‖², which order three reduces.
+    - first: E‖f − f*‖², which the loss of order one reduces.
+    - trace: E (tr A − tr A*)², which the loss of order two reduces.
+    - second: E‖A − A*‖²_F, which the loss of order two reduces.
+    - third: E‖σ² ∇∇·f − σ² ∇∇·f*‖², which the loss of order three reduces.
     - rate: E a², where a = tr A − tr A* + (f − f*)·f* is the error in the rate of change of the
       ODE's log-density.
     - fisher: E‖σ ∇log p − f*‖², which compares the score of the ODE with the reference.
@@ -129,7 +129,7 @@ def likelihood_gap(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> GapReport:
-    """Measure how a model's ODE and SDE differ in likelihood, and which order causes the gap.
+    """Measure the likelihood gap between a model's ODE and SDE, and the errors that cause it.
 
     All derivatives are exact and computed along d directions, where d is the number of elements of
     a sample, so d should be small. Samples whose path fails are counted and excluded from the
@@ -149,11 +149,11 @@ def likelihood_gap(
         ode_score: whether to compute the score of the ODE's own density.
         progress: whether to show a progress bar.
         generator: the source of randomness, on the device of x0; the global one if None.
-        model_kwargs: keyword arguments of the networks.
+        model_kwargs: keyword arguments for the networks.
 
     Returns:
         The report. The numbers `ode nll` and `sde bound` apply to the clean data x0, because both
-        include a correction for the start at t_min. `solver error of ode nll` estimates how much
+        include a correction for starting at t_min. `solver error of ode nll` estimates how much
         `ode nll` would change with more steps.
 
     Raises:
@@ -250,7 +250,7 @@ def at_node(
     score: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The values (B,) that the curves average; `score` is σ ∇log p for the ODE's density p."""
+    """The values (B,) whose means form the curves; `score` is σ ∇log p for the ODE's density p."""
     f, jacobian, third = _orders(model, x, t, kwargs)
     values: dict[str, Tensor] = {}
     if score is not None:

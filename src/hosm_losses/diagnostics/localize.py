@@ -41,7 +41,7 @@ class Call:
 
 
 def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
-    """The network's prediction at x, without a graph, using PyTorch's own operators."""
+    """The network's prediction at x, computed without a graph by PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
         return bound.native(x.clone()).detach().clone()

@@ -125,7 +125,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise an error if outputs do not follow their samples and the tensors of these samples."""
+    """Raise an error if outputs do not follow their samples and those samples' tensors."""
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
@@ -140,7 +140,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the innermost module whose arguments agree in a row but whose results do not."""
+    """Name the innermost module whose arguments agree in `row` but whose results do not."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:

@@ -1,26 +1,27 @@
 r"""Check that a network's schedule, time, prediction and data units match its training.
 
 Formula:
-    Under another schedule, data c x₀ + b become x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, x is
+    Under another schedule, data c x₀ + b become x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is
     x₀ + σ̂ ε in other units, so the best prediction of ε is the same. The losses of all wrappings
     can therefore be compared at the same u = log σ̂, the noise level of x₀, with the same ε.
 
-    linear    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε), with the mean m and the covariance C of the data,
-              has the loss ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the eigenvalues λ of C
+    For data with mean m and covariance C, the best linear predictor is
+    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the
+    eigenvalues λ of C.
 
     Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
     is p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
     All candidates are ranked on one draw of noise. The model's own wrapping and the three best
-    candidates are then measured again on eight fresh draws of noise, and these measurements decide
-    between them. This many draws are needed because a schedule that shifts a likelihood by a third
+    candidates are then measured again on eight fresh draws of noise, and the verdict uses these
+    measurements. This many draws are needed because a schedule that shifts a likelihood by a third
     of a nat may change the loss by only two per cent.
 
 The candidates are the wrappings with which networks are commonly trained. If the schedule is a
 table, the network receives an index into a table of 1000 entries, or into one as long as the
 model's own table. As the time, score_sde passes 999 t under VP, and σ or its logarithm under VE.
 Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs from data
-to noise or in reverse; in diffusers, it runs up to 1000.
+to noise or from noise to data; in diffusers, it runs up to 1000.
 """
 
 import copy
@@ -61,7 +62,7 @@ from hosm_losses.schedules import (
 LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # networks differ if the linear loss is between these limits
 MARGIN, ERRORS = 0.1, 2.0  # losses differ by over this fraction plus this many standard errors
-WORSE = 0.25  # a network is not trained if it is worse than linear at this fraction of levels
+WORSE = 0.25  # a network that is worse than linear at this fraction of levels is not trained
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
 STEP = 7  # shift of the levels from draw to draw; coprime to 8, 9, 10, 11 and 12 levels
 FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # limits for a slight difference, with the fresh draws
@@ -106,7 +107,7 @@ class WrappingCandidate:
 
 @dataclass(frozen=True, repr=False)
 class WrappingReport:
-    """The result of `check_wrapping`, which is printed as a table and a verdict.
+    """The result of `check_wrapping`; `print` shows it as a table and a verdict.
 
     Losses are means over the final draws of noise. In the table, "worse" marks the levels at which
     the network is worse than the linear predictor; the verdict counts these levels.
@@ -178,7 +179,7 @@ class WrappingReport:
 
 
 class Units(NamedTuple):
-    """Data in the units given by scale · x0 + shift, with this expression as code."""
+    """A change of data units to scale · x0 + shift, and this expression as code."""
 
     text: str = "x0"
     scale: float = 1.0
@@ -232,9 +233,10 @@ def check_wrapping(
     measured at the same noise levels and with the same noise. Only a trained network can be
     checked.
 
-    The network is called at most 182 times, and usually about 100 times. Each call takes all of x0
-    and computes no gradients. The states of the network and of the global random generators are
-    left unchanged. Call `model.eval()` first if the network has dropout or batch norm.
+    The network is called at most 182 times, and usually about 100 times. Each call processes all
+    of x0 and computes no gradients. The states of the network and of the global random
+    generators are left unchanged. Call `model.eval()` first if the network has dropout or batch
+    norm.
 
     Args:
         model: the score model, with trained weights.
@@ -246,9 +248,9 @@ def check_wrapping(
     Returns:
         The report. `ok` is False if a candidate, which is then `best`, beats both your wrapping
         and the best linear predictor. If `best` fits better by more than 10 % plus two standard
-        errors, use `best`. If `best` fits better by more than half a per cent and four standard
-        errors, but not by more than 10 % plus two standard errors, the report is `undecided`. `ok`
-        is also False if the network is worse than the linear predictor at a quarter of the noise
+        errors, use `best`. If the advantage of `best` exceeds both half a per cent and four
+        standard errors, but not 10 % plus two standard errors, the report is `undecided`. `ok` is
+        also False if the network is worse than the linear predictor at a quarter of the noise
         levels or more, which means that the network is untrained or that no candidate fits.
 
     Raises:
@@ -309,7 +311,7 @@ class _Linear:
                 self.share = subspace.diagonal.flatten()
 
     def expected(self, levels: Tensor) -> Tensor:
-        """ℓ(u), in the shape of the levels."""
+        """ℓ(u), with the shape of the levels."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
         share = self.variances / sum_of_both
         # P_ii < 1 subtracts (1 − P_ii) times the noise's part, the square of λ/(λ + σ̂²).
@@ -323,7 +325,7 @@ class _Linear:
         return _mean_square(error / (self.variances + sigma.square()), self.dimensions)
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
-        """The noise levels (count,), in the range of the schedule, at which networks differ."""
+        """The noise levels (count,) at which networks differ, within the range of the schedule."""
         low, high = schedule.log_sigma_hat_range
         grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
         expected = self.expected(grid)
@@ -476,7 +478,7 @@ class _Search:
         return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
-        """The best-fitting candidates; among equals, the one with fewest changes comes first."""
+        """The best-fitting candidates; among equals, the one with the fewest changes is first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
@@ -543,7 +545,7 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """Return a copy of a model with changed attributes, which hide modules of the same names."""
+    """Copy a model and set attributes of the copy; these hide modules of the same name."""
     changed = copy.copy(model)
     vars(changed).update(changes)
     return changed

@@ -1,4 +1,4 @@
-r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
+r"""A Runge-Kutta solver with a separate step size for each sample, used by `Adaptive`.
 
 Purpose:
     The solver integrates dy/ds = f(s, y). The method needs a smooth integrand, so each sample
@@ -14,7 +14,7 @@ Formula:
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
     assumption", Computers & Mathematics with Applications 62 (2011), table 1; Abramowitz and
-    Stegun, "Handbook of Mathematical Functions", 26.7.5, for Student's law.
+    Stegun, "Handbook of Mathematical Functions", 26.7.5, for Student's t-distribution.
 """
 
 import math
@@ -59,8 +59,8 @@ FINER = 10  # the second solution divides the tolerance by this number
 # the first sign, with factors up to 1.85; smooth networks show only the second.
 KINK_COST, KINK_REJECTED = 1.45, 0.3
 MINIMUM_PATHS = 4
-# Coefficients of t/2 − 1 in powers of 1/ν, where t is the quantile of Student's law that
-# corresponds to the normal quantile 2.
+# Coefficients of t/2 − 1 in powers of 1/ν, where t is the quantile of Student's t-distribution
+# that corresponds to the normal quantile 2.
 STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
 SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
@@ -82,14 +82,15 @@ def adaptive(
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     max_evaluations: int,
 ) -> AdaptiveSolution:
-    """Solve upwards from y (B, m) at the start of a span to its end, without leaving the span.
+    """Solve dy/ds = f for increasing s, from y (B, m) at the start of a span to the end.
 
     `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if there
     is none). `rows` (n,) are the rows of the batch that have not reached the end; s has the shape
-    (n,), and y has the shape (n, m). `judge` takes the errors (n, m) of a step and the covector at
-    the end of the step. `judge` returns two numbers per row: the error relative to the tolerance,
-    which must be at most 1 for the step to be accepted, and the error in nats, which is summed
-    over steps. A sample fails if it needs more than `max_evaluations` evaluations.
+    (n,) and never leaves the span, and y has the shape (n, m). `judge` takes the errors (n, m) of
+    a step and the covector at the end of the step. `judge` returns two numbers per row: the error
+    relative to the tolerance, which must be at most 1 for the step to be accepted, and the error
+    in nats, which is summed over steps. A sample fails if it needs more than `max_evaluations`
+    evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -149,8 +150,8 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     refuse_vmap("Adaptive")
     if paths.divergence.target is not None:
         raise ValueError(
-            "solver: expected FixedGrid or ToTolerance with ToStandardError, which draws probes "
-            "at nodes known in advance; got Adaptive."
+            "solver: expected FixedGrid or ToTolerance, because ToStandardError draws probes at "
+            "nodes known in advance; got Adaptive."
         )
     size, probes = z[0].numel(), paths.divergence.draw(z, paths.dtype, paths.generator)
     if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error

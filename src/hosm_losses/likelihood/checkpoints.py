@@ -33,7 +33,7 @@ class RecomputedEvaluations:
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
-        """Return function(), on the device of x, without keeping its activations."""
+        """Evaluate function() on the device of x, without keeping its activations."""
         evaluation = RecomputedEvaluation(self, function, x)
         try:
             result, saved = evaluation.run()
@@ -66,7 +66,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return a pair: function(), with indices in its graph, and the tensors they refer to."""
+        """Return the result of function(), and the tensors that its graph refers to by index."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:

@@ -98,7 +98,7 @@ class Coordinates:
         return self.trace((level.alpha * level.scale).log())
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-density (B,) at x of Gaussian data with this mean and std, noised to a level."""
+        """The log-density (B,) of x at a noise level, for Gaussian data with this mean and std."""
         normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
@@ -106,7 +106,7 @@ class Coordinates:
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient of the log-density with respect to z.
 
-        It is exact if the model's score equals the score of its ODE.
+        The result is exact if the model's score equals the score of its ODE.
         """
         return -(level.scale / level.sigma_hat) * noise
 

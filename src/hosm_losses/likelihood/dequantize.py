@@ -6,7 +6,7 @@ Formula:
     Here p is the density of x; `bits_per_dim` accounts for the width of a cell.
 
     If a network was trained on the levels themselves, y = first + w k, its density at small noise
-    consists of normal peaks around the levels, with standard deviation σ̂. At the time t where
+    consists of normal peaks of standard deviation σ̂ around the levels. At the time t at which
     half a cell, w/2, equals τ = 3 standard deviations, noise spreads each level over its cell. The
     noise u comes from the normal distribution truncated to [−τ, τ], and Z = erf(τ/√2) is the mass
     of the normal distribution on this interval:
@@ -80,7 +80,7 @@ class Uniform:
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x in the cells, with None in place of a correction to their nll."""
+        """Return points x drawn in the cells, and None, because their nll needs no correction."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
@@ -152,7 +152,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x_t in the cells at the start, with the correction (B,) to their nll."""
+        """Return points x_t drawn in the cells at the start, and corrections (B,) to their nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -203,7 +203,7 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform random numbers in the shape of `levels`, in the precision used for sums."""
+    """Uniform random numbers with the shape of `levels`, in the precision used for sums."""
     dtype, device = accumulator(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 

@@ -2,7 +2,7 @@
 
 Purpose:
     `log_prob` is −nll from `ode_nll`, and samples come from `ode_sample`; both refer to points at
-    the schedule's t_min. A tensor that conditions the network has one entry per distribution of
+    the schedule's t_min. A tensor that conditions the network has one entry per distribution in
     the batch, unless it is marked `Shared`: nothing is inferred from the tensor's length.
 
 Source:
@@ -40,8 +40,8 @@ class ODEDistribution(Distribution):
         divergence: as in `ode_nll`; with "exact", `log_prob` is deterministic.
         model_kwargs: keyword arguments of the network. The shape of every tensor in `model_kwargs`
             must begin with `batch_shape`, unless the tensor is marked `Shared`. Real
-            floating-point tensors are cast to the dtype of x. In `log_prob`, this is the dtype of
-            `value`; in sampling, it is the dtype of the network's first floating-point
+            floating-point tensors are cast to the dtype of x. In `log_prob`, x has the dtype of
+            `value`; in sampling, x has the dtype of the network's first floating-point
             parameter.
         batch_shape: the shape of the batch of distributions, one for each condition.
         batch_size: the number of samples for which the ODE is solved at a time; None for all.
@@ -161,7 +161,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options for solving the ODE for rows (outer,) in this dtype."""
+        """Return the options to solve the ODE for a batch of shape `outer` in this dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])

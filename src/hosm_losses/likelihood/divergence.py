@@ -2,7 +2,7 @@ r"""Estimators of a network's divergence, and the choice between them.
 
 Formula:
     exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
-    hutchinson   ∇·f = E[vᵀ ∂f/∂x v], the mean of K probes with variance Var[vᵀ ∂f/∂x v]/K
+    hutchinson   ∇·f = E[vᵀ ∂f/∂x v]; the mean over K probes has variance Var[vᵀ ∂f/∂x v]/K
     Since ε̂ = p · prediction + q x, ∇·ε̂ follows from vᵀ ∂prediction/∂x v and ‖v‖². All directions
     share one forward pass, and each direction costs one vector-Jacobian product.
 
@@ -47,7 +47,7 @@ A callable (x, t) → (prediction, its divergence) computes both itself.
 
 @dataclass(frozen=True)
 class Estimator:
-    """Base class of the estimators, which itself estimates no divergence."""
+    """Base class of the estimators; by itself, this class estimates no divergence."""
 
     products: int = 0  # products with the Jacobian for one divergence
     is_random: bool = False  # whether estimates are random, so that there is a standard error
@@ -57,7 +57,7 @@ class Estimator:
     def draw(
         self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
     ) -> Tensor | None:
-        """Draw probes (K, B, *) for states (B, *), or return None if the estimate needs none."""
+        """Draw probes (K, B, *) for states (B, *), or return None if no probes are needed."""
         return None
 
     def estimate(

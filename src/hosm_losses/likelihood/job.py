@@ -1,4 +1,4 @@
-r"""The checked arguments that all likelihoods share, batches of samples, and combined results.
+r"""What all likelihoods share: checks of arguments, batches of samples, and joined results.
 
 Failures:
     A sample fails if its nll is not finite in the network's dtype (at least float32), if its path
@@ -182,7 +182,7 @@ class Job:
 
 
 def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
-    """Attach the result of the finished batches to an interrupt, with a note."""
+    """Attach the result of the finished batches, and a note, to an interrupt."""
     carrier: Any = interrupt
     carrier.result = result
     done = 0 if result is None else len(result.nfe)

@@ -25,9 +25,9 @@ Start:
     - Node 1 is evaluated a second time, at the corrected state y₁.
     - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
-    - If σ̂ at the start of a path is close to the data's scale, z changes noticeably from the
-      first step. The path then begins with two steps of the classical Runge-Kutta method, and the
-      node that is evaluated twice is not node 1 but node 3, the first predicted node.
+    - If σ̂ at the start of a path is close to the data's scale, the state changes noticeably
+      in the first steps. The path then begins with two steps of the classical Runge-Kutta method,
+      and the node that is evaluated twice is not node 1 but node 3, the first predicted node.
 
 Error of the path:
     Let g be the gradient of the answer (the log-density) with respect to y, let ∇⁵ be the fifth
@@ -70,7 +70,7 @@ Error of the integral:
 
 Companion:
     A companion is a second solution with half as many steps and the same probes. Let D be the
-    difference between the two answers, both of which integrate q over every second node of the
+    difference between the two answers; in both, q is integrated over every second node of the
     finer grid. The path's error is then estimated as follows:
 
     - For a path from data to a latent, the estimate is max(p, |D|/8).
@@ -81,8 +81,8 @@ Companion:
 
 Cancellation:
     The e_i change sign along the path, so their sum over the whole path is small. This small sum
-    would be a reliable estimate only if g_i were the true gradient of the answer, which requires a
-    network without error. If the path amplifies an error a hundredfold, no sum of local errors
+    would be a reliable estimate only if g_i were the true gradient of the answer, which would
+    require an exact network. If the path amplifies an error a hundredfold, no sum of local errors
     reveals the amplification, but a companion does.
 
 Source:
@@ -244,7 +244,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The integral's variance, (B,), from the probes at each node or from adjacent nodes."""
+        """The variance (B,) of the integral, estimated at each node or from adjacent nodes."""
         variances = self.variances
         if not variances:
             q = torch.stack(self.integrands).detach()
@@ -265,7 +265,7 @@ class AdamsSolver:
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """Return Σ_i c_i f_i, summed over the coefficients; there may be more slopes."""
+    """Return Σ_i c_i f_i, summed over the coefficients; surplus slopes are ignored."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=False):
         total = total + coefficient * slope

@@ -58,20 +58,21 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), taken to be points at the schedule's t_min unless `clean` is True; the
-            dtype is uint8 if there is a `dequantization`.
+        x: data (B, *), taken to be points at the schedule's t_min unless `clean` is True;
+            with a `dequantization`, the dtype must be uint8.
         solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one if `clean`
             is True; `ToTolerance(nats)`, which uses the fewest steps that meet a tolerance; or
             `Adaptive()`, which chooses the step sizes of each sample separately.
         divergence: "exact", which takes d vector-Jacobian products per node; `Hutchinson(count,
             distribution)`, which takes one product per probe; or `ToStandardError(nats)`, which
             draws as many probes as each sample needs. "auto" means "exact" for samples of at most
-            16 elements, and `Hutchinson()` for larger samples. On a fixed grid, all of these yield
-            a standard error; with `Adaptive`, random probes yield a standard error only if there
-            are at least four probes. For images, "dct" is often the best distribution of probes.
-            If the network's divergence is known, pass a function `(x, t, **model_kwargs)` →
-            (prediction, its divergence (B,)), which receives x and t in the same form as the
-            network. On a subspace, this function must return the divergence within the subspace.
+            16 elements, and `Hutchinson()` for larger samples. On a fixed grid, each of these
+            options yields a standard error; with `Adaptive`, random probes yield a standard error
+            only if there are at least four probes. For images, "dct" is often the best
+            distribution of probes. If the network's divergence is known, pass a function
+            `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives x and t in
+            the same form as the network. On a subspace, this function must return the divergence
+            within the subspace.
         log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
             log-densities (B,), or as a torch distribution over samples; N(0, prior_std² I) if
             None. A callable receives latents in the network's dtype or float32, whichever is
@@ -80,10 +81,9 @@ def ode_nll(
             The mean nll is then an upper bound on the nll of x, and can be compared with the
             result of `variational_nll`. `standard_error` does not account for the random noise
             added to x, whose effect on the nll is small for a good model.
-        dequantization: `Uniform()` for uint8 images, which maps x to −1 + 2 (x + u)/256 with
-            uniform u, so that `bits_per_dim` refers to the integers. `TruncatedNormal()` is for
-            networks that were trained on the quantized levels themselves, and None is for
-            continuous data.
+        dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with uniform
+            u, so that `bits_per_dim` refers to the integers. `TruncatedNormal()` is for networks
+            that were trained on the quantized levels themselves, and None is for continuous data.
         batch_size: the number of samples to solve at a time; None for all.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether the result carries an autograd graph, so that gradients can pass
@@ -101,8 +101,8 @@ def ode_nll(
         of the finished batches, or None if no batch has finished.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, for example if images are integers
-            and `dequantization` is None.
+        TypeError: if an argument has an invalid type or dtype, for example if images have an
+            integer dtype and `dequantization` is None.
         ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
@@ -244,9 +244,9 @@ def ode_sample(
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
-    """Convert a result whose `latent` contains samples.
+    """Turn a result whose `latent` contains samples into a `SampleResult`.
 
-    After an interrupt, the result contains samples for only the first latents.
+    After an interrupt, the result contains samples for the first latents only.
     """
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
@@ -304,7 +304,7 @@ def solve(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """The change in log p if the prior were the diffused Gaussian; None if `log_prior` is set."""
+    """The change in log p if the diffused Gaussian were the prior; None if `log_prior` is set."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
@@ -317,13 +317,13 @@ def _steps_of(results: Sequence[NLLResult]) -> int | None:
 
 
 def _from_clean(paths: Paths) -> Paths:
-    """Add random noise to clean x, and return the paths from t_min with their `nll_offset`.
+    """Add random noise to clean x, and return paths that start at t_min and include `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], where p(x|x_tmin) is the
     decoder in `variational`. The last two terms of this bound are
-    ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These terms contain the value of ‖ε‖² for the drawn noise
-    instead of the mean d of ‖ε‖². The variation of p(x_tmin) with ε therefore cancels, and the
-    mean of exp(−nll) over draws is a probability density of x.
+    ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These terms contain ‖ε‖² for the drawn noise instead of
+    its mean, d. The variation of p(x_tmin) with ε therefore cancels, and the mean of exp(−nll)
+    over draws is a probability density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)

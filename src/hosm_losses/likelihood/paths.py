@@ -9,7 +9,7 @@ Purpose:
 Coordinates:
     Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
     z = (y − m)/c with c² = s² + σ̂². If the data follow N(m, s²), then y has mean m and standard
-    deviation c at this noise level, and z is constant along each path.
+    deviation c at every noise level, and z is constant along each path.
 
 Formula:
     dz/du = (σ̂/c) ε̂ − (σ̂²/c²) z
@@ -106,7 +106,7 @@ class Paths:
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ε̂ and dz/du for rows (all if None), and each probe's integrand in u, (K, n)."""
+        """Return ε̂ and dz/du for `rows` (all if None), and each probe's integrand, (K, n)."""
         if self.evaluations.applies():
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
@@ -191,7 +191,7 @@ class Paths:
 
 
 class ODESolution(NamedTuple):
-    """The end states of the paths, the integral along the paths, and fields for the result."""
+    """The end states of the paths, the integrals along the paths, and diagnostics."""
 
     z: Tensor  # the states at the other end, (B, *)
     integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du from the start to the other end, (B,)
@@ -199,7 +199,7 @@ class ODESolution(NamedTuple):
     products: Tensor  # products with the network's Jacobian, (B,)
     standard_error: Tensor | None  # error of the integral due to the probes, (B,); None if unknown
     solver_error: Tensor  # estimate, (B,)
-    cause: Tensor  # why the solver gave up a path, (B,); 0 if it did not, see `result`
+    cause: Tensor  # why the solver gave up on a path, (B,); 0 if it did not, see `result`
     steps: int | None = None  # number of steps of a grid that the batch shares
     widening: float = 1.0  # Student's factor in standard_error
     kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if unknown

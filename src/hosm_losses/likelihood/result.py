@@ -6,10 +6,10 @@ Formula:
     uniform on [0, 1). Per element, the density of x is levels/(high − low) times the density of
     k + u.
 
-    The mean over n samples has the standard error std(nll)/√n, to which the random probes
-    contribute (Σ s²)^½/n. Here s = standard_error/widening, so that s² is an unbiased estimate of
-    the variance. Student's factor `widening` applies to a single sample with few probes, not to a
-    mean over many samples.
+    The standard error of the mean over n samples is std(nll)/√n; the part that comes from the
+    random probes is (Σ s²)^½/n. Here s = standard_error/widening, so that s² is an unbiased
+    estimate of the variance. Student's factor `widening` applies to a single sample with few
+    probes, not to a mean over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -55,14 +55,14 @@ REASONS = {
     "use a larger step_tolerance or FixedGrid(), or look for jumps",
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
-    Cause.PRIOR: "log_prior is not finite at its latent, a finite point: look at log_prior there",
+    Cause.PRIOR: "log_prior is not finite, although its latent is: look at log_prior there",
     Cause.SOLVER: "its solver_error of {error:.2g} nats is not within {limit:g}: " + FINER,
 }
 
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """The mean likelihood of a data set, as Python numbers; `print` shows a short text.
+    """A summary of a data set's likelihoods, as Python numbers; `print` shows the main ones.
 
     Attributes:
         samples: the number of samples included in the means.
@@ -162,7 +162,7 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return the bits per dimension (B,), of the integers if the data have levels.
+        """Return the bits per dimension (B,) of the data or, if they have levels, of the integers.
 
         The value for a failed sample is NaN.
 
@@ -312,13 +312,13 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return a dict from the row of each failed sample to the reason and a remedy.
+        """Return a dict that maps the row of each failed sample to the reason and a remedy.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
             >>> result = NLLResult(one, torch.zeros(1, 3), one, None, one, one > 0, cause=cause)
             >>> print(result.failures()[0])
-            log_prior is not finite at its latent, a finite point: look at log_prior there
+            log_prior is not finite, although its latent is: look at log_prior there
         """
         limit, dtype = solver_limit(self._d), self.latent.dtype
         errors, texts = self._errors(), {}
@@ -374,7 +374,7 @@ class Result:
         return f"samples {shape} without {', '.join(lacking) or 'nothing'}, {known}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict of all fields, which contains detached tensors and plain Python values.
+        """Return all fields as a dict of detached tensors and plain Python values.
 
         `torch.save` can write this dict, and `torch.load` can read it with `weights_only=True`,
         which refuses arbitrary objects. `from_dict` restores the result.
@@ -438,12 +438,12 @@ class NLLResult(Result):
             finite, if the path did not reach its end, or if solver_error is above
             max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and `failures` returns the
             reason.
-        products: the number of vector-Jacobian products, which are not counted in nfe, (B,); None
-            for a bound.
+        products: the number of vector-Jacobian products, (B,), not included in nfe; None for a
+            bound.
         quantization: the levels and the range of dequantized data; None for continuous data.
         steps: the number of steps of the fixed grid; None with `Adaptive` or for a bound.
-        widening: Student's factor, by which `Adaptive` widens standard_error; otherwise 1.
-        kinks: whether the path seems to have kinks, as with ReLU networks, (B,); None if unknown.
+        widening: Student's factor, by which `Adaptive` widens standard_error; 1 if not widened.
+        kinks: whether the path seems to have kinks, (B,), as with ReLU networks; None if unknown.
             The solver's order of accuracy drops at kinks, so solver_error is increased.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         dimensions: the dimension of the model's subspace, on which the density is defined; None
@@ -466,7 +466,7 @@ class SampleResult(Result):
     Attributes:
         x: the samples at t_min, (B, *).
         latent: the latents at t_max from which the samples were computed, (B, *).
-        nll: −log p(x) in nats, (B,); None without a divergence.
+        nll: −log p(x) in nats, (B,); None if no divergence was computed.
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
         solver_error: the estimated effect of the solver's error on the nll for a given latent, in

@@ -114,8 +114,8 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """The coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The smallest of the step counts 32, 64, …, 1024 that meets the tolerance is determined on the
-    first batch and used for all batches of the call. The trial solutions do not affect the
+    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance on the first
+    batch, and is used for all batches of the call. The trial solutions do not affect the
     results, and their evaluations are not counted in `nfe`.
 
     Args:

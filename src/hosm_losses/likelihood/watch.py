@@ -1,4 +1,4 @@
-"""Checks for randomness in a network's output, from training mode or from draws in its code."""
+"""Checks for random network outputs, caused by training mode or by draws in the code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,7 +47,7 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 
 
 class FirstEvaluation:
-    """Checks during a network's first evaluation, such as whether it draws random numbers.
+    """Checks in a network's first evaluation, such as whether the network draws random numbers.
 
     No list of random layers can be complete, because a network may drop labels, layers or words in
     its own code. However, every random draw in torch advances one of torch's generators.
@@ -69,7 +69,7 @@ class FirstEvaluation:
         return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """Return the states of the CPU's generator and of x's device, or [] if no check is due."""
+        """Return generator states of the CPU and of x's device, or [] if no check is due."""
         # Inside a CUDA graph, the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []

@@ -121,7 +121,7 @@ class Weights:
 
         If this size is below 200 and below half the number of samples, standard errors are often
         too small. For a target in 32 dimensions, the fraction of 95 % intervals that contained
-        log Z was 0.83 in runs with so small a size, and 0.95 in all other runs.
+        log Z was 0.83 in runs with such a small effective sample size, and 0.95 in all other runs.
         """
         return self._effective_size(self.normalized.square())
 
@@ -156,8 +156,8 @@ class Weights:
         If k is above 0.7, the standard errors are meaningless. A lower k does not show that the
         standard errors are right, because samples that miss the regions of large weight also have
         a low k. Therefore, do not select runs by k. `pareto_k` is NaN if fewer than 21 weights are
-        above zero, or if a quarter of the weights in the tail, but not all of these, equal the
-        largest weight below the tail. `pareto_k` is -inf if all weights in the tail equal the
+        above zero, or if about a quarter or more of the weights in the tail, but not all, equal
+        the largest weight below the tail. `pareto_k` is -inf if all weights in the tail equal the
         largest weight below the tail.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
@@ -197,7 +197,7 @@ class Weights:
     def resample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return samples (count, *) drawn with replacement in proportion to w, and their rows."""
+        """Return samples (count, *), drawn by weight with replacement, and their rows in x."""
         count = check_whole("count", count, 1)
         rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
         return self.x[rows], rows

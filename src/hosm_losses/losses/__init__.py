@@ -4,7 +4,7 @@
 - `objective`: how a loss is computed, from the checks of its arguments to the reduction.
 - `options`: checks of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
-- `terms`: the residuals, the quantities detached in them, and the loss terms as their squares.
+- `terms`: the loss terms, as squares of residuals in which the lower orders are detached.
 - `paired`: the same terms, computed as products of estimates from two independent probes.
 - `weighting`: how noise levels are weighted, and how t is drawn.
 """

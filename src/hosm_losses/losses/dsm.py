@@ -4,7 +4,7 @@ A function takes a ScoreModel and clean data, and returns a scalar loss, on whic
 called. A module can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: its
 `forward` computes the whole loss, so that a wrapper sees every use of a parameter. The module
 stores the ScoreModel as `model`, together with the options of the function of the same order.
-`objective` has the formula. `terms` has the residuals, says what is detached and names the source.
+See `objective` for the formula, and `terms` for the residuals, the detached parts and the source.
 """
 
 from __future__ import annotations
@@ -171,21 +171,21 @@ def third_order_dsm(
             from one probe or from one half of the probes. With `Paired()`, the loss has the same
             mean as with "exact" and almost no noise from the probes, and a step costs about twice
             as much as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one
-            mask for all probes of a sample, except that at order three with third="exact", each
-            probe has its own mask unless the probes are `Paired()` and reverse mode is used.
+            mask for all probes of a sample. The exception is order three with third="exact", where
+            each probe has its own mask unless the probes are `Paired()` and reverse mode is used.
         targets: the regression target; None stands for the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
             noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
-            the noise from this choice without other data, if the score ∇log p₀ of the data is
-            known. At order one, a tensor (B, *) passed to the call, such as a teacher's
-            prediction, replaces ε in the residual but not in x.
+            the noise from the choice of x₀ without using other data, but requires the score
+            ∇log p₀ of the data. At order one, a tensor (B, *) passed to the call, such as a
+            teacher's prediction, replaces ε in the residual but not in x.
         weights: (first, second, trace, third), as nonnegative numbers or one-element tensors in a
             list, a tuple, an array or a tensor. "paper" means (1, 1, 1, 1), as in the paper's code
             for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's low-dimensional
-            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If every weight above some order is the
-            number 0, the loss and its cost are the same as at that order: to ramp up the weights,
-            you can start at (1, 0, 0, 0), which is order one. A term whose weight is a zero tensor
-            is still computed.
+            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights of the highest orders
+            are all the number 0, these orders are not evaluated and cost nothing: to ramp up the
+            weights, you can start at (1, 0, 0, 0), which is order one. A term whose weight is a
+            zero tensor is still computed.
         weighting: "noise" leaves the terms unchanged. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes the first term the loss
             of EDM's trainer. "likelihood" makes the first term the likelihood-weighted loss; in
@@ -220,7 +220,8 @@ def third_order_dsm(
         The loss, which is w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, for example if images are integers.
+        TypeError: if an argument has an invalid type or dtype, for example if images have an
+            integer dtype.
         ValueError: if an argument has an invalid shape, device, name or value; on the CPU, also if
             an argument or the result is not finite.
         DerivativeError: if the network cannot be differentiated, or (on the CPU) if its
@@ -352,7 +353,10 @@ class _DSM(nn.Module):
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
     ) -> Any:
-        """Return the loss, or (loss, detached terms); None means the constructor's argument."""
+        """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
+
+        If `targets` or `weights` is None, the argument of the constructor is used.
+        """
         check_flag("return_terms", return_terms)
         evaluated = dsm(
             self.model,
@@ -452,7 +456,7 @@ class _HigherOrderDSM(_DSM):
 
         The inputs are the same as for `third_order_dsm`. `weights` and `targets` override the
         arguments of the constructor, so that you can, for example, ramp up the weights or change
-        the reference.
+        the reference data.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}

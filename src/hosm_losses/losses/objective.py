@@ -138,7 +138,7 @@ def perturb(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε and its targets, from which q x is left out as in `terms`."""
+    """Return x = α(t) x₀ + σ(t) ε and its targets, which leave out q x, as in `terms`."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -185,7 +185,7 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 def _first_of_all(
     first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
 ) -> Tensor:
-    """Return the first term of all samples, calling the network for the samples not in `rows`."""
+    """Return the first term for all samples, calling the network for the samples not in `rows`."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -221,7 +221,7 @@ def _probes(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the caller's probes, all unit vectors, or random probes (K, n, *), for the rows."""
+    """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors."""
     if probe is not None:
         return probe if rows is None else probe[:, rows]
     like, probes = x if rows is None else x[rows], options.probes

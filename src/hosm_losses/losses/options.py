@@ -59,7 +59,7 @@ class LossOptions:
         if self.third != "exact" and self.engine == "reverse":
             raise ValueError(
                 f"engine: expected 'auto' or 'taylor' with third={self.third!r}, because only the "
-                "engine 'taylor' carries second derivatives; got 'reverse'."
+                "'taylor' engine carries second derivatives; got 'reverse'."
             )
         check_choice("reduction", self.reduction, get_args(Reduction))
         if part < 1 and self.reduction == "none":
@@ -90,8 +90,8 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
     There must be as many weights as the order has terms; at order 2, a fourth weight is allowed.
-    At least one weight must be nonzero. The values of tensors are only checked on the CPU.
-    `elements` is d, which determines the third-order weight for None and for "paper-toy".
+    At least one weight must be nonzero. The values of tensors are checked only on the CPU.
+    `elements` is d, which sets the third-order weight if `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:
@@ -128,7 +128,7 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Return False if the weight is the number 0, so that its term is not needed; else True."""
+    """Return True unless the weight is the number 0, in which case its term is not needed."""
     return isinstance(weight, Tensor) or weight != 0
 
 

@@ -20,7 +20,8 @@ Formula:
 
     With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
     ·) is added to C_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
-    compared with, so that the noise from the probe also cancels where the two are equal.
+    compared with, so that the noise from the probe also cancels where C₂ and C₃ equal these
+    derivatives.
 
     The network is called only once, because ℓ·(Aℓ) is computed by a backward pass from the
     network's output, and Aℓ needs no graph.
@@ -66,7 +67,7 @@ def paired_terms(
     *,
     second: bool = True,
 ) -> DSMTerms:
-    """Return the terms of each sample, with the second term only if `second` is True."""
+    """Return the terms of each sample, including the second term only if `second` is True."""
     x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)

@@ -1,4 +1,4 @@
-r"""Regression targets that replace the drawn noise: less noisy targets, or a tensor.
+r"""Regression targets that replace the drawn noise: less noisy targets, or a user's tensor.
 
 Purpose:
     The usual targets depend on the single noise ε that was drawn for x = α x₀ + σ ε. However, any
@@ -8,7 +8,7 @@ Purpose:
     known at x₀, a control variate reduces this noise without any reference data.
 
 Formula for averaged targets:
-    The index j runs over the references and the sample itself, whose ε_j is ε:
+    Let j run over the references and the sample itself (for which ε_j = ε), and define:
         w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
         ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
         C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
@@ -32,7 +32,7 @@ Formula for targets from scores:
     The score of x₀ given x is z/σ̂, so integration by parts gives E[z h(ε) | x] = E[∇h(ε) | x] for
     any function h. Therefore, for every symmetric C and all values of f, D and G, the following
     residuals have the same conditional means given x as the paper's residuals. With c = C z and
-    ℓ = e + f, they are:
+    ℓ = e + f, these residuals are:
         r1 = f + e
         r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
@@ -57,11 +57,12 @@ Shapes:
 
 Precision:
     All moments are expressed in terms of δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the
-    sample itself, so references whose weight is zero contribute exact zeros. A weighted sum of
-    the δ_j is computed from matrix products, as a difference that loses digits as σ/α → 0. These
-    products are therefore computed in float64, where eight digits remain at α/σ = 1e4, and where
-    neither autocast nor TF32 applies. On devices without float64, the products are in float32. The
-    differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the same dtype.
+    sample itself, so the moments are exactly zero if every reference has zero weight. A weighted
+    sum of the δ_j is computed as a difference of matrix products, which loses digits as σ/α → 0.
+    These products are therefore computed in float64, where eight digits remain at α/σ = 1e4, and
+    where neither autocast nor TF32 applies. On devices without float64, the products are in
+    float32. The differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype
+    of the matrix products.
 
 Source:
     Averaged targets at order one: Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance
@@ -117,13 +118,13 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AveragedTargets:
-    """Targets averaged over all data that may have produced x, each weighted by its likelihood.
+    """Targets averaged over all data points that may have produced x, weighted by likelihood.
 
     Averaging removes the noise that the random choice of x₀ adds to the targets, at the cost of a
     few matrix products and without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of
     ε, where ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2), and j runs over the reference and the
     sample's own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023).
-    Orders two and three use the second and third moments, which is new in this library.
+    Using the second and third moments for orders two and three is new in this library.
 
     If the reference is dense at the scale of the noise, the targets have no noise. If the
     reference is sparse, the targets are the paper's targets. Between these extremes, the targets
@@ -132,14 +133,15 @@ class AveragedTargets:
     The targets carry no gradient.
 
     Args:
-        reference: data (R, *), with the dtype and device of x₀. None uses the batch itself; under
-            DDP, each process uses its own batch. To average over all processes, pass
-            `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
+        reference: data (R, *), with the dtype and device of x₀. If None, the batch itself is the
+            reference; under DDP, each process uses its own batch. To average over all processes,
+            pass `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
         own: whether each x₀ is added to the reference for its own sample. Use False if the
-            reference already contains every x₀ unchanged, so that no x₀ counts twice; an example
-            is the whole training set without flips, crops or dequantization noise. If own=False
-            and an x₀ is missing from the reference, the targets are wrong. On the CPU, a loss then
-            raises ValueError; on an accelerator, values are not checked.
+            reference already contains every x₀ unchanged, for example because it is the whole
+            training set without flips, crops or dequantization noise: with True, each x₀ would
+            count twice. If own=False and an x₀ is missing from the reference, the targets are
+            wrong. On the CPU, a loss raises ValueError if an x₀ is missing; on an accelerator,
+            values are not checked.
         same: a callable model_kwargs → mask (B, R) of the references that each sample may use,
             namely those with the same condition as the sample. `same` is required if
             `model_kwargs` contains a per-sample tensor. A sample without any allowed reference
@@ -174,7 +176,7 @@ class AveragedTargets:
             raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
-        """Return the constructor's call, with the reference shown by its shape."""
+        """Return the constructor call, with the reference shown by its shape."""
         reference, same = shown(self.reference), shown(self.same)
         return f"AveragedTargets(reference={reference}, own={self.own}, same={same})"
 
@@ -266,7 +268,7 @@ class NoiseMoments(NamedTuple):
 
 
 def moments_of(weights: Tensor, scale: Tensor, data: Tensor, points: Tensor) -> NoiseMoments:
-    """Return the moments, including their mean."""
+    """Compute the mean of δ_j, and return all the moments."""
     mean = NoiseMoments(weights, scale, data, data, points).sum_of(weights)
     return NoiseMoments(weights, scale, data, mean, points)
 
@@ -298,7 +300,7 @@ class ControlledMoments(NamedTuple):
         return self.project(times(self.control, self.basis, v))
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return what replaces C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
+        """Return the replacements of C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -347,30 +349,30 @@ def cumulants(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetScores:
-    """Less noisy targets, for data whose score ∇log p₀ is known at x₀.
+    """Less noisy targets for data whose score ∇log p₀ is known at x₀.
 
     Examples of such scores are forces divided by kT in a data set of molecules, and gradients of
     the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order
-    one uses e = ε − C (ε + σ̂ g) in place of ε. Using e is target score matching (De Bortoli et
-    al., arXiv 2402.08667) with the weights that leave the least noise. Orders two and three, which
-    are new in this library, need neither Hessians nor additional network calls. The objective is
-    the same up to a constant: for every model, each residual keeps its conditional mean given x.
-    For Gaussian data, e has no noise.
+    one uses e = ε − C (ε + σ̂ g) in place of ε. Using e amounts to target score matching (De
+    Bortoli et al., arXiv 2402.08667) with the weights that leave the least noise. Orders two and
+    three, which are new in this library, need neither Hessians nor additional network calls. The
+    objective is the same up to a constant: for every model, each residual keeps its conditional
+    mean given x. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support: for uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
     data and the scores meet this condition.
 
     Args:
-        scores: the score g, either as a tensor with the shape of x₀, passed to each call of a
-            loss, or as a callable that takes data (N, *). A module's constructor only accepts a
+        scores: the score g, either as a tensor with the shape of x₀, for a single call of a loss,
+            or as a callable that takes data (N, *). A module's constructor accepts only a
             callable. The scores are detached from any graph.
         information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
             to math.inf (math.inf gives the paper's targets), a tensor with the shape of a sample
-            and thus one number per element, or a matrix (d, d), whose eigenvectors are computed
-            once, in the constructor. If `information` is None, F is estimated for each sample from
-            the elementwise means of g² over the other samples of the batch (under DDP, of the
-            batch on the same process). If there are no other samples, the targets are the paper's
+            (one number per element), or a matrix (d, d), whose eigenvectors are computed once, in
+            the constructor. If `information` is None, F is estimated for each sample from the
+            elementwise means of g² over the other samples of the batch (under DDP, of the batch
+            in the same process). If there are no other samples, the targets are the paper's
             targets; the same is true along directions of zero information, such as a constant
             coordinate.
         averaged: an `AveragedTargets` if the targets should also be averaged over all data that
@@ -427,7 +429,7 @@ class TargetScores:
                 raise ValueError(error_message("information", expected, information))
 
     def __repr__(self) -> str:
-        """Return the constructor's call, with its tensors shown by their shapes."""
+        """Return the constructor call, with tensors shown by their shapes."""
         names = ("scores", "information", "averaged")
         return f"TargetScores({', '.join(f'{n}={shown(getattr(self, n))}' for n in names)})"
 
@@ -435,7 +437,7 @@ class TargetScores:
     def information_of(
         data: Tensor, scores: Tensor, *, matrix: bool = False, dimensions: int | None = None
     ) -> Tensor:
-        """Return E g gᵀ for the scores g of data, with one number per element or as a matrix.
+        """Return E g gᵀ for the scores g of data, as one number per element or as a matrix.
 
         Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If the
         sample mean differs from the dimension by more than five standard errors, a warning is
@@ -538,7 +540,7 @@ class TargetScores:
         return project(scores.to(wide(data))).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
-        """Return F or, for a matrix, its eigenvalues and eigenvectors; g (B, d) are the scores."""
+        """Return F or, if F is a matrix, its eigenvalues and eigenvectors; g (B, d) are scores."""
         information, (count, d) = self.information, g.shape
         if information is None:
             # Only from the other samples, so that C does not depend on the sample itself.
@@ -563,7 +565,7 @@ class TargetScores:
 
 
 Targets = AveragedTargets | TargetScores | Tensor | None
-"""Regression targets; None is the drawn noise. Only calls at order one accept a tensor (B, *)."""
+"""Regression targets (None: the drawn noise). Only calls at order one accept a tensor (B, *)."""
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:

@@ -1,4 +1,4 @@
-r"""Residuals of high-order denoising score matching, and the loss terms as their squares.
+r"""Residuals of high-order denoising score matching, and their squares, which are the loss terms.
 
 Purpose:
     f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise.
@@ -16,8 +16,8 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     other vectors have the shape (K, B, *), including the residuals r2 and r3; rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). With targets averaged over data, a mean replaces ε, and the covariance C₂ and the third
-    cumulant C₃ about this mean appear: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·).
+    ·). Targets averaged over data replace ε with a mean, and use the covariance C₂ and the third
+    cumulant C₃ about this mean: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·).
     With targets from the score of the data, other vectors, which depend on ℓ, replace C₂v and
     C₃(v, v, ·).
 
@@ -42,9 +42,10 @@ Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
     exceed the range of float16. The network and its derivatives keep the precision of x.
 
-    Only the sum of f = −(p · prediction + q x) and ε matters, so q x is left out of both. For "x0"
-    and "v" near α = 0, f equals −q x except for a part of order α. If q x were not left out, r1,
-    which weighting="native" divides by p ~ α, would consist of rounding error.
+    Only the sum of f = −(p · prediction + q x) and ε matters, so it is computed as the sum of
+    f + q x and ε − q x. For "x0" and "v" near α = 0, f equals −q x except for a part of order α.
+    If f and ε were added directly, r1, which weighting="native" divides by p ~ α, would consist of
+    rounding error.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -75,8 +76,8 @@ class DSMTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or only for the rows that `fraction` selected; None at
-            order 1; also None with probes=Paired() if the weight of this term is the number 0.
+        second: ‖r2‖²/d², of shape (B,), or with one entry per row that `fraction` selected; None
+            at order 1, and None with probes=Paired() if the weight of this term is the number 0.
         trace: rt²/d², with the shape of `second`; None at order 1.
         third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
@@ -176,7 +177,7 @@ def first_term(residual: Tensor, dimensions: int) -> Tensor:
 
 
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return r2 (K, B, *), rt (K, B) and the target of G, the value of G at which r3 is zero.
+    """Return r2 (K, B, *), rt (K, B) and the target of G (the value of G at which r3 is zero).
 
     `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets. The Laplacian form σ² ∂²f[v, v]
     equals G where ∂f/∂x is symmetric, and may be used in place of G.

@@ -11,9 +11,9 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
                    treated as uniformly distributed
     a callable     W(t), which is also the factor of the higher terms
 
-    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁], and the factors other than
-    that of "likelihood" are multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
-    density of t. The choice of sampler therefore changes the variance of a loss but not the mean.
+    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁], and every factor except
+    that for "likelihood" is multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
+    density of t. The choice of sampler therefore changes the variance of a loss but not its mean.
     With "likelihood", for which "log_sigma_hat" is the default sampler, the factor becomes the
     constant (u₁ − u₀) d. With "likelihood", the first term has d g²/(2σ² p) times the weight that
     it has with "noise", so the weights of the terms have to be chosen anew.

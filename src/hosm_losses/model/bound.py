@@ -105,7 +105,7 @@ class BoundModel:
     def of_f(self, prediction: Derivatives, x: Tensor | None, w: Tensor) -> Derivatives:
         """Convert the derivatives of the prediction to the derivatives of f.
 
-        If x is None, the value among them is that of f + q x instead of f.
+        If x is None, the returned `value` is f + q x rather than f.
         """
         p, q = self.model.affine(self.t, prediction.value[0])
         third = prediction.third
@@ -120,7 +120,7 @@ class BoundModel:
     ) -> Products:
         """Return derivatives of f, and products of its Jacobian with c = cotangent(f + q x).
 
-        The value among the derivatives is that of f + q x instead of f.
+        The `value` of the derivatives is f + q x rather than f.
         """
         p, q = self.model.affine(self.t, x)
 

@@ -58,7 +58,7 @@ Visit = Callable[[str, Any], Any]
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
     """Replace every tensor and every `Shared` with the result of `visit`.
 
-    A container with neither is returned unchanged.
+    A container without any tensor or `Shared` is returned unchanged.
     """
     # For torch.compile, no types are joined by |, and exact container types come first.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101

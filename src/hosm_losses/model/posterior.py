@@ -1,4 +1,4 @@
-r"""The posterior p(x₀ | x_t) of clean data implied by a network: its mean and covariance.
+r"""The mean and covariance of the posterior p(x₀ | x_t) that a network implies for clean data.
 
 Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
@@ -60,7 +60,7 @@ class PosteriorCovariance:
         return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Return the product of the covariance's symmetric part with v, for each sample."""
+        """Return, for each sample, the product of the covariance's symmetric part and v."""
         return self.product(v)
 
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
@@ -101,7 +101,7 @@ class PosteriorCovariance:
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the variances (B, *), exactly or as the mean of v ∘ Σᵀv over random probes v."""
+        """Return the variances (B, *): exact, or the mean of v ∘ Σᵀv over random probes v."""
         x = self._x
         if isinstance(probes, Hutchinson):
             rng = check_generator(generator, x.device)

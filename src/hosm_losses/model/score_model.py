@@ -106,7 +106,7 @@ class ScoreModel(nn.Module):
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
             network, `output`, `call` or `subspace` is not callable, or if `prediction`, `time`,
             `primitives` or the dimensions have the wrong type.
-        ValueError: if `prediction` is not one of the names, if `time` is not finite, or if the
+        ValueError: if `prediction` is not a known name, if `time` is not finite, or if the
             schedule's noise in units of the data, σ/α, is not finite or does not grow with t.
 
     Example:
@@ -169,7 +169,7 @@ class ScoreModel(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the model, but neither functions nor the modules to which functions refer."""
+        """Copy the model without copying functions or the modules to which they refer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # __dict__ is not copied: the function that .compile() puts there calls the original.
@@ -178,7 +178,7 @@ class ScoreModel(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments for printing, without modules and most defaults."""
+        """Return the constructor's arguments for printing, omitting modules and most defaults."""
         parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
         for name in ("network", "time", "output", "call", "subspace"):
             if (value := vars(self).get(name)) is not None:
@@ -198,7 +198,7 @@ class ScoreModel(nn.Module):
             kwargs: keyword arguments that are passed to the network.
 
         Returns:
-            ε̂, in the shape of x.
+            ε̂, with the shape of x.
 
         Raises:
             TypeError: if the network does not return a real tensor, or if t contains integers and
@@ -325,7 +325,7 @@ class ScoreModel(nn.Module):
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """Return the network's prediction, in the shape of x."""
+        """Return the network's prediction, with the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
         call = self.network if self.call is None else partial(self.call, self.network)
         if torch.compiler.is_compiling():  # it cannot resume after a graph break in `try`
@@ -406,7 +406,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Return `t` if it contains times (B,) in the schedule's range, or indices into its table."""
+    """Return `t` (B,) if it contains times in the schedule's range or indices into the table."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

@@ -3,7 +3,7 @@
 - `base`: `Schedule`, whose subclasses only have to define alpha, sigma, t_min and t_max, and
   `check_schedule`, which runs when a ScoreModel is built.
 - `continuous`: VP, VE, sub-VP, cosine, linear flow and EDM.
-- `discrete`: `DiscreteSchedule`, a table of ᾱ, in which t is the index.
+- `discrete`: `DiscreteSchedule`, a table of ᾱ indexed by t.
 
 To add a schedule, write one class in `continuous`, and export the class here and, if it is public,
 from `hosm_losses`. Losses and likelihoods accept any `Schedule` and refer to none by name.

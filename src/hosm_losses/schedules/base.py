@@ -8,8 +8,7 @@ Formula:
 Checks made when a ScoreModel is built:
     α and σ must be positive. log σ̂ must grow from the data at t_min to the noise at t_max, and its
     derivative must also be positive. `time` must be the inverse of log σ̂. All of this is checked
-    on a grid, on the CPU in float64, whatever the model's device, so that nothing is read from an
-    accelerator.
+    on a grid in float64, always on the CPU, so that nothing is read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -138,7 +137,7 @@ class Schedule:
         return float(low), float(high)  # under an older torch.func, tolist() fails
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t at which log σ̂ has the given value, clipped to [t_min, t_max].
+        """Return the t, clipped to [t_min, t_max], at which log σ̂ has the given value.
 
         In a subclass with a closed form, the result can be differentiated. Otherwise, t is
         computed by bisection and has no derivative.
@@ -177,7 +176,8 @@ class Schedule:
     ) -> Tensor:
         """Draw (batch,) times for training, by default uniformly in [t_min, t_max].
 
-        `EDMSchedule` draws log σ from a normal distribution, and a table draws whole indices.
+        `EDMSchedule` draws log σ from a normal distribution, and `DiscreteSchedule` draws integer
+        indices.
 
         If `device` is None, the times are on the generator's device or, if there is no generator,
         on the default device.

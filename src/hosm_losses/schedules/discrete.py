@@ -55,7 +55,7 @@ class Table:
         return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """Return the numbers and the slopes after them, (2, N), with `like`'s dtype and device."""
+        """Return the numbers and the slope after each, (2, N), with `like`'s dtype and device."""
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
@@ -94,7 +94,7 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class DiscreteSchedule(Schedule):
-    """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index 0 … N−1, an integer or a float.
+    """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index from 0 to N−1, as an integer or a float.
 
     Between the entries, log σ̂ is linear in t. With either of the named time samplers,
     losses draw integer indices and replace integrals over t with trapezoidal sums. Likelihoods
@@ -255,10 +255,10 @@ def step_labels(
 ) -> Callable[[Tensor], Tensor]:
     """Return the map from an index into a respaced table to the network's time, factor · step.
 
-    `respaced` lists the steps of the full table that the schedule kept. Between two of these
-    steps, the step that has the same noise as the index is found by interpolation. Since α falls
-    smoothly from 1, the slope of α halfway between two respaced steps is taken to be the mean
-    slope between them, and the slope is taken to be linear between such midpoints.
+    `respaced` lists the steps of the full table that the schedule kept. For a fractional
+    index, interpolation finds the step that has the same noise level. Since α falls smoothly from
+    1, the slope of α halfway between two respaced steps is taken to be the mean slope between
+    them, and the slope is taken to be linear between such midpoints.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)

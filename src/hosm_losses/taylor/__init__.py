@@ -1,6 +1,6 @@
 r"""Derivatives of a function along directions, computed by calling the function once.
 
-`jet` and `laplacian` are for users. The engine below them needs only PyTorch:
+`jet` and `laplacian` are for users. The taylor engine itself needs only PyTorch:
 
     >>> import torch
     >>> x, directions = torch.zeros(4, 3), torch.ones(2, 4, 3)
@@ -65,7 +65,7 @@ Files, from the bottom up:
   substitutes them for PyTorch's operators during reverse-mode differentiation.
 - `jets`: the class `Jet`, function calls on Jets, and the functions `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
-  the rules, which are registered on import, each defined next to its gradients.
+  the rules, each defined next to its gradients and registered on import.
 """
 
 from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401

@@ -101,7 +101,7 @@ def forward_mode_on() -> AbstractContextManager[object]:
 
 
 def operators(name: str) -> list[Any]:
-    """The operators in torch.ops.aten that implement a function of this name, with overloads."""
+    """The operators, including overloads, in torch.ops.aten that implement a named function."""
     overloads: list[Any] = []
     for aten_name in (name, f"linalg_{name}", f"_linalg_{name}"):
         packet = getattr(torch.ops.aten, aten_name, None)

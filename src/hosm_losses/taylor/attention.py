@@ -19,9 +19,9 @@ gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-Attention's product with the values saves the same result, unless rounding or dropout comes in
-between. In half precision, gradients are as accurate as PyTorch's, which are also computed from a
-rounded result.
+In attention, the product with the values saves the same tensor as softmax, unless rounding or
+dropout comes between the two. In half precision, gradients are as accurate as PyTorch's, which are
+also computed from a rounded result.
 """
 
 import math
@@ -176,7 +176,7 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow any key; PyTorch's attention returns zeros for all other rows."""
+    """Which rows of a mask allow a key; for all other rows, PyTorch's attention returns zeros."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 

@@ -1,9 +1,9 @@
-r"""Operators composed of a few other operators, with one body for Jets and plain tensors.
+r"""Operators composed of a few others; the same body serves Jets and plain tensors.
 
-A body takes `ops` before the arguments of its operator. For example, `ops.softmax(x, -1)` calls a
-function of torch or torch.nn.functional, or a method of Tensor. On plain tensors, `ops` calls the
-function itself; on Jets, its rule. If a body called `torch.softmax(x, -1)` directly,
-torch.compile would mistake a Jet for a plain tensor.
+A body takes `ops` before the arguments of its operator. An attribute of `ops`, such as
+`ops.softmax`, stands for a function of torch or torch.nn.functional, or for a method of Tensor.
+On plain tensors, `ops` calls the function itself; on Jets, the function's rule. If a body called
+`torch.softmax(x, -1)` directly, torch.compile would mistake a Jet for a plain tensor.
 
 With `primitive=True`, the body also replaces the operator when a network is differentiated in
 reverse mode; see `primitives`.
@@ -37,7 +37,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Wrap a function so that its rule is used if an argument is a Jet or a list with a Jet."""
+    """Wrap a function to use its rule if an argument is a Jet or a list that contains a Jet."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -101,7 +101,7 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
 
 @composite("logaddexp", primitive=True)
 def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
-    """Uses softplus: PyTorch's second derivative is NaN if float32 arguments are 88 apart."""
+    """Uses softplus: PyTorch's second derivative is NaN if float32 arguments differ by over 88."""
     larger = ops.ge(input, other)
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)

@@ -1,4 +1,4 @@
-r"""Rules for in-place changes: the out-of-place function, followed by a `write`.
+r"""Rules for in-place changes: call the out-of-place function, then `write_jet`.
 
 In PyTorch, a trailing underscore marks a method that changes its tensor in place. If the method
 without the underscore has a rule, that rule is used. If that method has no rule or does not exist,

@@ -11,10 +11,10 @@ Purpose:
     `jet` and `laplacian` are for users, and `propagate` is for the engines.
 
 Without a rule:
-    A function that has no rule is differentiated separately by `torch.func.jvp`, with the user's
-    arguments and the safe primitives. This is correct but slower. Calls that could give wrong
-    derivatives raise TaylorError: calls with complex numbers outside rotary embeddings, and
-    calls under torch.no_grad, including those in the forward of a custom autograd.Function.
+    A function that has no rule is differentiated separately: `torch.func.jvp` evaluates it with
+    the user's arguments, using the safe primitives. This is correct but slower. Calls that could
+    give wrong derivatives raise TaylorError: calls with complex numbers outside rotary embeddings,
+    and calls under torch.no_grad, including those in the forward of a custom autograd.Function.
     Operators that PyTorch does not differentiate raise ConstantError. In-place changes are handled
     in `memory` and `in_place`.
 
@@ -91,7 +91,7 @@ class Jet(Tensor):
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, which may be complex only if `of_complex` is True."""
+        """Return the Jet of a stack; the stack may be complex only if `of_complex` is True."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -160,7 +160,7 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile; its data hold the components, then NaN, along the last axis.
+    """A Jet under torch.compile; the last axis of its data holds the components, then a NaN.
 
     Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
     These rows contain all components but lack a Jet's attributes; `unpack` turns the rows into
@@ -332,7 +332,7 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Write a result to x (a Jet or plain tensor) in place, cast to the dtype of x; return x."""
+    """Overwrite x (a Jet or plain tensor) in place with a result cast to x's dtype; return x."""
     if result.shape != x.shape:
         raise TaylorError(
             f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
@@ -363,7 +363,9 @@ Directions = Tensor | tuple[Tensor | None, ...]
 def propagate(
     function: Callable[..., object], x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> Tensor:
-    """Return the stack (C, B, *) of f at x (B, *): f, ∂f w for K directions w, second derivatives.
+    """Return the stack (C, B, *) of f at x (B, *).
+
+    The stack contains f, ∂f w for K directions w and, if requested, second derivatives.
 
     `pairs` selects the second derivatives: "none", "squares" (∂²f[w, w] for every direction w) or
     "sum" (the sum of these derivatives, carried as one component). Raises TaylorError if
@@ -480,7 +482,7 @@ def _check_batch(x: object, place: str = "") -> None:
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise an error unless all batches (B, *) with directions (K, B, *) share one B and K."""
+    """Raise an error unless all batches (B, *) with directions (K, B, *) have the same B and K."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -495,8 +497,8 @@ def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool)
         sizes.add(tuple(directions.shape[:2]))
     if len(sizes) != 1:
         raise ValueError(
-            "directions: expected one K and one B for all inputs, with directions for one of them "
-            f"at least; got (K, B) of {sorted(sizes)}."
+            "directions: expected one K and one B for all inputs, with directions for at least "
+            f"one of them; got (K, B) of {sorted(sizes)}."
         )
 
 
@@ -506,8 +508,8 @@ def jet(
     r"""Return f(x), its first derivatives along directions and, on request, second derivatives.
 
     The function is called once. All results are differentiable with respect to x, the directions
-    and the function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such as those of
-    norms, come from the library's own formulas.
+    and the function's parameters. Derivatives that PyTorch versions 2.6 to 2.13 get wrong, such as
+    those of norms, come from the library's own formulas.
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network
@@ -526,8 +528,8 @@ def jet(
 
     Raises:
         TaylorError: if derivatives cannot be carried through the function; the message says why.
-        DerivativeError: if an operator inside the function has no derivative in PyTorch, or a hook
-            changes a gradient.
+        DerivativeError: if an operator inside the function has no derivative in PyTorch, or if a
+            hook changes a gradient.
         TypeError: if an input or its directions are not floating-point tensors, or if x is a tuple
             and `directions` is not a tuple of the same length.
         ValueError: if x has no axes, the directions do not match the shape of x, K or B differs

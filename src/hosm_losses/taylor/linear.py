@@ -52,7 +52,7 @@ from hosm_losses.taylor.stacks import align
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
     """Register `move`, which acts on a stack and uses only the shapes of any other tensors.
 
-    With `view`, the result is recorded as possibly sharing the memory of the argument.
+    With `view`, the result is recorded as possibly sharing memory with the argument.
     """
 
     def register(function: Function) -> None:

@@ -14,8 +14,8 @@ but not in forward mode: under vmap, the jvp of the grad of slogdet is wrong for
 the first.
 
 Precision: a condition number κ costs up to log10 κ digits, and float32 has seven, so use float64
-for nearly singular matrices. For an exactly singular matrix, the derivatives of a determinant are
-NaN, and PyTorch raises an error for its inverse and for linear systems.
+for nearly singular matrices. For an exactly singular matrix, the derivatives of the determinant
+are NaN, and PyTorch raises an error for the inverse and for linear systems.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic

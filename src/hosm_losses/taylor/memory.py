@@ -5,9 +5,9 @@ Changes in place:
     saved tensors therefore stay valid, and a change costs as much as the out-of-place function. In
     PyTorch, every tensor that shares the changed memory, such as a view, sees the change; with
     Jets, no other tensor would see it. A change is therefore rejected while another tensor that
-    may share the memory is in use: a view, the result of a reshape, or a detached tensor. Under
-    torch.compile, which has no weak references, every tensor that was ever taken from a Jet counts
-    as being in use.
+    may share the memory (a view, the result of a reshape, or a detached tensor) is in use. Under
+    torch.compile, which does not support weak references, every tensor that was ever taken from a
+    Jet counts as being in use.
 
     A detached tensor shares the memory of a stack and must not be changed, because a Jet made by a
     reshape may or may not have its own copy of that memory. The versions of all detached tensors
@@ -106,7 +106,7 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """A weak reference to a tensor; a strong one under torch.compile, which has no weak ones."""
+    """A weak reference to a tensor, or a strong reference under torch.compile."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
@@ -133,7 +133,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Give a Jet a new stack in place; raises an error if another tensor may share its memory."""
+    """Give a Jet a new stack in place; raise an error if another tensor may share its memory."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -289,7 +289,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """Those of a pullback's gradients that are needed."""
+    """The needed gradients from a pullback."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -300,7 +300,7 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """The needed gradients with respect to the tensors, from cotangents of some of the results."""
+    """The needed gradients with respect to the tensors, given cotangents of some results."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():

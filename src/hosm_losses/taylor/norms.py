@@ -78,7 +78,7 @@ class Rows(NamedTuple):
         return x.mean(self.dims, keepdim=True)
 
     def standardize(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ρ times the centred stack, whose first component is then y, and each row's ρ."""
+        """Return the centred stack times ρ (its first component is y), and each row's ρ."""
         centred = self.reshape(stack)
         if self.centred:
             # Divided by N, not multiplied by a rounded 1/N: equal numbers must give exactly zero.
@@ -159,7 +159,7 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place: each term to its component, or all terms to a single one."""
+    """Add terms to a stack in place: each to its own component, or all to a single component."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
@@ -233,7 +233,7 @@ class Norm(NamedTuple):
         cotangent: Tensor,
         again: Tensor,
     ) -> tuple[Some, ...]:
-        """The gradients of `pull_back`'s first result with respect to that method's tensors.
+        """The gradients of `pull_back`'s first result with respect to `pull_back`'s tensors.
 
         This method assumes that there are no second derivatives.
         """
@@ -272,7 +272,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 
 
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
-    """The norm, in at least float32, by operators that PyTorch differentiates correctly."""
+    """The norm, computed in at least float32 with operators whose gradients are correct."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums, divided afterwards: the gradient of a sum is a view, but a mean's gradient is a copy.
     if rows.centred:
@@ -339,7 +339,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics; PyTorch itself rejects one value per channel."""
+    """Let the operator update its statistics, and let PyTorch reject channels with one value."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

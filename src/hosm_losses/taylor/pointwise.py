@@ -13,8 +13,8 @@ Formula for softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    A result has the dtype that PyTorch gives for the values: a tensor without axes does not widen
-    the dtype of a tensor with axes, even though every stack has an axis.
+    A result has the same dtype as PyTorch's result for the values: a tensor without axes does not
+    widen the dtype of a tensor with axes, even though every stack has an axis.
 """
 
 import math
@@ -121,7 +121,7 @@ class Pointwise(NamedTuple):
 
 
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
-    """Apply to a Jet the function whose value and first three derivatives `series` yields.
+    """Apply a function to a Jet; `series` yields the function's value and first three derivatives.
 
     If `operators` are passed, `series` yields only the derivatives.
     """

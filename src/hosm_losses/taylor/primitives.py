@@ -1,13 +1,13 @@
-r"""Replacement or rejection of the few operators whose derivatives PyTorch gets wrong.
+r"""Replace or reject the few operators whose derivatives PyTorch gets wrong.
 
 Purpose:
     PyTorch 2.6 to 2.13 do not correctly differentiate layer norm, batch norm (in training) or
     instance norm more than twice. The parameter gradient of a loss on a directional derivative has
     a silent error of several percent to more than a hundred percent; at order three, the
     derivative itself sometimes has such an error too. Later versions may raise an error instead,
-    as with the pull requests below. Group norm, attention and the gated linear unit fail with an
-    error on common inputs. When composed of means, products and softmax, each of these operators
-    is differentiated correctly in every mode.
+    as PyTorch does with the pull requests below. Group norm, attention and the gated linear unit
+    fail with an error on common inputs. When composed of means, products and softmax, each of
+    these operators is differentiated correctly in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
@@ -126,7 +126,7 @@ _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
-    """Torch's own checkpoint inside a network cannot recompute an operator that it surrounds."""
+    """An operator inside torch's own checkpoint cannot be recomputed with its primitive."""
 
 
 class _Thread(threading.local):
@@ -184,7 +184,7 @@ class _SafePrimitives(TorchFunctionMode):
 def _refuse_foreign_checkpoint() -> None:
     """Raise an error if torch's own checkpoint would recompute an operator without its primitive.
 
-    A checkpoint that was already active when the mode was entered either is
+    If a checkpoint was already active when the mode was entered, that checkpoint is
     `hosm_losses.checkpoint` or surrounds the loss. In both cases, the recomputation enters the
     mode again.
     """
@@ -208,7 +208,7 @@ def refuse_constants() -> AbstractContextManager[Any]:
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call torch's non-reentrant checkpoint, which recomputes with primitives if this call does.
+    """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
     The first computation also enters the mode again, inside the hooks that save its tensors.
     """

@@ -8,9 +8,10 @@ Formula, for a product y = a · b that is linear in a and in b:
 
 Gradients, for a cotangent c:
     The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form with respect to one
-    of these is linear in the other two, and the gradients of this gradient come from the same
-    form, with p in place of a: ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. Three functions therefore
-    give all derivatives of every order, and only their arguments are kept.
+    argument is linear in the other two. For a cotangent p of the gradient with respect to a, the
+    product ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩ is the same form with p in place of a, and likewise for
+    b and c. Three functions therefore give all derivatives of every order, and only their
+    arguments are kept.
 
 Formulas for Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
@@ -100,7 +101,7 @@ def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of a form with respect to one of three arguments, from the other two."""
+    """The gradient of a form with respect to one argument, computed from the other two."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def _convolution(
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """The gradients of a convolution.
 
-    The weight is kept in its own dtype, and multiplied in autocast's dtype if autocast is on
+    The weight is kept in its own dtype, but is multiplied in autocast's dtype if autocast is on
     when the form is made.
     """
     *sizes, groups = settings
@@ -237,7 +238,8 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
 MOST = 2
 
 
-# A part of component k of a product: a factor times component i of the left, j of the right.
+# A part of component k of a product: a factor times component i of the left stack times
+# component j of the right stack.
 _Term = tuple[int, int, int, int]  # i, j, k, factor
 
 
@@ -269,9 +271,9 @@ def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """The form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
-    Each gradient is stored in the same memory order as its factor. In any other order, operators
-    that combine this gradient with other tensors, as in the backward of a softmax, take three
-    times as long.
+    Each gradient is stored in the same memory order as its factor. If the order differed,
+    operators that combine the gradient with other tensors, as in the backward of a softmax, would
+    take three times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -353,7 +355,7 @@ rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:
-    """Replace "..." by letters; raises NoRule if it stands for different numbers of axes."""
+    """Replace "..." with letters; raise NoRule if its number of axes differs between factors."""
     terms = equation.partition("->")[0].replace(" ", "").split(",")
     counts = {
         ndim_of(factor) - len(term) + 3

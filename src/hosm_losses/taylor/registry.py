@@ -105,11 +105,11 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions in `names`, and the PyTorch functions and methods that its strings name."""
+    """The functions in `names`, each string replaced by the functions and methods it names."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
-    # A dtype such as torch.float is no function, and several names may mean the same function.
+    # A dtype such as torch.float is not a function, and several names may mean the same function.
     return list(dict.fromkeys(function for function in functions if callable(function)))
 
 

@@ -48,10 +48,11 @@ def total(stack: Tensor) -> Tensor:
 
 
 def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
-    """Add the products of two stacks to `whole` in place, summed if `whole` has one component.
+    """Add the products of two stacks to `whole` in place.
 
-    If `right` has a single component, it multiplies every component of `left`. If `whole` has
-    several components, a single component of `left` likewise multiplies all those of `right`.
+    If `whole` has one component, the sum of the products is added. If `right` has a single
+    component, it multiplies every component of `left`. If `whole` has several components, a single
+    component of `left` likewise multiplies every component of `right`.
     """
     if len(whole) > 1 or len(left) == len(right) == 1:
         whole.addcmul_(left, right, value=value)
