@@ -19,7 +19,7 @@ Formula:
 
 The candidates are the wrappings with which networks are commonly trained. If the schedule is a
 table, the network receives an index into a table of 1000 entries, or into one as long as the
-model's own table. As the time, score_sde passes 999 t under VP, and σ or its logarithm under VE.
+model's own table. score_sde passes 999 t as the time under VP, and σ or its logarithm under VE.
 Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs from data
 to noise or from noise to data; in diffusers, it runs up to 1000.
 """

@@ -27,7 +27,7 @@ def in_functorch() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether values cannot be read because of torch.compile or a transform of torch.func."""
+    """Whether torch.compile or a torch.func transform prevents values from being read."""
     return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
 
 

@@ -183,7 +183,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Turn rows that torch.compile unpacked, in an argument or a list of arguments, into Jets."""
+    """Convert the rows that torch.compile unpacked, in one argument or a list, into Jets."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -518,7 +518,7 @@ def jet(
             batches, each with its own shape.
         directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
             of inputs, pass a tuple; direction k then applies to all inputs at once. An input
-            whose directions are None is held fixed and may be of any kind, such as labels.
+            whose directions are None is held fixed and may have any dtype; class labels, for example.
         pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
             v) or "sum" (the sum of these derivatives over all directions).
 
