@@ -518,7 +518,7 @@ def jet(
             batches, each with its own shape.
         directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
             of inputs, pass a tuple; direction k then applies to all inputs at once. An input
-            whose directions are None is held fixed and may have any dtype; class labels, for example.
+            whose directions are None is held fixed and may have any dtype, as labels do.
         pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
             v) or "sum" (the sum of these derivatives over all directions).
 
