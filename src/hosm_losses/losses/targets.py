@@ -565,7 +565,7 @@ class TargetScores:
 
 
 Targets = AveragedTargets | TargetScores | Tensor | None
-"""Regression targets (None: the drawn noise). Only calls at order one accept a tensor (B, *)."""
+"""Regression targets; None means the drawn noise. Only order one accepts a tensor (B, *)."""
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
