@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.page.numbers import Found
-from benchmarks.recipe import SETTINGS
-from benchmarks.worth import SEARCHED
+from benchmarks.recipe import PROBLEMS, SETTINGS
 from benchmarks.worth_problems import CELLS
 from benchmarks.worth_quantities import ratios
 
@@ -48,7 +47,7 @@ def settings(reports: list[Found]) -> Found:
             for setting in SETTINGS
             if (title := f"{name}, {setting}") in by_title
         }
-        for name in SEARCHED
+        for name in PROBLEMS
     }
 
 
