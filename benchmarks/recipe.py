@@ -45,7 +45,9 @@ SETTINGS = {
     "rate 1e-3": Setting({}, 1e-3),
     "rate 1e-2": Setting({}, 1e-2),
     # Of the VE schedule of the base these are the same times.
-    "VP, times uniform in t": Setting({"schedule": hosm.VPSchedule(), "uniform_in_t": True}),
+    "VP, times uniform in t": Setting(
+        {"schedule": hosm.VPSchedule(t_min=1e-3), "uniform_in_t": True}
+    ),
     "batch 128": Setting({"batch": 128}),
     "batch 1024": Setting({"batch": 1024}),
     "six layers of width 32": Setting({"sizes": Sizes(32, 6)}),

@@ -58,7 +58,15 @@ class Line:
         return torch.func.grad(lambda z: self.log_density(z).sum())(z)
 
     def diffuse(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log q_t and its derivative at x = α z + σ ε, all of shape (N,)."""
+        """log q_t and its derivative at x = α z + σ ε, all of shape (N,).
+
+        A sum over the grid is exact to e^(−2π² σ²/h²), h the spacing of α z, and wrong beyond.
+        """
+        spacing, least = float(self.nodes[1] - self.nodes[0]), float((sigma / alpha).min())
+        if spacing > 1.01 * least:
+            raise ValueError(
+                f"sigma / alpha: expected the grid's {spacing:.2g} or more; got {least:.2g}."
+            )
         parts = []
         for x_, alpha_, sigma_ in zip(
             *(column[:, None].split(512) for column in (x, alpha, sigma)), strict=True

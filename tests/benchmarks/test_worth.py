@@ -221,6 +221,13 @@ def test_splits_are_disjoint_and_data_is_dequantized_within_its_levels():
     assert {tuple(row) for row in drawn.floor().tolist()} <= rows
 
 
+def test_a_grid_that_is_coarser_than_the_noise_is_refused():
+    """Its density of many wells was off by 3 nats under VP with the default t_min."""
+    at = [value.expand(3) for value in levels(1.0, 0.001)]
+    with pytest.raises(ValueError, match=r"expected the grid's 0\.004 or more; got 0\.001"):
+        many_well(2).diffuse(torch.zeros(3, 2, dtype=torch.float64), *at)
+
+
 class Board:
     """The true score of the checkerboard, as oracles give it."""
 
