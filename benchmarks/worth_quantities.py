@@ -221,6 +221,8 @@ def ratios(report: Row) -> Row:
     found: Row = {}
     for name, row in rows.items():
         found[name] = {"nats": float(np.mean(row["kl"])), "lost": int(lost(row).sum())}
+        if "gate" in row:
+            found[name]["gate_percent"] = 100 * row["gate"]
         other = rows.get(base_of(name), row)
         if other is row:
             continue
