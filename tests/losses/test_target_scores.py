@@ -447,7 +447,7 @@ def minus(x):
 def test_scores_of_one_batch_are_refused_where_a_module_is_made(order):
     model, x0 = model_of(), torch.randn(4, 2)
     targets = hosm.TargetScores(-x0)
-    with pytest.raises(TypeError, match="targets: expected a callable in a constructor, or in "):
+    with pytest.raises(TypeError, match="targets: expected a callable in a constructor, or the scores "):
         MODULES[order](model, targets=targets)
     module = MODULES[order](model, targets=hosm.TargetScores(minus, 1.0))
     assert "targets=TargetScores(scores=minus, information=1.0, averaged=None)" in repr(module)
@@ -460,7 +460,7 @@ def test_scores_of_one_batch_are_refused_where_a_module_is_made(order):
 
 def test_a_given_reference_needs_scores_of_its_own():
     x0, reference = torch.randn(4, 2), hosm.AveragedTargets(torch.randn(3, 2))
-    with pytest.raises(TypeError, match="scores: expected a callable with a reference"):
+    with pytest.raises(TypeError, match="scores: expected a callable if there is a reference"):
         hosm.TargetScores(-x0, averaged=reference)
     hosm.third_order_dsm(model_of(), x0, targets=hosm.TargetScores(minus, averaged=reference))
 

@@ -127,7 +127,7 @@ SEVERAL = {
         r"a tuple like x, .*got 4 in a Tensor",
     ),
     "too few": ((torch.ones(4, 5, 3),), TypeError, "each of 2 inputs; got 1 in a tuple"),
-    "none at all": ((None, None), ValueError, "one of them at least"),
+    "none at all": ((None, None), ValueError, "for at least one of them"),
     "another K": ((torch.ones(4, 5, 3), torch.ones(2, 5)), ValueError, "one K and one B"),
     "another shape": (
         (None, torch.ones(4, 5, 1)),
