@@ -331,9 +331,9 @@ def filled(h):
 
 
 CUTS = {
-    "no_grad": (cut_by_a_block, 2, {}, "by .detach"),
-    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "by .detach"),
-    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "by .detach"),
+    "no_grad": (cut_by_a_block, 2, {}, "with .detach"),
+    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "with .detach"),
+    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "with .detach"),
     "filled": (filled, 3, {"third": "laplacian"}, "without fullgraph=True"),
 }
 
