@@ -44,6 +44,11 @@ def read(file: Path) -> Report:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def read_all(directory: Path) -> list[Report]:
+    """The reports of a directory, by the names of their files."""
+    return [read(file) for file in sorted(directory.glob("*.json"))]
+
+
 def keep(file: Path, found: Report) -> None:
     """Write what was found beside what a file holds already."""
     write(file, read(file) | found)

@@ -363,8 +363,8 @@ class Study:
 def transferred_rate(family: str, directory: Path) -> float:
     """The median, on the grid of rates, of what a family chose in cells that searched."""
     chosen = []
-    for file in sorted(directory.glob("*.json")):
-        means = by_rate(results.read(file)["rows"].get(f"rates: {family}", {}), RATES)
+    for report in results.read_all(directory):
+        means = by_rate(report["rows"].get(f"rates: {family}", {}), RATES)
         if means:
             chosen.append(min(means, key=lambda rate: means[rate]))
     if len(chosen) < len(SEARCHED):
@@ -381,21 +381,22 @@ def main() -> None:
     parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
     arguments = parser.parse_args()
+    directory = arguments.out if arguments.smoke else DIRECTORY
     torch.set_num_threads(1)
     for name, make in CELLS.items():
         if re.search(arguments.cells, name):
             try:
-                cell, directory = make(), DIRECTORY
+                cell = make()
             except ModuleNotFoundError as error:
                 print(f"{name}: left out, as {error.name} is not installed")
                 continue
             if arguments.smoke:
-                cell, directory = cell.small(), arguments.out
+                cell = cell.small()
             study = Study(name, cell, directory, arguments.out)
             study.run(arguments.rows)
             results.show(name, ratios(study.report))
-    reports = [results.read(file) for file in sorted(DIRECTORY.glob("*.json"))]
-    results.show("What the ratios depend on: rank correlations", dependence(reports))
+    found = dependence(results.read_all(directory))
+    results.show("What the ratios depend on: rank correlations", found)
 
 
 if __name__ == "__main__":

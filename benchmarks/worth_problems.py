@@ -65,7 +65,8 @@ class Line:
         spacing, least = float(self.nodes[1] - self.nodes[0]), float((sigma / alpha).min())
         if spacing > 1.01 * least:
             raise ValueError(
-                f"sigma / alpha: expected the grid's {spacing:.2g} or more; got {least:.2g}."
+                f"sigma / alpha: expected {spacing:.2g}, the grid's spacing, or more; got "
+                f"{least:.2g}. Start at a larger t_min."
             )
         parts = []
         for x_, alpha_, sigma_ in zip(

@@ -15,6 +15,7 @@ then paired by seed and by points, and so are log-ratios of score errors.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -228,7 +229,8 @@ def ratios(report: Row) -> Row:
             continue
         for key, estimate in compare(row, other).items():
             found[name][key] = None if np.isnan(estimate.value) else [*estimate]
-        if found[name].get("kl", 0) is None and np.sum(~lost(row) & ~lost(other)) > 1:
+        whole = np.sum(~lost(row) & ~lost(other))
+        if "kl" in found[name] and found[name]["kl"] is None and whole > 1:
             found[name]["below"] = 1
     return found
 
@@ -249,22 +251,29 @@ def dependence(reports: Sequence[Row]) -> Row:
     "gap" is KL − J_SM of plain order one. A correlation above 0 says that the gain is smaller
     where the fact is larger. A KL divergence that is not above 0 ranks lowest.
     """
+    cells = []
+    for report in reports:
+        known, plain = dict(report.get("facts", {})), report["rows"].get("one", {})
+        if "j_sm" in plain:
+            known["gap"] = np.mean(plain["kl"]) - np.mean(plain["j_sm"])
+        cells.append((ratios(report), known))
     found: Row = {}
-    for name in ("one, averaged", "one, scores, averaged", "two, averaged", "three, averaged"):
-        for key in ("kl", "score"):
-            columns: dict[str, list[tuple[float, float]]] = {}
-            for report in reports:
-                row, plain = ratios(report).get(name, {}), report["rows"].get("one", {})
-                ratio = row.get(key) or ([0.0] if row.get("below") and key == "kl" else None)
-                known = dict(report.get("facts", {}))
-                if "j_sm" in plain:
-                    known["gap"] = np.mean(plain["kl"]) - np.mean(plain["j_sm"])
-                for fact, value in known.items():
-                    if ratio is not None and value is not None:
-                        columns.setdefault(fact, []).append((ratio[0], value))
-            pairs = {fact: list(zip(*rows, strict=True)) for fact, rows in columns.items()}
-            if len(columns.get("elements", ())) > 2:
-                found[f"{name}: {key}"] = {"cells": len(columns["elements"])} | {
-                    fact: rank_correlation(*both) for fact, both in pairs.items()
-                }
+    names = ("one, averaged", "one, scores, averaged", "two, averaged", "three, averaged")
+    for name, key in product(names, ("kl", "score")):
+        pairs = []
+        for rows, known in cells:
+            row = rows.get(name, {})
+            if row.get(key) is not None:
+                pairs.append((row[key][0], known))
+            elif key == "kl" and "below" in row:
+                pairs.append((0.0, known))
+        if len(pairs) < 3:
+            continue
+        found[f"{name}: {key}"] = {"cells": len(pairs)}
+        for fact in ("elements", "noise", "gap"):
+            with_fact = [
+                (ratio, known[fact]) for ratio, known in pairs if known.get(fact) is not None
+            ]
+            if with_fact:
+                found[f"{name}: {key}"][fact] = rank_correlation(*zip(*with_fact, strict=True))
     return found

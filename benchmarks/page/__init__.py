@@ -47,11 +47,9 @@ def tree(file: Path) -> Found:
     cells = results.read(file.parent / "densities.json")
     found["densities"] = {name: report["found"] for name, report in cells.items()}
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
-    for name, of_reports in (("orders", orders.cells), ("recipe", orders.settings)):
-        reports = [results.read(each) for each in sorted((file.parent / name).glob("*.json"))]
-        found[name] = of_reports(reports)
-        if name == "orders":
-            found["dependence"] = dependence(reports)
+    study = results.read_all(file.parent / "orders")
+    found["orders"], found["dependence"] = orders.cells(study), dependence(study)
+    found["recipe"] = orders.settings(results.read_all(file.parent / "recipe"))
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

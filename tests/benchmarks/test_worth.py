@@ -224,7 +224,7 @@ def test_splits_are_disjoint_and_data_is_dequantized_within_its_levels():
 def test_a_grid_that_is_coarser_than_the_noise_is_refused():
     """Its density of many wells was off by 3 nats under VP with the default t_min."""
     at = [value.expand(3) for value in levels(1.0, 0.001)]
-    with pytest.raises(ValueError, match=r"expected the grid's 0\.004 or more; got 0\.001"):
+    with pytest.raises(ValueError, match=r"expected 0\.004, .* or more; got 0\.001\."):
         many_well(2).diffuse(torch.zeros(3, 2, dtype=torch.float64), *at)
 
 
@@ -399,6 +399,7 @@ def test_one_cell_of_each_low_dimension_searches_its_rates():
 
 def test_settings_of_the_recipe_differ_from_its_base(tmp_path):
     studies = list(recipe.studies("", smoke=False, out=tmp_path))
+    assert len(studies) == len(worth.SEARCHED) * len(recipe.SETTINGS) + 4
     cells = {}
     for name, setting, study in studies:
         rate = recipe.SETTINGS[setting].rate

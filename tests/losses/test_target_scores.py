@@ -447,7 +447,8 @@ def minus(x):
 def test_scores_of_one_batch_are_refused_where_a_module_is_made(order):
     model, x0 = model_of(), torch.randn(4, 2)
     targets = hosm.TargetScores(-x0)
-    with pytest.raises(TypeError, match="targets: expected a callable in a constructor, or"):
+    expected = "targets: expected a callable in a constructor, or the scores of the batch in each"
+    with pytest.raises(TypeError, match=expected):
         MODULES[order](model, targets=targets)
     module = MODULES[order](model, targets=hosm.TargetScores(minus, 1.0))
     assert "targets=TargetScores(scores=minus, information=1.0, averaged=None)" in repr(module)
