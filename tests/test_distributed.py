@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1  # noqa: N814
 from torch.nn.parallel import DistributedDataParallel
 
 import hosm_losses as hosm
@@ -103,6 +104,18 @@ def fsdp(case):
     return [parameter.grad.full_tensor() for parameter in network.parameters()]
 
 
+def fully_sharded(module):
+    return FSDP1(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp1(case):
+    network, module, x0, inputs = setting(*case)
+    wrapped = fully_sharded(module)
+    wrapped(x0[own_half()], **rows(inputs, x0, own_half())).backward()
+    with FSDP1.summon_full_params(wrapped, with_grads=True):
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+
 def likelihood():
     """The steps that a rank of an easy batch and one of a hard batch take, alone and together."""
     rate = (1.0, 6.0)[dist.get_rank()]
@@ -135,7 +148,7 @@ def evaluations(model, x0):
 
 
 def inside():
-    """Evaluations in training of the model inside a wrapped module, whole again for FSDP2."""
+    """Evaluations in training of the model inside a wrapped module, whole again for FSDP."""
     from torch.distributed.fsdp import fully_shard
 
     _, module, x0, _ = setting(3, {})
@@ -143,6 +156,11 @@ def inside():
     wrapped = DistributedDataParallel(module)
     wrapped(x0).backward()
     found = [evaluations(wrapped.module.model, x0)]
+    _, module, x0, _ = setting(3, {})
+    wrapped = fully_sharded(module)
+    wrapped(x0).backward()
+    with FSDP1.summon_full_params(wrapped):
+        found.append(evaluations(module.model, x0))
     if SHARDS_ON_CPU:
         _, module, x0, _ = setting(3, {})
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
@@ -160,7 +178,7 @@ def inside():
 
 
 WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": accumulated}
-WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
+WORK |= {"fsdp1": fsdp1} | {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
 OTHERS = {"likelihood": likelihood, "inside": inside}
@@ -224,10 +242,12 @@ def one_process():
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # at order one it works
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda network, shard: DistributedDataParallel(network),
+        lambda network, shard: fully_sharded(network),
         lambda network, shard: shard(network),
         lambda network, shard: shard(network.block) and network,
     ],
