@@ -13,9 +13,8 @@ The protocol, fixed before anything was run. For each cell of worth_problems:
        on that grid, of what it chose in these cells.
     3. Where the cell has `long` steps, order one with averaged targets trains for so many, and
        then the losses of SECOND_STAGE go on from its weights with a fresh Adam and decay for the
-       evaluations of the budget, at rates chosen as in 2. `gate` says by how much the KL
-       divergence is below that of a training of a third of the steps: 2 % or less counts as
-       converged.
+       evaluations of the budget, at rates chosen as in 2. Another training takes a third of the
+       steps: if its KL divergence is at most 2 % higher, the long one counts as converged.
     4. Ratios are geometric means over five seeds, with 95 % intervals of log-ratios paired by seed
        (`worth_quantities.compare`). A seed that has lost a mode is counted in a column of its own
        and left out of the ratios.
@@ -271,13 +270,22 @@ class Study:
         return round(self.cell.budget * 3 / recipe.evaluations)
 
     def search(self, models: Callable[[Sequence[int]], hosm.ScoreModel], recipe: Recipe) -> Row:
-        """The spare seeds at every rate."""
+        """The spare seeds at every rate, but for the highest where the loss diverges there."""
         assert self.cell.spares is not None
         spares = range(self.cell.seeds, self.cell.seeds + self.cell.spares)
-        rates = np.repeat(RATES, len(spares)).tolist()
-        model = models([*spares] * len(RATES))
-        row = self.train(model, recipe, self.steps(recipe), rates, f"rates of {recipe.family}")
-        return row | judge_briefly(self.cell, model, len(rates))
+        bar, tried = f"rates of {recipe.family}", len(RATES)
+        while True:
+            rates = np.repeat(RATES[:tried], len(spares)).tolist()
+            model = models([*spares] * tried)
+            try:
+                row = self.train(model, recipe, self.steps(recipe), rates, bar)
+            except hosm.DerivativeError:
+                if tried == 1:
+                    raise
+                tried -= 1
+                continue
+            found = judge_briefly(self.cell, model, len(rates))["kl"]
+            return row | {"kl": found + [None] * (len(spares) * (len(RATES) - tried))}
 
     def rate(
         self,
@@ -300,11 +308,12 @@ class Study:
         recipe: Recipe,
         rate: float,
         bar: str,
+        steps: int | None = None,
     ) -> Row:
-        """The reported seeds, trained and judged."""
+        """The reported seeds, trained for some steps or for the budget, and judged."""
         seeds = self.cell.seeds
         model = models(range(seeds))
-        row = self.train(model, recipe, self.steps(recipe), [rate] * seeds, bar)
+        row = self.train(model, recipe, steps or self.steps(recipe), [rate] * seeds, bar)
         return row | {"rate": rate} | judge(self.cell, model, seeds)
 
     def run(self, pattern: str = "") -> None:
@@ -319,33 +328,27 @@ class Study:
                 self.row(name, partial(self.finish, self.cell.model, recipe, rate, name))
         if self.cell.long is None or not re.search(pattern, "long"):
             return
-        long = self.row("long", self.train_long)
-        if "failed" in long:
+        one = recipes["one, averaged"]
+        rate, bar, third = self.rate(one, self.cell.model), "a third of long", self.cell.long // 3
+        self.row(bar, partial(self.finish, self.cell.model, one, rate, bar, third))
+        if "failed" in self.row("long", partial(self.train_long, one, rate)):
             return
         for name in SECOND_STAGE:
             rate = self.rate(recipes[name], self.from_long, "rates after: ")
             make = partial(self.finish, self.from_long, recipes[name], rate, f"after: {name}")
             self.row(f"after: {name}", make)
 
-    def train_long(self) -> Row:
-        """Order one with averaged targets for long, judged after a third and at the end.
-
-        Both are whole trainings, each with its own decay.
-        """
-        cell, recipe = self.cell, rows(self.cell)["one, averaged"]
+    def train_long(self, recipe: Recipe, rate: float) -> Row:
+        """Order one for long, with the spare seeds, whose second stages choose the rates."""
+        cell = self.cell
         assert cell.long is not None
         assert cell.spares is not None
-        rate, seeds = self.rate(recipe, cell.model), cell.seeds + cell.spares
-        divergences = []
-        for steps in (cell.long // 3, cell.long):
-            model = cell.model(range(seeds))
-            row = self.train(model, recipe, steps, [rate] * seeds, f"{steps} steps")
-            divergences.append(judge_briefly(cell, model, seeds)["kl"][: cell.seeds])
+        seeds = cell.seeds + cell.spares
+        model = cell.model(range(seeds))
+        row = self.train(model, recipe, cell.long, [rate] * seeds, f"{cell.long} steps")
         self.weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: p.detach() for key, p in model.named_parameters()}, self.weights)
-        before, after = (np.array(values, float) for values in divergences)
-        gate = {"gate": float(1 - np.exp(np.mean(np.log(after / before)))), "rate": rate}
-        return row | gate | judge(cell, self.from_long(range(cell.seeds)), cell.seeds)
+        return row | {"rate": rate} | judge(cell, self.from_long(range(cell.seeds)), cell.seeds)
 
     def from_long(self, seeds: Sequence[int]) -> hosm.ScoreModel:
         """Networks with the weights after the long training."""

@@ -200,11 +200,13 @@ def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estima
 def base_of(name: str) -> str:
     """The row that a row is compared with, which differs from it in one respect.
 
-    Targets are compared with plain order one, orders with order one under the same targets, and
-    second stages with order one continued.
+    Targets are compared with plain order one, orders with order one under the same targets, a long
+    training with one of a third of its steps, and second stages with order one continued.
     """
     if name.startswith("after"):
         return "after: one, averaged"
+    if name == "long":
+        return "a third of long"
     if name.startswith("one"):
         return "one"
     return "one, scores, averaged" if "scores" in name else "one, averaged"
@@ -222,8 +224,6 @@ def ratios(report: Row) -> Row:
     found: Row = {}
     for name, row in rows.items():
         found[name] = {"nats": float(np.mean(row["kl"])), "lost": int(lost(row).sum())}
-        if "gate" in row:
-            found[name]["gate_percent"] = 100 * row["gate"]
         other = rows.get(base_of(name), row)
         if other is row:
             continue

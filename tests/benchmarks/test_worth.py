@@ -464,7 +464,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         study = worth.Study("cell", cell, tmp_path, tmp_path / "weights")
         study.run()
         after = [f"after: {name}" for name in worth.SECOND_STAGE]
-        assert {*ratios(study.report)} == {*names, "long", *after}
+        assert {*ratios(study.report)} == {*names, "a third of long", "long", *after}
         return json.loads(study.file.read_text())
 
     first = run()
@@ -488,6 +488,22 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert made == [0, 1]
     with pytest.raises(ValueError, match="'budget': 5"):
         worth.Study("cell", replace(cell, budget=5), tmp_path, tmp_path)
+
+
+def test_a_search_leaves_out_the_highest_rates_where_the_loss_diverges(tmp_path, monkeypatch):
+    original = worth.Study.train
+
+    def train(self, model, recipe, steps, rates, bar):
+        if max(rates) > worth.RATES[4]:
+            raise hosm.DerivativeError("terms that are not finite")
+        return original(self, model, recipe, steps, rates, bar)
+
+    monkeypatch.setattr(worth.Study, "train", train)
+    cell = small()
+    study = worth.Study("cell", cell, tmp_path, tmp_path)
+    row = study.search(cell.model, worth.rows(cell)["two, averaged"])
+    assert [kl is None for kl in row["kl"]] == [False] * 5 + [True] * 2
+    assert [*by_rate(row, worth.RATES)] == [*worth.RATES[:5]]
 
 
 def test_without_a_density_rows_are_compared_by_their_difference():
