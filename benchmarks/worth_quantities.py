@@ -186,7 +186,7 @@ def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estima
         return {"difference": over_seeds(np.subtract(row["kl"], base["kl"])[whole])}
     log_ratios = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        kl = np.log(np.mean(row["kl"], 1) / np.mean(base["kl"], 1))
+        kl = np.log(np.mean(row["kl"], 1)) - np.log(np.mean(base["kl"], 1))
     log_ratios["kl"] = kl[whole, None]
     log_ratios["score"] = np.subtract(row["log_score"], base["log_score"])[whole]
     return {

@@ -382,6 +382,10 @@ def test_rows_are_compared_by_seed_and_block_without_seeds_that_lost_a_mode():
     below = kl - 2 * (torch.arange(8) == 0)
     rows = (base | {"kl": values.tolist()} for values in (below, 2 * below))
     assert compare(*rows)["kl"].value == pytest.approx(0.5)
+    # Two seeds below 0 have no ratio either.
+    below = base | {"kl": [(-kl[0]).tolist(), *kl[1:].tolist()]}
+    assert math.isnan(compare(below, below)["kl"].value)
+    assert compare(below, below)["score"].value == 1
 
 
 def test_rates_are_chosen_by_the_mean_of_the_spare_seeds():
