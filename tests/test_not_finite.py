@@ -50,9 +50,16 @@ def test_samples_that_are_lost_are_counted_with_their_times(network, schedule, x
 def test_derivatives_that_are_not_finite_are_told_from_outputs(order, engine):
     model = hosm.ScoreModel(lambda x, t: x.square().sqrt(), VP)
     given = {"t": torch.tensor(T), "noise": ZEROS}
-    with pytest.raises(hosm.DerivativeError):
+    with pytest.raises(hosm.DerivativeError, match=r"second, trace.* up to 0\.0e\+00, .*a root"):
         FUNCTIONS[order](model, ZEROS, engine=engine, **given)
     assert float(hosm.first_order_dsm(model, ZEROS, **given)) == 0
+
+
+def test_a_training_that_diverges_is_told_from_a_root():
+    """The third term has the sixth power of the error, and overflows first."""
+    model, x0 = hosm.ScoreModel(lambda x, t: 1e7 + x.sin(), VP), ZEROS.float()
+    with pytest.raises(hosm.DerivativeError, match=r"third are not.*up to 1\.0e\+14, .*rate"):
+        hosm.third_order_dsm(model, x0)
 
 
 def test_weights_that_overflow_are_told_from_both():

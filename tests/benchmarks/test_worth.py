@@ -515,8 +515,12 @@ def test_without_a_density_rows_are_compared_by_their_difference():
     base = {"kl": [[-20.0, -22.0], [-21.0, -23.0]], "lost": [0.0, 0.0]}
     row = base | {"kl": [[-21.0, -23.0], [-22.0, -24.0]]}
     assert compare(row, base) == {"difference": pytest.approx([-1.0, -1.0, -1.0])}
-    found = ratios({"rows": {"one": base, "one, averaged": row}})["one, averaged"]
-    assert found == {"nats": -22.5, "lost": 0, "difference": pytest.approx([-1.0] * 3)}
+    failed = {"two, averaged": {"failed": "why"}, "rates: two, averaged": {"kl": [0.0]}}
+    found = ratios({"rows": {"one": base, "one, averaged": row} | failed})
+    assert [*found] == ["one", "one, averaged", "two, averaged"]
+    row = {"nats": -22.5, "lost": 0, "difference": pytest.approx([-1.0] * 3)}
+    assert found["one, averaged"] == row
+    assert found["two, averaged"] == {"nats": "failed"}
 
 
 def test_the_noise_of_targets_is_the_loss_of_the_true_score():

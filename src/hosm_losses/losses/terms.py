@@ -241,10 +241,13 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
             "logarithm."
         )
     if names:
+        first = float(terms.first.max())
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but the terms "
-            f"{', '.join(names)} are not. A root or a norm has no derivative at zero: add a small "
-            "number under the root. check_derivatives(model, x0) names the module at fault."
+            f"{', '.join(names)} are not. If the first term, here up to {first:.1e}, is large as "
+            "well, the training diverges: use a lower learning rate. Otherwise, a root or a norm "
+            "has no derivative at zero: add a small number under the root. "
+            "check_derivatives(model, x0) names the module at fault."
         )
     raise ValueError(
         "loss: expected a finite value; got finite terms whose sum, after multiplication by the "
