@@ -218,11 +218,15 @@ def ratios(report: Row) -> Row:
     Where the density is not known: nats, the difference from its base, and 0 lost modes.
 
     A ratio is None where fewer than two seeds kept all modes, or where a KL divergence, a mean
-    over points, is not above 0: then "below" is 1.
+    over points, is not above 0: then "below" is 1. A row that could not be made says "failed".
     """
     rows = {name: row for name, row in report["rows"].items() if "lost" in row}
     found: Row = {}
-    for name, row in rows.items():
+    for name, row in report["rows"].items():
+        if "failed" in row:
+            found[name] = {"nats": "failed"}
+        if name not in rows:
+            continue
         found[name] = {"nats": float(np.mean(row["kl"])), "lost": int(lost(row).sum())}
         other = rows.get(base_of(name), row)
         if other is row:
