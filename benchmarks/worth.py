@@ -279,7 +279,7 @@ class Study:
             model = models([*spares] * tried)
             try:
                 row = self.train(model, recipe, self.steps(recipe), rates, bar)
-            except hosm.DerivativeError:
+            except (ValueError, hosm.DerivativeError):  # as in `row`
                 if tried == 1:
                     raise
                 tried -= 1

@@ -178,7 +178,8 @@ def inside():
 
 
 WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": accumulated}
-WORK |= {"fsdp1": fsdp1} | {"fsdp": fsdp} if SHARDS_ON_CPU else {}
+WORK["fsdp1"] = fsdp1
+WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
 OTHERS = {"likelihood": likelihood, "inside": inside}

@@ -498,6 +498,8 @@ def test_a_search_leaves_out_the_highest_rates_where_the_loss_diverges(tmp_path,
     original = worth.Study.train
 
     def train(self, model, recipe, steps, rates, bar):
+        if max(rates) > worth.RATES[5]:
+            raise ValueError("outputs that are not finite")
         if max(rates) > worth.RATES[4]:
             raise hosm.DerivativeError("terms that are not finite")
         return original(self, model, recipe, steps, rates, bar)
