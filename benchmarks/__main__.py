@@ -1,6 +1,6 @@
 """Measure everything, or the questions named, and fill the numbers on the pages from it.
 
-    python -m benchmarks [QUESTION ...] [--full | --smoke] [--name NAME] [--page-only]
+    python -m benchmarks [QUESTION ...] [--full | --smoke] [--name NAME] [--page-only] [--dirty]
 
 A question is a file whose `answer` is called for each of its CASES, in a process of its own with
 one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
@@ -11,19 +11,18 @@ Ten minutes on two cores; --full takes an hour and a quarter. --smoke tries ever
 minutes, and leaves results and pages in a temporary directory that it removes.
 """
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import page, results
-from benchmarks.experiment import alone, ask
+from benchmarks import experiment, page, results
 from benchmarks.trained import KEPT
 
 QUESTIONS = ("estimator_variance", "gradient_variance", "likelihood", "speed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = experiment.parser(__doc__, smoke=False)
     told = f"of {', '.join(QUESTIONS)}; default: all"
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=told)
     size = parser.add_mutually_exclusive_group()
@@ -45,15 +44,17 @@ def main() -> None:
     run(chosen, options, results.DIRECTORY, results.ROOT)
 
 
-def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
+def run(chosen: list[str], options: Namespace, directory: Path, root: Path) -> None:
     """Measure what is chosen into a directory, and fill the pages under a root."""
     file = directory / f"{options.name}.json"
     kept = results.read(file)
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
+            where = results.environment(dirty=options.dirty or options.size == "smoke")
             given = {**results.ONE_THREAD, KEPT: weights}
-            kept[question] = alone(ask, question, options.size, variables=given)
+            found = experiment.alone(experiment.ask, question, options.size, variables=given)
+            kept[question] = {"environment": where} | found
             results.write(file, kept)
     for line in page.write(file, root):
         print(line)

@@ -1,6 +1,6 @@
 """Are errors as large as `standard_error` and `solver_error` claim?
 
-    python -m benchmarks.calibration [--smoke]
+    python -m benchmarks.calibration [--dirty | --smoke]
 
 Ratios |error| / claim of single samples: the error of random probes against the exact divergence
 on the same grid, and that of the grid, with and without a companion, against a much finer one.
@@ -12,7 +12,7 @@ import torch
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.coverage import models
-from benchmarks.experiment import parser
+from benchmarks.experiment import environment, parser
 
 FILE = results.DIRECTORY / "calibration.json"
 STEPS = 200  # of training
@@ -46,6 +46,7 @@ def measure(name: str, key: str, samples: int, finest: int) -> dict[str, list[fl
 
 def main() -> None:
     options = parser(__doc__).parse_args()
+    where = environment(options)
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[float]]] = {}
     for name, (schedules, samples, finest) in PROBLEMS.items():
@@ -54,7 +55,7 @@ def main() -> None:
             found[f"{name}, {key}"] = measure(name, key, *sizes)
     results.show("calibration", found)
     if not options.smoke:
-        results.write(FILE, {"found": found, "environment": results.environment()})
+        results.write(FILE, {"environment": where, "found": found})
 
 
 if __name__ == "__main__":

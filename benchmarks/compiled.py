@@ -1,6 +1,6 @@
 """What torch.compile of the loss module costs and saves, in-place operators included.
 
-python -m benchmarks.compiled [NETWORK ...] [--smoke]
+python -m benchmarks.compiled [NETWORK ...] [--dirty | --smoke]
 
 Seconds of the first step, with an empty cache, and times over an eager step of order one, eager
 and compiled in turns in one process. Into results/compiled.json. It takes ten minutes a network.
@@ -9,7 +9,7 @@ and compiled in turns in one process. Into results/compiled.json. It takes ten m
 from tempfile import TemporaryDirectory
 
 from benchmarks import results
-from benchmarks.experiment import alone, parser
+from benchmarks.experiment import alone, environment, parser
 from benchmarks.speed import measure
 from benchmarks.steps import BASE, COMPILED, MAIN, NETWORKS, VARIANTS
 
@@ -24,13 +24,14 @@ def main() -> None:
     if options.smoke:
         variants, rounds = {BASE: VARIANTS[BASE]}, 1
     for name in options.networks[: 1 if options.smoke else None]:
+        where = environment(options)
         with TemporaryDirectory() as cache:
             fresh = {**results.ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
             batch = NETWORKS[name][1][0]
             found = alone(measure, name, variants, rounds, batch, (), variables=fresh)
         results.show(name, found["variants"])
         if not options.smoke:
-            results.keep(FILE, {name: {**found, "environment": results.environment()}})
+            results.keep(FILE, {name: {**found, "environment": where}})
 
 
 if __name__ == "__main__":

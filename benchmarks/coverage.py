@@ -1,11 +1,13 @@
 """Does twice the claimed solver_error cover the true error?
 
-    python -m benchmarks.coverage [--data REGEX] [--solvers REGEX] [--out DIRECTORY] [--smoke]
+    python -m benchmarks.coverage [--data REGEX] [--solvers REGEX] [--out DIRECTORY]
+        [--dirty | --smoke]
 
 The truth is a much finer grid, and every divergence is exact, except where "random" says that the
 claim is that of random probes, which is of the path alone and has to cover the same error. A
 sample that is marked as failed counts as covered, an error below 1e-6 nats too. A ratio is that of
-the median claim and the median error. `--out` keeps the networks. It takes ten minutes.
+the median claim and the median error. `--out` keeps the networks. It takes ten minutes. With
+`--data` or `--solvers` the results are only printed, so that all in the file are of one commit.
 """
 
 import re
@@ -222,8 +224,10 @@ def main() -> None:
     arguments.add_argument("--solvers", default="", metavar="REGEX", help="those it is found in")
     arguments.add_argument("--out", type=Path, metavar="DIRECTORY", help="where networks are kept")
     options = arguments.parse_args()
+    writes = not (options.smoke or options.data or options.solvers)
+    where = results.environment(dirty=options.dirty or not writes)
     torch.set_num_threads(1)
-    kept = results.read(FILE)
+    every: dict[str, dict[str, dict[str, Any]]] = {}
     chosen = [name for name in KINDS if re.search(options.data, name)]
     for name in chosen[: 1 if options.smoke else None]:
         kind = KINDS[name]
@@ -231,14 +235,13 @@ def main() -> None:
             for off in kind.off:
                 told = f"{steps} steps" if isinstance(steps, int) else steps
                 told = told if off is None else f"{off} off" if off else "on the data"
-                rows = kept.setdefault("found", {}).setdefault(name, {}).setdefault(told, {})
+                rows = every.setdefault(name, {}).setdefault(told, {})
                 for key in kind.schedules[: 1 if options.smoke else None]:
                     model, x, moments = models(name, key, steps, off, options.out)
-                    found = measure(model, x, moments, kind.finest, options.solvers)
-                    rows.setdefault(key, {}).update(found)
-                    results.show(f"{name}, {told}, {key}", found)
-                if not options.smoke:
-                    results.write(FILE, kept | {"environment": results.environment()})
+                    rows[key] = measure(model, x, moments, kind.finest, options.solvers)
+                    results.show(f"{name}, {told}, {key}", rows[key])
+    if writes:
+        results.write(FILE, {"environment": where, "found": every})
 
 
 if __name__ == "__main__":

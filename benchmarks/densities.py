@@ -1,6 +1,7 @@
 """Is log Z within what it claims, of energies with a known one, and are posteriors right?
 
-    python -m benchmarks.densities [--cells REGEX] [--out DIRECTORY] [--sbibm WHEEL] [--smoke]
+    python -m benchmarks.densities [--cells REGEX] [--out DIRECTORY] [--sbibm WHEEL]
+        [--dirty | --smoke]
 
 Networks learn an energy from its samples, with averaged targets alone and with the score of the
 energy beside them. Then log Z is estimated twenty times, from 500 samples each: `ratio` is the
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed, rank
-from benchmarks.experiment import clocked, parser, train_once, training
+from benchmarks.experiment import clocked, environment, parser, train_once, training
 from benchmarks.peers.likelihoods import flow, signs
 
 FILE = results.DIRECTORY / "densities.json"
@@ -294,6 +295,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, metavar="DIRECTORY", help="where networks are kept")
     arguments.add_argument("--sbibm", type=Path, metavar="WHEEL", help="for the posteriors")
     options = arguments.parse_args()
+    where = environment(options)
     torch.set_num_threads(1)
     size = SMOKE if options.smoke else Size()
     cells: dict[str, Callable[[], dict[str, Any]]] = {
@@ -304,7 +306,6 @@ def main() -> None:
             cells[task] = partial(of_posterior, task, size, options.out, options.sbibm)
     for name, measure in cells.items():
         if re.search(options.cells, name):
-            where = results.environment()
             found = measure()
             results.show(name, found.get("rows") or found["observations"])
             if not options.smoke:

@@ -1,6 +1,6 @@
 """The numbers and figures of scripts of docs/examples, kept for the pages.
 
-python -m benchmarks.examples [WORD ...]
+python -m benchmarks.examples [WORD ...] [--dirty]
 
 runs the commands with these words in them, or all in half an hour. A printed line is kept under
 the words before its first comma or colon, as the numbers in it, a second one as NAME (2); of
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.experiment import parser
 
 FILE = results.DIRECTORY / "examples.json"
 COMMANDS = {
@@ -44,9 +45,13 @@ def kept(printed: str) -> results.Report:
 
 
 def main() -> None:
+    arguments = parser(__doc__, smoke=False)
+    arguments.add_argument("words", nargs="*", metavar="WORD")
+    given = arguments.parse_args()
     for name, command in COMMANDS.items():
-        if not all(word in command for word in sys.argv[1:]):
+        if not all(word in command for word in given.words):
             continue
+        where = results.environment(dirty=given.dirty)
         script, *options = command.split()
         run = [sys.executable, results.ROOT / "docs/examples" / script, *options]
         with tempfile.TemporaryDirectory() as out:
@@ -54,7 +59,7 @@ def main() -> None:
             found = kept(printed.stdout)
             for path in Path(out).glob("*/results.json"):
                 found = results.read(path)
-        results.keep(FILE, {name: found})
+        results.keep(FILE, {name: {"environment": where, "found": found}})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 import time
 import traceback
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
@@ -31,7 +31,7 @@ def ask(question: str, size: str) -> Row:
     """What the file of a question finds, case by case; a warning is an error, as in the tests."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch.func.jvp, on first use
-    where, module = results.environment(), import_module(f"benchmarks.{question}")
+    module = import_module(f"benchmarks.{question}")
     torch.set_num_threads(1)
     found: Row = {}
     for case in module.CASES:
@@ -40,14 +40,21 @@ def ask(question: str, size: str) -> Row:
         print(case, flush=True)
         torch.manual_seed(0)
         found |= module.answer(case, lambda *values: values[SIZES.index(size)])
-    return {"environment": where, "size": size, "found": found}
+    return {"size": size, "found": found}
 
 
-def parser(doc: str | None) -> ArgumentParser:
-    """A parser with the first line of a docstring as its description, and --smoke."""
+def parser(doc: str | None, *, smoke: bool = True) -> ArgumentParser:
+    """A parser with the first line of a docstring as its description, --dirty and --smoke."""
     found = ArgumentParser(description=(doc or "").partition("\n")[0])
-    found.add_argument("--smoke", action="store_true", help="try everything, measure nothing")
+    found.add_argument("--dirty", action="store_true", help="keep results of uncommitted changes")
+    if smoke:
+        found.add_argument("--smoke", action="store_true", help="try everything, measure nothing")
     return found
+
+
+def environment(options: Namespace) -> Row:
+    """That of the results. With --smoke, which keeps none, files may have changed."""
+    return results.environment(dirty=options.dirty or options.smoke)
 
 
 def training(

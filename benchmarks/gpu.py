@@ -1,7 +1,7 @@
 """What a training step of each order costs on a CUDA GPU, eager and compiled.
 
     python -m benchmarks.gpu [--batch 128 48] [--variants REGEX] [--compile] [--out FILE.json]
-        [--smoke]
+        [--dirty | --smoke]
 
 A U-Net of 54 million parameters, about the size of DDPM++, on 3×32×32, with new weights. A step is
 loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast.
@@ -208,7 +208,7 @@ def main() -> None:
     cpu = options.smoke and not torch.cuda.is_available()
     device = options.device = "cpu" if cpu else "cuda"
     chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
-    where = environment() | {
+    where = environment(dirty=options.dirty or options.smoke or options.out is None) | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,

@@ -1,6 +1,6 @@
 """What error does a likelihood have after so many calls of the network: ours, and others'?
 
-    python -m benchmarks.ode_accuracy [--out DIRECTORY] [--smoke]
+    python -m benchmarks.ode_accuracy [--out DIRECTORY] [--dirty | --smoke]
 
 Networks of width 96 learn three densities in two dimensions under five schedules. All divergences
 are exact, all in float64, calls are counted at the network. Errors are root mean squares over 200
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, train_once, training
+from benchmarks.experiment import environment, parser, train_once, training
 from benchmarks.peers.likelihoods import log_prior
 from benchmarks.worth_problems import Checkerboard
 
@@ -245,9 +245,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--out", type=Path, metavar="DIRECTORY", help="where networks are kept")
     options = arguments.parse_args()
+    where = environment(options)
     torch.set_num_threads(1)
     peers = {name: results.installed(name) for name in ("torchdiffeq", "zuko")}
-    report = {"environment": results.environment() | {"peers": peers}, "found": {}}
+    report = {"environment": where | {"peers": peers}, "found": {}}
     for data in [*DATA][: 1 if options.smoke else None]:
         for schedule in [*SCHEDULES][: 1 if options.smoke else None]:
             steps = 10 if options.smoke else TRAINING

@@ -1,6 +1,6 @@
 """How many operators a step dispatches outside of the network's own forward pass.
 
-python -m benchmarks.operators [--name NAME] [--smoke]
+python -m benchmarks.operators [--name NAME] [--dirty | --smoke]
 
 Small networks wait for operators and not for FLOPs. Beside ours is a plain double pass back:
 torch.autograd.grad twice with create_graph=True, and a loss of what comes out. PyTorch gets that
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import Row, alone, parser, times
+from benchmarks.experiment import Row, alone, environment, parser, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.repositories import PolicyUNet
 from benchmarks.steps import LOSSES, NETWORKS
@@ -85,14 +85,14 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--name", default="after", help="of these results")
     options = arguments.parse_args()
+    where = environment(options)
     rounds = {name: 401 if name == "mlp, small" else 21 for name in CHOSEN}  # of milliseconds
     if options.smoke:
         rounds = {"mlp, small": 1}
     found = {name: alone(measure, name, several) for name, several in rounds.items()}
     results.show(options.name, found)
     if not options.smoke:
-        report = {"networks": found, "environment": results.environment()}
-        results.keep(FILE, {options.name: report})
+        results.keep(FILE, {options.name: {"environment": where, "networks": found}})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the recipe hold at other learning rates, times, batches and networks?
 
-    python -m benchmarks.recipe [--cells REGEX] [--smoke]
+    python -m benchmarks.recipe [--cells REGEX] [--dirty | --smoke]
 
 Orders one, two and three with averaged targets train from scratch as in `benchmarks.worth`, for
 equal evaluations of the network, in its cells of d = 1, 2 and 4 that search their rates. One
@@ -23,7 +23,7 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth import SEARCHED, Study, rows
 from benchmarks.worth_problems import CELLS, Sizes
-from benchmarks.worth_quantities import ratios
+from benchmarks.worth_quantities import Row, ratios
 
 DIRECTORY = results.DIRECTORY / "recipe"
 BASE, RATE, SEEDS = "base", 3e-3, 3
@@ -57,7 +57,9 @@ SETTINGS = {
 }
 
 
-def studies(pattern: str, *, smoke: bool, out: Path) -> Iterator[tuple[str, str, Study]]:
+def studies(
+    pattern: str, where: Row, *, smoke: bool, out: Path
+) -> Iterator[tuple[str, str, Study]]:
     """The cell, the setting and the study of each."""
     for name in PROBLEMS:
         for setting, (changes, _) in SETTINGS.items():
@@ -67,7 +69,7 @@ def studies(pattern: str, *, smoke: bool, out: Path) -> Iterator[tuple[str, str,
             cell = replace(CELLS[name](), **{"batch": 256, "seeds": SEEDS, "long": None} | changes)
             if smoke:
                 cell = replace(cell.small(), seeds=2)
-            yield name, setting, Study(title, cell, out if smoke else DIRECTORY, out)
+            yield name, setting, Study(title, cell, where, out if smoke else DIRECTORY, out)
 
 
 def main() -> None:
@@ -75,8 +77,10 @@ def main() -> None:
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("recipe_out"), help="of --smoke")
     arguments = parser.parse_args()
+    where = experiment.environment(arguments)
     torch.set_num_threads(1)
-    for name, setting, study in studies(arguments.cells, smoke=arguments.smoke, out=arguments.out):
+    every = studies(arguments.cells, where, smoke=arguments.smoke, out=arguments.out)
+    for name, setting, study in every:
         recipes = rows(study.cell)
         for row in ROWS:
             make = partial(study.finish, study.cell.model, recipes[row])

@@ -3,6 +3,10 @@
 A file holds, for each question, the environment and the commit it was measured in, how much was
 measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
 the others as they are. No host names and no paths are kept.
+
+A result belongs to a commit. Benchmarks do not start while files differ from it, except those that
+benchmarks write; with --dirty they do, and the commit that they keep ends in "-dirty". The pages
+show the commits, and a test compares them with the history.
 """
 
 import json
@@ -10,6 +14,8 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,8 +95,34 @@ def said(*command: str) -> str | None:
     return printed.partition("\n")[0].strip()
 
 
-def environment() -> Report:
-    """Processor, threads, versions and commit, with None for a package that is not installed."""
+def git(*command: str) -> str | None:
+    """The first line that Git prints about this repository; None where it fails."""
+    return said("git", "--git-dir", ".git", *command)
+
+
+def change() -> str | None:
+    """A file that differs from the commit; "" if there is none, None outside of Git.
+
+    Benchmarks write results and pages themselves, so these may differ. They measure docs/examples.
+    """
+    status = ("status", "--porcelain", "--untracked-files", "--")
+    return git(*status, ".", ":!benchmarks/results", ":!docs") or git(*status, "docs/examples")
+
+
+def environment(*, dirty: bool) -> Report:
+    """Processor, threads, versions and commit, with None for a package that is not installed.
+
+    A benchmark calls this before it measures, and writes it beside its results.
+
+    Raises:
+        SystemExit: if files have been changed since the commit, or there is none, unless `dirty`.
+    """
+    changed, commit = change(), git("rev-parse", "--short", "HEAD") or "unknown"
+    if changed != "" and not dirty:
+        raise SystemExit(
+            "expected no changes since the last commit, outside benchmarks/results and docs; got "
+            f"{changed or 'no Git history'}. Commit first, or pass --dirty, which the pages show."
+        )
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -100,7 +132,32 @@ def environment() -> Report:
         "torch": installed("torch"),
         "numpy": installed("numpy"),
         "peers": {name: installed(name) for name in PEERS},
-        # "-dirty" where files have changed since; None outside git.
-        "commit": said("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "commit": f"{commit}-dirty" if changed else commit,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def sources(directory: Path) -> Report:
+    """How many results each file has, or all files of a folder, and from which commits."""
+    found: dict[str, Counter[str]] = {}
+    for file in sorted(directory.rglob("*.json")):
+        name = file.relative_to(directory).parts[0].removesuffix(".json")
+        found.setdefault(name, Counter()).update(commits(read(file)))
+    return {
+        name: {
+            "results": counted.total(),
+            "dirty": sum(n for commit, n in counted.items() if "-dirty" in commit),
+            "commits": "; ".join(f"{commit} ({n})" for commit, n in counted.most_common()),
+        }
+        for name, counted in found.items()
+    }
+
+
+def commits(report: Report) -> Iterator[str]:
+    """The commits of a file: of each row of a study, of the whole file, or of each question."""
+    if "rows" in report:
+        for row in report["rows"].values():
+            yield report["environments"][row["environment"]]["commit"]
+        return
+    for each in [report] if "environment" in report else report.values():
+        yield each["environment"]["commit"]

@@ -1,6 +1,6 @@
 """What a training step of a large network takes, counted on the device "meta".
 
-    python -m benchmarks.scale
+    python -m benchmarks.scale [--dirty]
 
 writes results/scale.json in a quarter of an hour, and `python -m benchmarks --page-only` fills
 docs/benchmark_tables.md from it. FLOPs are those of matrix products and convolutions. Activations
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import results
+from benchmarks.experiment import parser
 from benchmarks.networks import DiT, conv, time_layers, waves
 from benchmarks.repositories import SongAttention, SongBlock
 
@@ -169,7 +170,8 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    report = {"torch": torch.__version__, "networks": {name: measure(name) for name in NETWORKS}}
+    where = results.environment(dirty=parser(__doc__, smoke=False).parse_args().dirty)
+    report = {"environment": where, "networks": {name: measure(name) for name in NETWORKS}}
     FILE.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 

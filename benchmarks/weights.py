@@ -1,6 +1,6 @@
 """Which importance weights have an interval of log Z that holds?
 
-    python -m benchmarks.weights [--smoke]
+    python -m benchmarks.weights [--dirty | --smoke]
 
 Draws of N(0, I) for targets with log Z = 0: products over elements of normal densities that are
 shifted, narrower or wider, or of Student's, whose weights have no variance; and two modes, one of
@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser
+from benchmarks.experiment import environment, parser
 
 COUNTS, DIMENSIONS, REPETITIONS = (100, 400, 1600), (8, 32), 2000
 TARGETS = {
@@ -30,7 +30,8 @@ TARGETS = {
 
 
 def main() -> None:
-    repetitions, found = 20 if parser(__doc__).parse_args().smoke else REPETITIONS, {}
+    options, found = parser(__doc__).parse_args(), {}
+    where, repetitions = environment(options), 20 if options.smoke else REPETITIONS
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for target, d in ((target, d) for target in TARGETS for d in DIMENSIONS):
@@ -51,9 +52,8 @@ def main() -> None:
         means = {rule: float(covered[which].mean()) for rule, which in chosen.items()}
         found[name] = {r: {"covered": means[r], "share": shares[r]} for r in chosen if shares[r]}
         results.show(name, found[name])
-    if repetitions == REPETITIONS:
-        report = {"environment": results.environment(), "found": found}
-        results.write(results.DIRECTORY / "weights.json", report)
+    if not options.smoke:
+        results.write(results.DIRECTORY / "weights.json", {"environment": where, "found": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What are quiet targets, and orders two and three, worth at equal evaluations of the network?
 
-    python -m benchmarks.worth [--cells REGEX] [--rows REGEX] [--out DIR] [--smoke]
+    python -m benchmarks.worth [--cells REGEX] [--rows REGEX] [--out DIR] [--dirty | --smoke]
 
 The protocol, fixed before anything was run. For each cell of worth_problems:
     1. From scratch, every row of `rows` trains for as many evaluations of the network as order one
@@ -226,9 +226,9 @@ def training(
 
 
 class Study:
-    """The rows of a cell, in a file."""
+    """The rows of a cell, in a file, each with the environment in which it was made."""
 
-    def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
+    def __init__(self, name: str, cell: Cell, where: Row, directory: Path, out: Path) -> None:
         slug = re.sub(r"\W+", "_", name)
         self.name, self.cell, self.directory = name, cell, directory
         self.file, self.weights = directory / f"{slug}.json", out / f"{slug}.pt"
@@ -239,8 +239,7 @@ class Study:
             raise ValueError(
                 f"{self.file}: expected rows of {settings}; got {self.report['cell']}."
             )
-        self.environments: list[Row] = self.report.setdefault("environments", [])
-        self.environment: Row | None = None  # written with the first row that is made
+        self.where, self.environments = where, self.report.setdefault("environments", [])
         self.rows: Row = self.report.setdefault("rows", {})
 
     def row(self, name: str, make: Callable[[], Row]) -> Row:
@@ -250,10 +249,9 @@ class Study:
                 made = make()
             except (ValueError, hosm.DerivativeError) as error:
                 made = {"failed": experiment.reason(error)}
-            if self.environment is None:
-                self.environment = results.environment()
-                self.environments.append(self.environment)
-            self.rows[name] = made | {"environment": len(self.environments) - 1}
+            if self.where not in self.environments:
+                self.environments.append(self.where)
+            self.rows[name] = made | {"environment": self.environments.index(self.where)}
             results.write(self.file, self.report)
         return self.rows[name]
 
@@ -385,6 +383,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
     arguments = parser.parse_args()
     directory = arguments.out if arguments.smoke else DIRECTORY
+    where = experiment.environment(arguments)
     torch.set_num_threads(1)
     for name, make in CELLS.items():
         if re.search(arguments.cells, name):
@@ -395,7 +394,7 @@ def main() -> None:
                 continue
             if arguments.smoke:
                 cell = cell.small()
-            study = Study(name, cell, directory, arguments.out)
+            study = Study(name, cell, where, directory, arguments.out)
             study.run(arguments.rows)
             results.show(name, ratios(study.report))
     found = dependence(results.read_all(directory))

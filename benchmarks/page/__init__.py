@@ -32,7 +32,7 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    for name in ("examples", "compiled", "operators"):
+    for name in ("compiled", "operators"):
         found[name] = results.read(file.parent / f"{name}.json")
     answers = (
         "calibration",
@@ -44,11 +44,13 @@ def tree(file: Path) -> Found:
     )
     for name in answers:
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
-    cells = results.read(file.parent / "densities.json")
-    found["densities"] = {name: report["found"] for name, report in cells.items()}
+    for name in ("densities", "examples"):
+        parts = results.read(file.parent / f"{name}.json")
+        found[name] = {part: report["found"] for part, report in parts.items()}
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     study = results.read_all(file.parent / "orders")
     found["orders"], found["dependence"] = orders.cells(study), dependence(study)
+    found["sources"] = results.sources(file.parent)
     found["recipe"] = orders.settings(results.read_all(file.parent / "recipe"))
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):

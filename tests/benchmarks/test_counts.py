@@ -29,7 +29,7 @@ def test_counts_at_scale_are_those_held(loss):
     assert held["parameters"] == scale.parameters(DIT)
     found, row = scale.step(DIT, loss), held["losses"][loss]
     assert found["flops"] == row["flops"]
-    same = torch.__version__ == SCALE["torch"]
+    same = torch.__version__ == SCALE["environment"]["torch"]
     assert found["memory"] == pytest.approx(row["memory"], rel=0 if same else 0.1)
 
 

@@ -402,7 +402,7 @@ def test_one_cell_of_each_low_dimension_searches_its_rates():
 
 
 def test_settings_of_the_recipe_differ_from_its_base(tmp_path):
-    studies = list(recipe.studies("", smoke=False, out=tmp_path))
+    studies = list(recipe.studies("", {}, smoke=False, out=tmp_path))
     assert len(studies) == len(worth.SEARCHED) * len(recipe.SETTINGS) + 4
     cells = {}
     for name, setting, study in studies:
@@ -463,35 +463,36 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     cell = small(long=8)
     names = [*worth.rows(cell)]
 
-    def run():
+    def run(where):
         trained.clear()
-        study = worth.Study("cell", cell, tmp_path, tmp_path / "weights")
+        study = worth.Study("cell", cell, where, tmp_path, tmp_path / "weights")
         study.run()
         after = [f"after: {name}" for name in worth.SECOND_STAGE]
         assert {*ratios(study.report)} == {*names, "a third of long", "long", *after}
         return json.loads(study.file.read_text())
 
-    first = run()
+    one, other = {"commit": "a"}, {"commit": "b"}
+    first = run(one)
     assert first["facts"]["elements"] == 2
     assert len(trained) == len(names) + 4 + 2 + 2 * 3
     for name in names:
         row = first["rows"][name]
         assert torch.tensor(row["kl"]).shape == torch.tensor(row["log_score"]).shape == (5, 8)
         assert {len(row[key]) for key in ("j_sm", "effective_size", "lost")} == {5}
-        assert first["environments"][row["environment"]]["torch"] == torch.__version__
+        assert first["environments"][row["environment"]] == one
         # Equal evaluations, but for a whole number of steps.
         recipe = worth.rows(cell)[name]
         assert row["evaluations"] == pytest.approx(3 * cell.budget, abs=recipe.evaluations / 2)
-    assert run() == first
+    assert run(other) == first
     assert trained == []
     lost = {name: row for name, row in first["rows"].items() if name != "two, averaged"}
     (tmp_path / "cell.json").write_text(json.dumps(first | {"rows": lost}))
-    again = run()
+    again = run(other)
     assert trained == ["two, averaged"]
     made = [report["rows"]["two, averaged"]["environment"] for report in (first, again)]
-    assert made == [0, 1]
+    assert (made, again["environments"]) == ([0, 1], [one, other])
     with pytest.raises(ValueError, match="'budget': 5"):
-        worth.Study("cell", replace(cell, budget=5), tmp_path, tmp_path)
+        worth.Study("cell", replace(cell, budget=5), {}, tmp_path, tmp_path)
 
 
 def test_a_search_leaves_out_the_highest_rates_where_the_loss_diverges(tmp_path, monkeypatch):
@@ -506,7 +507,7 @@ def test_a_search_leaves_out_the_highest_rates_where_the_loss_diverges(tmp_path,
 
     monkeypatch.setattr(worth.Study, "train", train)
     cell = small()
-    study = worth.Study("cell", cell, tmp_path, tmp_path)
+    study = worth.Study("cell", cell, {}, tmp_path, tmp_path)
     row = study.search(cell.model, worth.rows(cell)["two, averaged"])
     assert [kl is None for kl in row["kl"]] == [False] * 5 + [True] * 2
     assert [*by_rate(row, worth.RATES)] == [*worth.RATES[:5]]
