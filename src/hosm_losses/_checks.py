@@ -181,17 +181,24 @@ def check_not_empty(name: str, value: Tensor) -> None:
         raise ValueError(error_message(name, expected, value, remedy))
 
 
-def check_sample_batch(name: str, value: object) -> Tensor:
-    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
+def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
+    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *).
+
+    `images` says whether integers may be images, which have to be scaled.
+    """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a {expected}", value)
     check_dense(name, value)
     if not value.is_floating_point():
-        remedy = (
-            "First scale integer images to the range the network was trained on, for example "
-            f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
-        )
+        remedy = f"Convert it with {name}.float()."
+        if value.is_complex():
+            remedy = "Pass real numbers, for example from torch.view_as_real."
+        elif images and value.dtype != torch.bool:
+            remedy = (
+                "First scale integer images to the range the network was trained on, for example "
+                f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
+            )
         raise TypeError(error_message(name, f"a {expected}", value, remedy))
     check_not_empty(name, value)
     check_finite(name, value)

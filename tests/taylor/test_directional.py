@@ -219,7 +219,7 @@ REFUSED = {
         r"x: expected .*; got torch\.int64\. .*torch\.as_tensor",
     ),
     "an array": (BATCH.numpy(), TypeError, r"x: expected .*; got ndarray\. .*torch\.as_tensor"),
-    "complex numbers": (BATCH.cfloat(), TypeError, r"got torch\.complex64\. "),
+    "complex numbers": (BATCH.cfloat(), TypeError, r"got torch\.complex64\. Pass real numbers, "),
     "a number": (BATCH[0, 0], ValueError, r"x: expected a batch.*x\.reshape"),
 }
 

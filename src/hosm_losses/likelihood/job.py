@@ -91,7 +91,10 @@ class Job:
         at t_min, and `of_prior` says whether the latents of the paths should follow the prior.
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
-        check_sample_batch(name, x) if dequantization is None else check_images(x)
+        if dequantization is None:
+            check_sample_batch(name, x, images=name == "x")
+        else:
+            check_images(x)
         self.subspace = None
         if self.model.subspace is not None:
             if dequantization is not None:

@@ -405,7 +405,7 @@ class TargetScores:
     def __post_init__(self) -> None:
         """Check every argument, and compute the eigenvectors if `information` is a matrix."""
         if not callable(self.scores):
-            check_sample_batch("scores", self.scores)
+            check_sample_batch("scores", self.scores, images=False)
         averaged: object = self.averaged
         if not (averaged is None or isinstance(averaged, AveragedTargets)):
             raise TypeError(error_message("averaged", "AveragedTargets(...) or None", averaged))
@@ -414,7 +414,7 @@ class TargetScores:
             raise TypeError(error_message("scores", expected, self.scores))
         information: object = self.information
         if isinstance(information, Tensor):
-            check_sample_batch("information", information[None])
+            check_sample_batch("information", information[None], images=False)
             if information.ndim == 2 and information.shape[0] == information.shape[1]:
                 matrix = leave_inference_mode(information).detach().to(wide(information))
                 eigenvalues, basis = torch.linalg.eigh(matrix)

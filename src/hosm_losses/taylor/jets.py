@@ -464,12 +464,13 @@ PAIRS = get_args(Pairs)
 
 def _check_floats(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a floating-point tensor."""
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
-        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(
-            f"{name}: expected a tensor in floating point; got {came}. Convert it with "
-            f"torch.as_tensor({name}, dtype=torch.float32)."
-        )
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return
+    came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    remedy = f"Convert it with torch.as_tensor({name}, dtype=torch.float32)."
+    if isinstance(value, Tensor) and value.is_complex():
+        remedy = "Pass real numbers, for example from torch.view_as_real."
+    raise TypeError(f"{name}: expected a tensor in floating point; got {came}. {remedy}")
 
 
 def _check_batch(x: object, place: str = "") -> None:
