@@ -236,6 +236,13 @@ def test_what_is_no_batch_in_floating_point_is_refused_in_a_sentence(call, name)
         calls[call]()
 
 
+def test_samples_without_elements_have_no_laplacian():
+    with pytest.raises(ValueError, match=r"x: expected .* one element; got the shape \(5, 0\)"):
+        taylor.laplacian(torch.sin, BATCH[:, :0])
+    value, first, _ = taylor.jet(torch.sin, BATCH[:, :0], BATCH[None, :, :0])
+    assert (value.shape, first.shape) == ((5, 0), (1, 5, 0))
+
+
 @pytest.mark.parametrize("w", [BATCH[None].long(), BATCH[None].numpy()])
 def test_directions_are_refused_likewise(w):
     with pytest.raises(TypeError, match=r"directions: .*torch\.as_tensor\("):

@@ -580,7 +580,8 @@ def laplacian(
     r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
     The computation needs one direction for each of the d elements of a sample, and hence d + 2
-    times the memory of the function's value. `laplacian` raises the same errors as `jet`.
+    times the memory of the function's value. `laplacian` raises the same errors as `jet`, and
+    ValueError if d = 0.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.
@@ -599,7 +600,12 @@ def laplacian(
         (tensor([9.]), tensor([[ 3., 12.]]), tensor([18.]))
     """
     _check_batch(x)
-    units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
+    d = x.shape[1:].numel()
+    if not d:
+        raise ValueError(
+            f"x: expected samples with at least one element; got the shape {tuple(x.shape)}."
+        )
+    units = torch.eye(d, dtype=x.dtype, device=x.device)
     directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
     value, first, second = jet(function, x, directions, "sum")
     assert second is not None
