@@ -208,6 +208,13 @@ def test_an_error_in_one_step_changes_no_other(failing, third):
             assert isinstance(raised.value, hosm.DerivativeError) == (step == 0)
 
 
+def test_an_error_of_the_network_itself_is_not_blamed_on_operators():
+    """Reverse mode, which is tried next, meets it no more; the Laplacian form is none of its."""
+    with pytest.raises(hosm.DerivativeError, match=r"no cache yet.*itself") as raised:
+        loss_and_gradients(Watched(RuntimeError("no cache yet")), SHAPE, third="laplacian")
+    assert "operators" not in str(raised.value)
+
+
 @pytest.mark.parametrize("options", [{"order": 2}, {}, {"third": "laplacian"}])
 def test_an_engine_that_has_served_gives_way_to_no_other(options):
     """Not even where it meets what it cannot differentiate: that is an error with its remedy."""

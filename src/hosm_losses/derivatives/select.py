@@ -46,6 +46,10 @@ UNKNOWN = (
     "replace .detach_() and torch.no_grad() with .detach(), and other unknown operators with "
     "known operators."
 )
+NO_LAPLACIAN = (
+    "network: expected no error in the engine 'taylor', which third='laplacian' needs; got: {}. "
+    "If the network itself is at fault, correct it; otherwise, use third='exact'."
+)
 STATISTICS = (
     "network: expected no running statistics in training, such as batch norm's, in a compiled "
     "loss of order three with third='exact'; got {}. Call .eval() on it, or use "
@@ -155,7 +159,7 @@ def _derive_eagerly(
         attempts.remember()
         if before is not None:  # G must not be returned in place of C
             before.restore()
-            raise DerivativeError(UNKNOWN.format(attempts.reasons["taylor"]))
+            raise DerivativeError(NO_LAPLACIAN.format(attempts.reasons["taylor"]))
         _warn_once(attempts)
         return derivatives
     why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
