@@ -113,6 +113,45 @@ def test_an_nll_beyond_the_dtype():
     check(likelihood(nothing, x.double()), NONE)
 
 
+def huge(x, t):
+    return torch.where(x[:, :1] > -0.5, x, 1e200)
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:2])
+def test_a_prior_that_was_not_passed_is_not_blamed(solver):
+    check(likelihood(huge, X.double(), solver), second(Cause.RANGE))
+    x = X.double().index_fill(0, torch.tensor([1]), 2e154)  # whose square is beyond float64
+    model = hosm.ScoreModel(nothing, hosm.VESchedule(sigma_max=1e6))
+    bound = hosm.variational_nll(model, x, samples=4, data_std=1e3)
+    check(bound, second(Cause.RANGE))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_end_of_a_path_is_finite_in_its_own_dtype(solver):
+    """The state is in float64, and this network does not see that its point is infinite."""
+
+    def far(x, t):
+        slope = torch.tensor([0, 1e3], dtype=x.dtype)
+        return torch.where(x[:, :1] > 0, 0.0, slope) + 0 * x.clamp(-1, 1)
+
+    model = hosm.ScoreModel(far, hosm.VESchedule(sigma_max=100.0))
+    for divergence in ("exact", None):
+        drawn = hosm.ode_sample(model, X.half(), solver=solver, divergence=divergence)
+        check(drawn, second(Cause.RANGE))
+        assert drawn.x.isfinite().all(1).tolist() == [True, False, True]
+    if solver is ADAPTIVE:  # on a coarse grid paths cross the jump
+        found = hosm.ode_nll(model, X.half(), solver=solver, divergence="exact")
+        check(found, second(Cause.RANGE))
+        assert found.nll.isfinite().tolist() == [True, False, True]
+
+
+def test_an_error_that_was_not_kept_is_no_zero():
+    """Of samples without a density."""
+    model = hosm.ScoreModel(lambda x, t: x, VP)
+    drawn = hosm.ode_sample(model, 1e9 * X, solver=GRID, divergence=None)
+    assert "solver_error of nan nats" in drawn.failures()[1]
+
+
 def test_a_latent_beyond_the_dtype_is_not_blamed_on_the_prior():
     def far(x, t):
         return torch.where(x[:, :1] > 0, 0.0, 3e38) + 0 * x.clamp(-1, 1)
@@ -124,8 +163,11 @@ def test_a_latent_beyond_the_dtype_is_not_blamed_on_the_prior():
 
 
 def test_a_solver_error_above_the_limit():
-    x = X.index_fill(0, torch.tensor([1]), 1e9)
-    check(likelihood(lambda x, t: x.tanh() * x, x), second(Cause.SOLVER))
+    for size in (1e9, 1e17):  # of which rounding alone is beyond the limit
+        x = X.index_fill(0, torch.tensor([1]), size)
+        found = likelihood(lambda x, t: x.tanh() * x, x.double())
+        check(found, second(Cause.SOLVER))
+        assert "look at x or the latent, which may be too large; otherwise" in found.failures()[1]
 
 
 def test_a_path_that_takes_too_many_evaluations(monkeypatch):

@@ -1,10 +1,10 @@
 r"""What all likelihoods share: checks of arguments, batches of samples, and joined results.
 
 Failures:
-    A sample fails if its nll is not finite in the network's dtype (at least float32), if its path
-    did not reach the end, or if its solver error is above both 1000 nats and 0.1 nats per element
-    (0.14 bits per dimension). The first-order estimate of such a large solver error is
-    meaningless.
+    A sample fails if the end of its path is not finite in the network's dtype, if its nll is not
+    finite in this dtype (at least float32), if its path did not reach the end, or if its solver
+    error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension). The
+    first-order estimate of such a large solver error is meaningless.
 """
 
 import math
@@ -45,7 +45,7 @@ from hosm_losses.likelihood.dequantize import (
     refuse_biased_draws,
 )
 from hosm_losses.likelihood.divergence import Divergence, resolve_divergence
-from hosm_losses.likelihood.paths import Paths
+from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
@@ -257,14 +257,14 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
 def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
-    The nll has to be finite in the dtype of the latent, which is the network's dtype. A cause that
-    is already in the result is kept; otherwise, the first condition (B,) that holds determines the
-    cause.
+    The latent has to be finite in its own dtype, which is the network's, and the nll in this dtype
+    or float32, whichever is wider. A cause that is already in the result is kept; otherwise, the
+    first condition (B,) that holds determines the cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
     inaccurate = ~(result.solver_error.detach() <= limit)
-    failed = result.failed | inaccurate | ~torch.isfinite(in_range)
+    failed = result.failed | inaccurate | ~(torch.isfinite(in_range) & all_finite(result.latent))
     own = result.cause
     cause = torch.zeros_like(failed, dtype=torch.uint8) if own is None else own
     for value, holds in (*conditions, (Cause.SOLVER, inaccurate), (Cause.RANGE, failed)):

@@ -287,7 +287,7 @@ def solve(
     latent, integral = (paths.x, -integral) if backwards else (x, integral)
     # log p_x(x₀) − log p_T(x_T), see `paths`
     log_density = coordinates.log_volume(noise) - coordinates.log_volume(data) + integral
-    at_end = x.to(torch.promote_types(paths.dtype, torch.float32))
+    at_end = x.to(paths.dtype)
     causes = [
         (Cause.OUTPUT, ~all_finite(x)),  # NaN stays in the state
         (Cause.DIVERGENCE, ~integral.isfinite()),
@@ -296,10 +296,11 @@ def solve(
     if paths.divergence != NO_DIVERGENCE:
         log_prior = paths.log_prior_at(latent)
         log_density = log_density + log_prior
-        causes.append((Cause.PRIOR, ~log_prior.isfinite()))
+        of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
+        causes.append((of_prior, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
     fields["dimensions"] = coordinates.dimensions
-    return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields), *causes)
+    return mark_failed(NLLResult(nll, at_end, **fields), *causes)
 
 
 @torch.no_grad()

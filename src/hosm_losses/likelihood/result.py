@@ -29,7 +29,6 @@ from hosm_losses._checks import check_number, check_whole, error_message, owns_v
 # A sample fails if its solver_error exceeds both limits, in nats and in nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
 SHOWN = 0.01  # smaller errors of the prior, in nats, are not printed
-FINER = "use more steps or a lower tolerance, or set data_mean and data_std of the solver"
 
 
 class Cause(IntEnum):
@@ -56,7 +55,9 @@ REASONS = {
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
     Cause.PRIOR: "log_prior is not finite, although its latent is: look at log_prior there",
-    Cause.SOLVER: "its solver_error of {error:.2g} nats is not within {limit:g}: " + FINER,
+    Cause.SOLVER: "its solver_error of {error:.2g} nats is not within {limit:g}: look at x or the "
+    "latent, which may be too large; otherwise, use more steps or a lower tolerance, or set "
+    "data_mean and data_std of the solver",
 }
 
 
@@ -228,7 +229,10 @@ class Result:
         return self.nll
 
     def _errors(self) -> Tensor:
-        return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
+        """Return the solver errors, which are NaN if they were not kept."""
+        if self.solver_error is None:
+            return torch.full_like(self.nfe, math.nan, dtype=torch.float32)
+        return self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
         """Return the data's quantization, from the call's dequantization or from the options."""

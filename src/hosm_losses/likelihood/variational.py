@@ -173,7 +173,8 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     result = NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
     result = replace(result, dimensions=coordinates.dimensions)
     start, output = (Cause.START, ~all_finite(x)), (Cause.OUTPUT, ~integral.isfinite())
-    return mark_failed(result, start, output, (Cause.PRIOR, ~prior.isfinite()))
+    of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
+    return mark_failed(result, start, output, (of_prior, ~prior.isfinite()))
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
