@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import hosm_losses as hosm
 from tests.cases import FUNCTIONS, VP
@@ -53,6 +54,34 @@ def test_derivatives_that_are_not_finite_are_told_from_outputs(order, engine):
     with pytest.raises(hosm.DerivativeError, match=r"second, trace.* up to 0\.0e\+00, .*a root"):
         FUNCTIONS[order](model, ZEROS, engine=engine, **given)
     assert float(hosm.first_order_dsm(model, ZEROS, **given)) == 0
+
+
+@pytest.fixture
+def _warned_again():
+    """PyTorch warns of some things only once in a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("_warned_again")
+def test_no_warning_about_gradients_takes_the_place_of_an_error():
+    layer, t = nn.Linear(3, 3), torch.tensor(T, requires_grad=True)
+
+    def call(network=lambda x, t: layer(x), **options):
+        hosm.second_order_dsm(hosm.ScoreModel(network, VP), ZEROS, noise=ZEROS, **options)
+
+    with pytest.raises(hosm.DerivativeError, match="a root"):
+        call(lambda x, t: layer(x) * x.square().sqrt())
+    with pytest.raises(ValueError, match="expected finite outputs"):
+        call(lambda x, t: layer(x) / 0, t=t)
+    with pytest.raises(ValueError, match=r"got values in \[0\.3, 1\.2\]"):
+        call(t=3 * t)
+    with pytest.raises(ValueError, match=r"weighting.*got -0\.4"):
+        call(weighting=lambda _: -t)
+    with pytest.raises(ValueError, match=r"weights: .*got -1"):
+        call(weights=(1, layer.bias[0] * 0 - 1, 1))
 
 
 def test_a_training_that_diverges_is_told_from_a_root():

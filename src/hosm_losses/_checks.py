@@ -263,7 +263,7 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     """Raise ValueError if a CPU tensor has values outside [low, high]; NaN counts as outside."""
     if can_read_values(value) and not bool(((value >= low) & (value <= high)).all()):
         expected = f"values in [{low:.9g}, {high:.9g}], the range of the schedule"
-        least, largest = float(value.min()), float(value.max())
+        least, largest = value.min().item(), value.max().item()
         got = f"{least:.9g}" if least == largest else f"values in [{least:.9g}, {largest:.9g}]"
         remedy = (
             "If the network uses another time, convert it with ScoreModel(..., time=...), and "

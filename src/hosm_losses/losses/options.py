@@ -142,5 +142,5 @@ def check_weight(name: str, weight: object) -> float | Tensor:
     else:
         number = check_number(name, weight, "finite numbers of at least 0")
     if (not isinstance(number, Tensor) or can_read_values(number)) and number < 0:
-        raise ValueError(error_message(name, "numbers of at least 0", float(number)))
+        raise ValueError(error_message(name, "numbers of at least 0", weight, got=f"{number:g}"))
     return number

@@ -236,12 +236,12 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
         times = batch.t[bad]
         raise ValueError(
             f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
-            f"{len(bad)} samples, at t from {float(times.min()):g} to {float(times.max()):g}. "
+            f"{len(bad)} samples, at t from {times.min().item():g} to {times.max().item():g}. "
             "Check the parameters and the range of x, and look for a division by zero or a "
             "logarithm."
         )
     if names:
-        first = float(terms.first.max())
+        first = terms.first.max().item()  # float() warns of the graph
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but the terms "
             f"{', '.join(names)} are not. If the first term, here up to {first:.1e}, is large as "

@@ -205,7 +205,7 @@ def _call_weighting(
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)
     if can_read_values(factor) and bool((factor < 0).any()):
-        got = f"{float(factor.min()):g}"
+        got = f"{factor.min().item():g}"
         raise ValueError(error_message("weighting(t)", "factors of 0 or more", factor, got=got))
     return factor
 
