@@ -407,6 +407,16 @@ WRONG = {
         GENERAL,
     ),
     "not finite": (around(taken), TAYLOR, LAYER, "torch.where(x"),
+    **{
+        f"not finite beside abs, order {order}": (
+            around(lambda x: x.abs() + (0 * x).square().sum(1, keepdim=True).sqrt()),
+            {"order": order},
+            LAYER,
+            "that is not finite",
+            "A root, a norm",
+        )
+        for order in (2, 3)
+    },
     "no primitive": (
         lambda: Net(nn.LayerNorm(4)),
         REVERSE | {"primitives": False},
