@@ -260,8 +260,9 @@ def from_flow_matching(
 ) -> ScoreModel:
     """Return a ScoreModel for a velocity network from flow matching or rectified flow.
 
-    The network predicts dx/dt with respect to its own time. In this package, the data are at
-    t = 0. Hence, with data_at=1, the network gets 1 - t, and its velocity is negated.
+    The network gets the time `time` · s and predicts the velocity dx/ds. In this package, the data
+    are at t = 0. Hence, s is t with data_at=0; with data_at=1, s is 1 - t, and the velocity is
+    negated.
 
     Args:
         network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` if `time_first` is True.
@@ -270,6 +271,7 @@ def from_flow_matching(
         data_at: the network's time for clean data. It is 1 in torchcfm, flow_matching and
             RectifiedFlow, and 0 if the velocity is noise minus data, as in Stable Diffusion 3.
         time: the factor by which the network's time is multiplied, such as 999 for RectifiedFlow.
+            The velocity is not rescaled.
         time_first: whether the network takes its time before x, as in torchcfm.
 
     Raises:

@@ -486,7 +486,7 @@ class SampleResult(Result):
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
         dimensions: as in `NLLResult`.
-        prior_error: None, because the latents of samples follow the prior.
+        prior_error: None; only `ode_nll` computes it.
     """
 
     x: Tensor = field(kw_only=True)
