@@ -74,7 +74,6 @@ def estimators(elements: int, distributions: Sequence[Distribution] = ()) -> dic
     options: dict[str, Row] = {"first": {"order": 1}, "second": second, "third": {}}
     if elements > 1:
         options = {"first": {"order": 1}, "second": second, "trace": second, "third": {}}
-        options["third laplacian"] = {"third": "laplacian"}
         for name in ("second", "trace", "third"):
             options[f"{name} paired"] = options[name] | {"probes": hosm.Paired()}
     for kind, name in product(distributions, ("second", "third")):

@@ -35,12 +35,11 @@ LOSSES = {
     "order 2": hosm.SecondOrderDSM,
     "order 2, `probes=Paired()`": partial(hosm.SecondOrderDSM, probes=hosm.Paired()),
     "order 3": hosm.ThirdOrderDSM,
-    'order 3, `third="laplacian"`': partial(hosm.ThirdOrderDSM, third="laplacian"),
     "order 3, `fraction=0.25`": partial(hosm.ThirdOrderDSM, fraction=0.25),
     "order 3, `probes=Paired()`": partial(hosm.ThirdOrderDSM, probes=hosm.Paired()),
 }
 CHECKPOINT = ", blocks in `checkpoint`"
-CHECKPOINTED = ["order 2", 'order 3, `third="laplacian"`', "order 3"]
+CHECKPOINTED = ["order 2", "order 3"]
 
 
 class Block(SongBlock):

@@ -89,8 +89,7 @@ def peer_of(variant: Row) -> str | None:
     """The loss in JAX that a variant is compared with, None where it does other work."""
     if {"fraction", "probes"} & variant.keys():
         return None
-    third = f" {variant.get('third', 'exact')}" if variant["order"] == 3 else ""
-    return f"JAX, order {variant['order']}{third}"
+    return f"JAX, order {variant['order']}"
 
 
 def peer_steps(name: str, batch: int) -> dict[str, Step]:
@@ -107,9 +106,8 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for variant in VARIANTS.values():
         if key := peer_of(variant):
-            third = variant.get("third", "exact")
             given = (x0, jax.numpy.linspace(0.01, 1, batch), noise, probe)
-            run = partial(training_step(network, variant["order"], third), *given)
+            run = partial(training_step(network, variant["order"]), *given)
             steps[key] = lambda run=run: jax.block_until_ready(run())
     for step in steps.values():
         step()

@@ -29,22 +29,18 @@ NAMES = tuple(NETWORKS)
 TWINS = NAMES[:4]
 BASE = "order 1"
 ENGINES = ("taylor", "reverse")
-EXACT = {"order": 3, "engine": "taylor"}
 VARIANTS: dict[str, Row] = {
     BASE: {"order": 1},
     **{f"order 2, {engine}": {"order": 2, "engine": engine} for engine in ENGINES},
-    **{f"order 3 exact, {engine}": {"order": 3, "engine": engine} for engine in ENGINES},
-    "order 3 laplacian, taylor": {**EXACT, "third": "laplacian"},
-    "order 3 exact, fraction=1/4": {**EXACT, "fraction": 0.25},
+    **{f"order 3, {engine}": {"order": 3, "engine": engine} for engine in ENGINES},
+    "order 3, fraction=1/4": {"order": 3, "engine": "taylor", "fraction": 0.25},
     "order 2, probes=4": {"order": 2, "engine": "taylor", "probes": 4},
-    "order 3 laplacian, probes=4": {**EXACT, "third": "laplacian", "probes": 4},
 }
 # Of the networks without a twin.
-MAIN = (BASE, "order 2, taylor", "order 3 exact, taylor", "order 3 laplacian, taylor")
-MAIN += ("order 3 exact, fraction=1/4",)
+MAIN = (BASE, "order 2, taylor", "order 3, taylor", "order 3, fraction=1/4")
 COMPILED = {
     f"{key}, compiled": VARIANTS[f"{key}, taylor"] | {"engine": "auto", "compiled": True}
-    for key in ("order 2", "order 3 exact", "order 3 laplacian")
+    for key in ("order 2", "order 3")
 }
 
 

@@ -152,7 +152,7 @@ PREDICTIONS_OF_ORACLE = {
         rates[0] * (x - sigma * noise) / alpha + rates[1] * noise
     ),
 }
-LAPLACIAN = "ijk,j,k->i"  # ∂²f[v, v], in place of the gradient of vᵀ ∂f v
+THIRD = "ijk,i,j->k"  # the gradient of vᵀ ∂f v
 
 
 def rates_of(schedule, t):
@@ -175,22 +175,11 @@ def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_terms(
-    f,
-    jacobian,
-    second,
-    sigma,
-    noise,
-    probes,
-    *,
-    exact=False,
-    frozen=None,
-    third="ijk,i,j->k",
-    others=None,
+    f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None, others=None
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v. `others`
-    are (w_j, ℓ_j), over which the higher residuals are averaged in place of ℓ alone.
+    `others` are (w_j, ℓ_j), over which the higher residuals are averaged in place of ℓ alone.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
@@ -200,7 +189,7 @@ def dense_terms(
 
     def whole(ell):
         r3 = (
-            sigma**2 * sum(torch.einsum(third, second, v, v) for v in torch.eye(d))
+            sigma**2 * sum(torch.einsum(THIRD, second, v, v) for v in torch.eye(d))
             + ell.dot(ell) * ell
             - (sigma * held.trace() + d) * ell
             - 2 * (sigma * held + torch.eye(d)) @ ell
@@ -210,7 +199,7 @@ def dense_terms(
     def along(v, ell):
         moved, fixed, slope = sigma * jacobian @ v, sigma * held @ v, ell.dot(v)
         r3 = (
-            sigma**2 * torch.einsum(third, second, v, v)
+            sigma**2 * torch.einsum(THIRD, second, v, v)
             + slope**2 * ell
             - (v.dot(fixed) + v.dot(v)) * ell
             - 2 * slope * (fixed + v)
@@ -238,7 +227,7 @@ def dense_halves(estimates):
     return sum(estimates[:half]) / half, sum(estimates[half:]) / (len(estimates) - half)
 
 
-def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k", others=None):
+def dense_paired_terms(f, a, second, noise, probes, others=None):
     """The terms of one sample by two halves of the probes, a = σ ∂f/∂x, second = σ² ∂²f.
 
     `others` are (w_j, ℓ_j) of averaged targets, whose covariance is taken from a.
@@ -252,7 +241,7 @@ def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k", others=N
         traces.append(v.dot(a @ v) + d - square)
         rest = (square - v.dot(held @ v) - d) * ell - 2 * (held @ ell + ell)
         rest = rest + sum(weight * each.dot(v) ** 2 * each for weight, each in centred)
-        vectors.append(torch.einsum(third, second, v, v) + rest)
+        vectors.append(torch.einsum(THIRD, second, v, v) + rest)
     of_second = sum(squares) / len(probes) - 2 * ell.dot(a @ ell) + d - 2 * square + square**2
     (one, other), (left, right) = dense_halves(traces), dense_halves(vectors)
     return of_second / d**2, one * other / d**2, left.dot(right) / d**3

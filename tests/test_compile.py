@@ -51,7 +51,6 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
 
 KINDS = {
     "trace": lambda model: hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights=(1, 0, 0.3)),
-    "laplacian": lambda model: hosm.ThirdOrderDSM(model, probes=hosm.Paired(), third="laplacian"),
 }
 
 
@@ -72,7 +71,7 @@ def test_values_are_made_in_the_graph():
     def step(x0):
         options = {"weights": "paper-toy", "weighting": hosm.EDMWeighting(), "fraction": 0.5}
         probes = hosm.Paired(2, "gaussian")
-        loss = hosm.third_order_dsm(model, x0, probes=probes, third="laplacian", **options)
+        loss = hosm.third_order_dsm(model, x0, probes=probes, **options)
         return loss + hosm.second_order_dsm(model, x0, probes=2)
 
     found = []
@@ -86,7 +85,7 @@ def test_values_are_made_in_the_graph():
 def test_a_transformer_of_images_is_one_graph():
     """With time embeddings, attention at 4 × 4 and modulated norms."""
     network = DiT(size=16, width=16, heads=2)
-    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), third="laplacian")
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP))
     assert_agrees(module, *given((2, 3, 16, 16)), **TRACED)
 
 
@@ -142,7 +141,7 @@ def test_batches_of_several_sizes_and_how_often_they_are_compiled(order):
     ("order", "function", "options"),
     [
         (2, lambda h: h.sort(1).values * h, {"probes": 2}),
-        (3, lambda h: h.sort(1).values * h, {"third": "laplacian"}),
+        (3, lambda h: h.sort(1).values * h, {}),
         (2, nn.Dropout(0.5, inplace=True), {}),
     ],
 )
@@ -334,7 +333,7 @@ CUTS = {
     "no_grad": (cut_by_a_block, 2, {}, "with .detach"),
     "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "with .detach"),
     "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "with .detach"),
-    "filled": (filled, 3, {"third": "laplacian"}, "without fullgraph=True"),
+    "filled": (filled, 3, {}, "without fullgraph=True"),
 }
 
 
@@ -386,8 +385,7 @@ def test_a_network_that_breaks_the_graph_keeps_its_engine(order, options):
 
 @compiles_higher_orders
 def test_running_statistics_compile_but_at_exact_order_three():
-    for order, options in ((2, {}), (3, {"third": "laplacian"})):
-        assert_agrees(*around(torch.sin, order, nn.BatchNorm1d(6), **options))
+    assert_agrees(*around(torch.sin, 2, nn.BatchNorm1d(6)))
     module, x0, inputs = around(torch.sin, 3, nn.BatchNorm1d(6))
     assert_agrees(module, x0, inputs, fullgraph=False)
     assert module.model.network.norm.num_batches_tracked == 2

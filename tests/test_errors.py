@@ -173,7 +173,7 @@ BAD = {
     "count": WHOLE + bad(TypeError, "exact", None),
     "fraction": bad(TypeError, *NO_NUMBER) + bad(ValueError, NAN, 0.0, 1.5, -0.5),
     **dict.fromkeys(("distribution", "engine", "mode"), NAME + bad(TypeError, None)),
-    **dict.fromkeys(("third", "reduction", "method"), NAME + bad(TypeError, None)),
+    **dict.fromkeys(("reduction", "method"), NAME + bad(TypeError, None)),
     # Of the likelihoods.
     "latent": TENSORS
     + bad(TypeError, "noise", [1.0], (True, 2))
@@ -367,7 +367,6 @@ TOGETHER = [
     *((BOTH[2:], ValueError, "probe", {**PAIRED, "probe": each}) for each in (X, X[None])),
     *((BOTH[2:], ValueError, "probe", {"probe": X, "probes": each}) for each in (2, "exact")),
     (BOTH[2:], ValueError, "probe", {"probe": PROBES, "probes": hosm.Paired(3)}),
-    ([THIRD], ValueError, "engine", {"third": "laplacian", "engine": "reverse"}),
     ((SECOND, THIRD), ValueError, "weights", {"weights": None, "weighting": "likelihood"}),
     ((*BOTH, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
     (LOSSES, TypeError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T > 0}),
@@ -394,11 +393,11 @@ TOGETHER = [
         IMAGES | {"dequantization": hosm.Uniform(2), "divergence": hosm.Hutchinson()},
     ),
     ([FIRST], TypeError, "first_order_dsm", {"probe": X}),
-    ([SECOND], TypeError, "second_order_dsm", {"third": "exact"}),
+    ([SECOND], TypeError, "second_order_dsm", {"n_probes": 2}),
     ([THIRD], TypeError, "third_order_dsm", {"n_probes": 2}),
     ([hosm.dsm_terms], TypeError, "dsm_terms", {"weights": (1, 1, 1, 1)}),
     (MODULES[:1], TypeError, "FirstOrderDSM", {"weights": (1,)}),
-    (MODULES[1:2], TypeError, "SecondOrderDSM", {"third": "exact"}),
+    (MODULES[1:2], TypeError, "SecondOrderDSM", {"n_probes": 2}),
     ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
     ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
     ([BITS], TypeError, "low", {"levels": 256, "low": "0"}),

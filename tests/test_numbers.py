@@ -15,14 +15,13 @@ PAGES = {
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
 }
 TWO, THREE = hosm.second_order_dsm, hosm.third_order_dsm
-LAPLACIAN, PAIRED = {"third": "laplacian"}, {"probes": hosm.Paired()}
+PAIRED = {"probes": hosm.Paired()}
 TAYLOR, REVERSE = {"engine": "taylor"}, {"engine": "reverse"}
 # By page: what is found in front of a number of evaluations, and the loss that takes so many.
 EVALUATIONS = [
     ("cost", r"\| order one \|", hosm.first_order_dsm, {}),
     ("cost", r"\| order two \|", TWO, {}),
     ("cost", r"\| order three \|", THREE, {}),
-    ("cost", r"\| order three, `third=\"laplacian\"` \|", THREE, LAPLACIAN),
     ("cost", r"\| order two, `probes=Paired\(\)` \|", TWO, PAIRED),
     ("cost", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
     ("cost", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),
@@ -31,14 +30,12 @@ EVALUATIONS = [
     ("derivatives", r"network in a step, order two \| 6 \|", TWO, REVERSE),
     ("derivatives", r"network in a step, order three \|", THREE, TAYLOR),
     ("derivatives", r"network in a step, order three \| 12 \|", THREE, REVERSE),
-    ("derivatives", r"\| Order three, laplacian \|", THREE, LAPLACIAN | TAYLOR),
     (
         "derivatives",
         r"step of order three costs 25 evaluations instead of",
         THREE,
         PAIRED | TAYLOR,
     ),
-    ("derivatives", r"\"auto\" stays with \"taylor\", at", THREE, LAPLACIAN | PAIRED),
 ]
 
 

@@ -190,9 +190,8 @@ def work_precision(problems: Found) -> Figure:
 
 COSTS = {
     "order 2": "order 2, taylor",
-    "order 3": "order 3 exact, taylor",
-    'order 3, third="laplacian"': "order 3 laplacian, taylor",
-    "order 3, fraction=0.25": "order 3 exact, fraction=1/4",
+    "order 3": "order 3, taylor",
+    "order 3, fraction=0.25": "order 3, fraction=1/4",
 }
 
 

@@ -127,11 +127,10 @@ def _inner(a: Array, b: Array) -> Array:
     return (a * b).sum(range(1, a.ndim), keepdims=True)
 
 
-def loss(network: Network, order: int, third: str, parameters: Parameters, *drawn: Array) -> Array:
+def loss(network: Network, order: int, parameters: Parameters, *drawn: Array) -> Array:
     """The mean loss of order one, two or three over a batch, all weights 1.
 
-    With v = probe and w = σ v, "exact" has G = ∇_x (wᵀ ∂f/∂x w), and "laplacian" D²f[w, w] in its
-    place.
+    With v = probe and w = σ v, order three has G = ∇_x (wᵀ ∂f/∂x w).
     """
     x0, t, noise, probe = drawn
     alpha, sigma = (part.reshape(-1, *(1,) * (x0.ndim - 1)) for part in vp_schedule(t))
@@ -151,10 +150,8 @@ def loss(network: Network, order: int, third: str, parameters: Parameters, *draw
         return ((field(x) + noise) ** 2).mean()
     if order == 2:
         value, directional = second(x)
-    elif third == "exact":
-        gradient, (value, directional) = jax.grad(form, has_aux=True)(x)
     else:
-        (value, directional), (_, gradient) = jax.jvp(second, (x,), (w,))
+        gradient, (value, directional) = jax.grad(form, has_aux=True)(x)
     ell, shifted = stop(value + noise), directional + probe
     slope = _inner(ell, probe)
     first = _inner(value + noise, value + noise) / d
@@ -168,12 +165,10 @@ def loss(network: Network, order: int, third: str, parameters: Parameters, *draw
     return total.mean()
 
 
-def training_step(
-    network: nn.Module, order: int, third: str = "exact"
-) -> Callable[..., tuple[Array, Parameters]]:
+def training_step(network: nn.Module, order: int) -> Callable[..., tuple[Array, Parameters]]:
     """A compiled function (x0, t, noise, probe) → (loss, gradients in the parameters).
 
     The parameters are an argument of what is compiled, as in training, and not a constant of it.
     """
-    step = jax.jit(jax.value_and_grad(partial(loss, twin_of(network), order, third)))
+    step = jax.jit(jax.value_and_grad(partial(loss, twin_of(network), order)))
     return partial(step, parameters_of(network))

@@ -226,7 +226,6 @@ def from_edm(net: Any) -> ScoreModel:
 
     The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
     the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
-    third="laplacian" works only if EDM's own attention is replaced with plain attention.
 
     With the following objective, the first term equals the loss of EDM's trainer:
 

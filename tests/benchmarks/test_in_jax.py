@@ -23,7 +23,6 @@ def batch(name):
     [
         ("mlp", 1, {}),
         ("mlp", 3, {}),
-        ("mlp", 3, {"third": "laplacian"}),
         ("convolutional", 3, {}),
         ("unet", 2, {}),
         ("dit", 3, {}),

@@ -193,7 +193,7 @@ def detached():
 
 
 REMEDIES = {
-    "a checkpoint": (lambda: losses(guided, third="laplacian", engine="auto"), "guided-diffusion"),
+    "a checkpoint": (lambda: losses(guided, engine="reverse"), "guided-diffusion"),
     "a detach": (detached, "Remove .detach"),
     "what forgets": (
         lambda: losses(lambda h: Forgets.apply(torch.sin, h).sin()),

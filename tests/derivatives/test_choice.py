@@ -122,17 +122,6 @@ def test_reverse_mode_is_said_once():
     assert "Spectral" in str(slower.message)
 
 
-@pytest.mark.filterwarnings("error:engine='auto'")
-@pytest.mark.parametrize("options", [{}, PAIRED])
-def test_reverse_mode_never_stands_for_a_laplacian(options):
-    network = Late()
-    before = [buffer.clone() for buffer in network.buffers()]
-    for _ in range(2):
-        with pytest.raises(hosm.DerivativeError, match=r"fft.*third='exact'"):
-            loss_and_gradients(network, SHAPE, third="laplacian", **options)
-    torch.testing.assert_close([*network.buffers()], before, rtol=0, atol=0)
-
-
 def test_the_choice_does_not_keep_the_network_alive():
     network = Spectral()
     with quiet():
@@ -187,35 +176,26 @@ def test_what_an_engine_refuses_is_not_tried_again():
     assert engines_of(network) == ["reverse"]
 
 
-@pytest.mark.parametrize("third", ["exact", "laplacian"])
 @pytest.mark.parametrize("failing", [0, 4])
-def test_an_error_in_one_step_changes_no_other(failing, third):
+def test_an_error_in_one_step_changes_no_other(failing):
     """As of a bad batch. In the first step reverse mode is tried; in a later one it is raised."""
     network, same = Watched(), partial(torch.testing.assert_close, rtol=0, atol=0)
     for step in range(7):
-        losses = partial(loss_and_gradients, shape=SHAPE, seed=step, third=third)
+        losses = partial(loss_and_gradients, shape=SHAPE, seed=step)
         expected = losses(hosm.ScoreModel(network.inner, VP), engine="taylor")
         network.error = ValueError("bad batch") if step == failing else None
         if step != failing:
             same(losses(network), expected)
-        elif step == 0 and third == "exact":
+        elif step == 0:
             with pytest.warns(UserWarning, match="bad batch"):
                 assert_same(losses(network), expected, 1e-12)
         else:
             with pytest.raises(ValueError, match="bad batch") as raised:
                 losses(network)
-            assert (raised.value is network.error) == (step > 0)
-            assert isinstance(raised.value, hosm.DerivativeError) == (step == 0)
+            assert raised.value is network.error
 
 
-def test_an_error_of_the_network_itself_is_not_blamed_on_operators():
-    """Reverse mode, which is tried next, meets it no more; the Laplacian form is none of its."""
-    with pytest.raises(hosm.DerivativeError, match=r"no cache yet.*itself") as raised:
-        loss_and_gradients(Watched(RuntimeError("no cache yet")), SHAPE, third="laplacian")
-    assert "operators" not in str(raised.value)
-
-
-@pytest.mark.parametrize("options", [{"order": 2}, {}, {"third": "laplacian"}])
+@pytest.mark.parametrize("options", [{"order": 2}, {}])
 def test_an_engine_that_has_served_gives_way_to_no_other(options):
     """Not even where it meets what it cannot differentiate: that is an error with its remedy."""
     network = Around(lambda h: Sine.apply(h) if network.custom else h.sin())
@@ -246,9 +226,7 @@ class Normed(nn.Module):
     [
         (lambda: MLP(3), {"order": 2}),
         (lambda: MLP(3), {}),
-        (lambda: MLP(3), {"third": "laplacian"}),
         (lambda: MLP(3), PAIRED),
-        (lambda: MLP(3), PAIRED | {"third": "laplacian"}),
         (Spectral, {}),
         pytest.param(Normed, PAIRED, marks=tells_hooks),
     ],
@@ -285,7 +263,7 @@ def test_a_failure_is_remembered_for_calls_of_its_kind():
     network, two = Watched(TaylorError()), {"probe": torch.randn(2, *SHAPE)}
     assert engines_of(network, **two) == ["taylor", "reverse"]
     network.error = None
-    for order, options in ((2, {}), (3, {}), (3, two), (3, {"third": "laplacian"})):
+    for order, options in ((2, {}), (3, {}), (3, two)):
         assert engines_of(network, order, **options) == ["taylor"]
     assert engines_of(network, **two) == ["reverse"]
     assert engines_of(network.eval(), **two) == ["taylor"]
@@ -410,14 +388,13 @@ def right_in_two_threads(times, once):
         return all(each.result() for each in [pool.submit(work), pool.submit(work)])
 
 
-@pytest.mark.parametrize("third", ["exact", "laplacian"])
-def test_two_threads_do_not_disturb_each_other(third):
+def test_two_threads_do_not_disturb_each_other():
     """An operator without a rule goes to torch.func.jvp, whose levels are the process's."""
     network = Around(lambda h: torch.logsumexp(torch.stack([F.mish(h), h.sin()]), 0))
     model, (x0, inputs) = hosm.ScoreModel(network, VP), cases.given((2, 2), 3)
 
     def once():
-        return hosm.third_order_dsm(model, x0, third=third, **inputs).detach()
+        return hosm.third_order_dsm(model, x0, **inputs).detach()
 
     assert right_in_two_threads(100, once)
 

@@ -134,7 +134,7 @@ def test_gradients_of_a_likelihood():
     assert [len(said(call)) for _ in range(2)] == [1, 0]
 
 
-OPTIONS = [{"probes": hosm.Paired()}, {"third": "laplacian"}, {"probes": "exact"}]
+OPTIONS = [{"probes": hosm.Paired()}, {"probes": "exact"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

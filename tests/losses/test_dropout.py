@@ -15,7 +15,6 @@ SHARED = [
     (2, {"engine": "reverse"}, True),
     (3, {"engine": "taylor"}, False),
     (3, {"engine": "reverse"}, False),
-    (3, {"engine": "taylor", "laplacian": True}, True),
     (3, {"engine": "taylor", "summed": True}, True),
     (3, {"engine": "reverse", "summed": True}, False),
 ]
@@ -49,14 +48,9 @@ def test_a_value_and_its_derivatives_see_one_mask(order, options, shared):
     bound, x, w = setting()
     derived = bound.derive(x, w, order=order, **options)
     check(derived, x, w, shared)
-    if options.get("laplacian"):
-        mask = -derived.third / (2 * w * w)
-        torch.testing.assert_close(
-            mask.sum(0) if options.get("summed") else mask, masks(derived, x, w)[0]
-        )
 
 
-@pytest.mark.parametrize(("order", "options", "shared"), SHARED[:5])
+@pytest.mark.parametrize(("order", "options", "shared"), SHARED[:4])
 def test_and_so_do_products_with_the_whole_jacobian(order, options, shared):
     bound, x, w = setting()
     options = options | {"order": order, "push": order == 3}

@@ -14,14 +14,12 @@ CHOICES = {
     "two": {},
     "three": {},
     "three, paired": {"probes": hosm.Paired()},
-    "laplacian": {"third": "laplacian"},
     "exact": {"probes": "exact"},
     "three, reverse": {"engine": "reverse"},
     "fraction": {"fraction": 0.5},
     "two, reverse": {"engine": "reverse"},
     "two, paired": {"probes": hosm.Paired()},
     "three, paired, taylor": {"probes": hosm.Paired(), "engine": "taylor"},
-    "three, paired, laplacian": {"probes": hosm.Paired(), "third": "laplacian"},
     "three, paired, reverse": {"probes": hosm.Paired(4), "engine": "reverse"},
     "three, paired, fraction": {"probes": hosm.Paired(), "fraction": 0.5},
     "exact, reverse": {"probes": "exact", "engine": "reverse"},
@@ -67,7 +65,7 @@ def test_it_is_the_same_number_and_trains_nothing(name):
     torch.testing.assert_close(loss, loss_of(name, network.requires_grad_()))
 
 
-@pytest.mark.parametrize("name", ["one", "two", "three, paired", "laplacian", "three, reverse"])
+@pytest.mark.parametrize("name", ["one", "two", "three, paired", "three, reverse"])
 def test_an_adapter_is_trained_and_so_is_what_no_module_knows(name):
     network = frozen()
     network.adapter.requires_grad_()

@@ -27,7 +27,6 @@ from tests.cases import (
     gradients,
 )
 from tests.oracles import (
-    LAPLACIAN,
     dense_derivatives,
     dense_paired_terms,
     dense_terms,
@@ -98,10 +97,6 @@ def drawn_options(pick, loss):
         drawn = getattr(count, "count", count)
         options["probes"] = hosm.Paired(drawn, distribution)
     options["engine"] = pick.choice(ENGINES)
-    if loss in ("third", "terms"):
-        options["third"] = pick.choice(["exact", "laplacian"])
-        if options["third"] != "exact" and options["engine"] == "reverse":
-            options["engine"] = "taylor"
     if loss != "terms":
         part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, np.float32(0.67)])
         options["fraction"] = part
@@ -290,10 +285,9 @@ def higher_terms(case, field, x, sigma, noise, pairs, probes):
     # With σ inside, what is held fixed of them is so whole.
     a, second, noise = sigma * jacobian, sigma**2 * second, noise.flatten()
     others = pairs and [(weight, (f + each.flatten()).detach()) for weight, each in pairs]
-    third = LAPLACIAN if case.options.get("third") == "laplacian" else "ijk,i,j->k"
     if isinstance(case.options["probes"], hosm.Paired):
-        return dense_paired_terms(f, a, second, noise, probes, third, others)[: case.order]
-    options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
+        return dense_paired_terms(f, a, second, noise, probes, others)[: case.order]
+    options = {"exact": case.options.get("probes") == "exact", "others": others}
     held = (f + noise).detach(), a.detach()
     return dense_terms(f, a, second, 1.0, noise, probes, frozen=held, **options)[
         1 : case.order + 1

@@ -87,7 +87,7 @@ USES = {
     "taylor": partial(hosm.third_order_dsm, engine="taylor"),
     "reverse": partial(hosm.third_order_dsm, engine="reverse"),
     "falls back": hosm.second_order_dsm,
-    "laplacian": partial(hosm.third_order_dsm, third="laplacian", probes=2, fraction=0.5),
+    "fraction": partial(hosm.third_order_dsm, probes=2, fraction=0.5),
     "paired": partial(hosm.second_order_dsm, probes=hosm.Paired()),
     "fixed": nll,
     "adaptive": partial(nll, solver=hosm.Adaptive(0.1)),

@@ -74,7 +74,6 @@ SHAPE = (4, PLACES, 2)
 OPTIONS = {
     "order two": {"order": 2},
     "order three": {},
-    "the Laplacian form": {"third": "laplacian"},
     "pairs": {"probes": hosm.Paired(), "probe": torch.ones(2, *SHAPE, dtype=torch.float64)},
 }
 
@@ -83,9 +82,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ROTARY)
 def test_losses_and_gradients_are_those_of_real_arithmetic_in_every_engine(name, options):
-    engines = ENGINES[:2] if "third" in options else ENGINES
     expected = loss_and_gradients(Attention(by_parts), SHAPE, engine="taylor", **options)
-    for engine in engines:
+    for engine in ENGINES:
         got = loss_and_gradients(Attention(ROTARY[name]), SHAPE, engine=engine, **options)
         assert_same(got, expected, 1e-11)
 

@@ -38,7 +38,7 @@ def test_a_training_step() -> None:
             reduction="sum",
             model_kwargs={"scale": 2.0},
         ),
-        hosm.third_order_dsm(model, x0, probes="exact", third="laplacian", time_sampler=sampler),
+        hosm.third_order_dsm(model, x0, probes="exact", time_sampler=sampler),
         hosm.second_order_dsm(model, x0, probes=hosm.Paired(), weights="paper"),
         hosm.first_order_dsm(model, x0, targets=torch.randn(4, 3)),
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),

@@ -8,7 +8,6 @@ import hosm_losses as hosm
 
 
 def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
-    hosm.third_order_dsm(model, x0, third="hutchinson")  # pyright: ignore[reportArgumentType]
     hosm.SecondOrderDSM(model, weights="equal")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, engine="jvp")  # pyright: ignore[reportArgumentType]
     hosm.Hutchinson(4, "normal")  # pyright: ignore[reportArgumentType]
@@ -25,9 +24,7 @@ def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
 
 
 def of_no_use(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
-    hosm.second_order_dsm(model, x0, third="exact")  # pyright: ignore[reportCallIssue]
     hosm.first_order_dsm(model, x0, probe=x0)  # pyright: ignore[reportCallIssue]
-    hosm.SecondOrderDSM(model, third="exact")  # pyright: ignore[reportCallIssue]
     hosm.FirstOrderDSM(model, probes=2)  # pyright: ignore[reportCallIssue]
     hosm.dsm_terms(model, x0, weights=(1, 1, 1, 1))  # pyright: ignore[reportCallIssue]
 

@@ -10,10 +10,8 @@ Formula:
     which contains the Jacobian itself and not its transpose. At c = w, the same backward pass also
     gives ∂(w·g)/∂x = G.
 
-    Instead of G, the taylor engine can compute C = ∂²f[w, w], the Laplacian form, without a
-    backward pass. If only the sum over the directions is needed, the taylor engine computes the
-    sum of G in a single backward pass, or carries a single second derivative for the sum of C. In
-    both cases, all directions share one value.
+    If only the sum over the directions is needed, the taylor engine computes the sum of G in a
+    single backward pass, and all directions share one value.
 
     There are two products with a fixed c = cotangent(f), where f is the value. A backward pass
     from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The product
@@ -29,8 +27,7 @@ Cost:
     A training step of order one costs 3 network evaluations. A step of order 2 with products and K
     directions costs 6 + 3 K evaluations in reverse mode, and 6 + 6 K evaluations in the taylor
     engine. A step of order 3 costs 7 + 9 K evaluations in reverse mode. In the taylor engine, a
-    step of order 3 costs 20 K evaluations, because each direction has its own f. With C instead of
-    G, the cost in the taylor engine is 7 + 14 K evaluations.
+    step of order 3 costs 20 K evaluations, because each direction has its own f.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
@@ -92,9 +89,8 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) if all directions share the value, and of shape (K, B, *) if
             each direction has its own value.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: a tensor (K, B, *) that contains G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] if C is
-            requested and the engine supports it. If only the sum over the directions is requested,
-            `third` may be that sum, of shape (1, B, *). None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *). If only the sum over the directions is
+            requested, `third` may be that sum, of shape (1, B, *). None at order 2.
     """
 
     value: Tensor
@@ -126,29 +122,21 @@ def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Ten
 
 
 def taylor(
-    network: Network,
-    x: Tensor,
-    w: Tensor,
-    order: int,
-    laplacian: bool = False,
-    summed: bool = False,
+    network: Network, x: Tensor, w: Tensor, order: int, summed: bool = False
 ) -> Derivatives:
     """Return the network's value and its derivatives from a single call to the network.
 
     Raises TaylorError for operators that the engine does not know.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape
-    exact = order == 3 and not laplacian  # G, by a backward pass from w·D
-    copied = exact and not summed  # each direction has its own copy of x
+    copied = order == 3 and not summed  # each direction has its own copy of x
     if copied:
         network, x, w = copies(network, x, w)
         w = w.unsqueeze(0)
     f, count = watch_once(network, order, wanted), len(w)
-    pairs = "none" if order == 2 or exact else "sum" if summed else "squares"
-    if not exact:
-        stack = propagate(f, x, w, pairs)
-        parts = [part for part in stack.split((1, count, len(stack) - 1 - count)) if len(part)]
-    else:
+    if order == 2:
+        parts = list(propagate(f, x, w).split((1, count)))
+    else:  # G, by a backward pass from w·D
         if internals.is_traced():
 
             def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -175,7 +163,7 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the network's value and its derivatives from backward passes; `third` is never C.
+    """Return the network's value and its derivatives from backward passes.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """

@@ -41,19 +41,13 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {}. Use engine='reverse' and "
-    "third='exact' without torch.compile, or compile without fullgraph=True. Alternatively, "
-    "replace .detach_() and torch.no_grad() with .detach(), and other unknown operators with "
-    "known operators."
-)
-NO_LAPLACIAN = (
-    "network: expected no error in the engine 'taylor', which third='laplacian' needs; got: {}. "
-    "If the network itself is at fault, correct it; otherwise, use third='exact'."
+    "network: expected operators that the engine 'taylor' knows; got {}. Use engine='reverse' "
+    "without torch.compile, or compile without fullgraph=True. Alternatively, replace .detach_() "
+    "and torch.no_grad() with .detach(), and other unknown operators with known operators."
 )
 STATISTICS = (
     "network: expected no running statistics in training, such as batch norm's, in a compiled "
-    "loss of order three with third='exact'; got {}. Call .eval() on it, or use "
-    "third='laplacian'."
+    "loss of order three; got {}. Call .eval() on it, or use group norm."
 )
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module at fault and the remedy."
 # Errors raised by code that receives a Jet where it expects an ordinary tensor.
@@ -102,64 +96,53 @@ def derive(
     *,
     order: int,
     engine: str = "auto",
-    laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
     """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
 
-    At order 2, the derivative is D. Order 3 adds G or, with `laplacian`, C = ∂²f[w, w], which only
-    the taylor engine can compute. With `summed`, an engine may return only the sum of G or C over
-    the directions. Under `torch.no_grad`, the results have no graph. Raises DerivativeError if the
-    engine cannot differentiate the network or, with "auto", if neither engine can.
+    At order 2, the derivative is D. Order 3 adds G; with `summed`, an engine may return only the
+    sum of G over the directions. Under `torch.no_grad`, the results have no graph. Raises
+    DerivativeError if the engine cannot differentiate the network or, with "auto", if neither
+    engine can.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
-        _refuse_statistics(network, exact=order == 3 and not laplacian)
+        _refuse_statistics(network, order)
         # If the graph breaks in this block, the whole call is repeated in eager mode, because
         # torch.compile cannot trace the Jets and double backward passes of eager mode.
         with contextlib.suppress():  # noqa: B022
             try:  # no generator-based context manager, which PyTorch 2.6 does not trace
-                return engines.taylor(network, x, w, order, laplacian, summed)
+                return engines.taylor(network, x, w, order, summed)
             except TaylorError as error:
                 raise unknown(error) from error
     # torch.compile has given up on this frame, but would compile the next frame unless disabled.
     known = "torch._dynamo" in sys.modules
     eagerly: Any = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
-    return eagerly(engine, network, x, w, order, laplacian, summed)
+    return eagerly(engine, network, x, w, order, summed)
 
 
 def _derive_eagerly(
-    engine: str,
-    network: Network,
-    x: Tensor,
-    w: Tensor,
-    order: int,
-    laplacian: bool,
-    summed: bool,
+    engine: str, network: Network, x: Tensor, w: Tensor, order: int, summed: bool
 ) -> Derivatives:
     if engine != "auto":
         try:
             if engine == "reverse":
                 return engines.reverse(network, x, w, order)
-            return engines.taylor(network, x, w, order, laplacian, summed)
+            return engines.taylor(network, x, w, order, summed)
         except TaylorError as error:
             raise unknown(error) from error
         except RuntimeError as error:
             _explain_engine(engine, error)
             raise
-    attempts, derivatives = EngineAttempts(network, x, order, laplacian, summed, len(w) > 1), None
+    attempts, derivatives = EngineAttempts(network, x, order, summed, len(w) > 1), None
     if not attempts.is_refused("taylor"):
         with attempts.attempt("taylor"):
-            return engines.taylor(network, x, w, order, laplacian, summed)
-    before = NetworkState(network.owner, x) if laplacian else None
+            return engines.taylor(network, x, w, order, summed)
     if not attempts.is_refused("reverse"):
         with attempts.attempt("reverse"):
             derivatives = engines.reverse(network, x, w, order)
     if derivatives is not None:
         attempts.remember()
-        if before is not None:  # G must not be returned in place of C
-            before.restore()
-            raise DerivativeError(NO_LAPLACIAN.format(attempts.reasons["taylor"]))
         _warn_once(attempts)
         return derivatives
     why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
@@ -177,7 +160,6 @@ def derive_with_products(
     *,
     order: int,
     engine: str = "auto",
-    laplacian: bool = False,
     push: bool = False,
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
@@ -187,10 +169,10 @@ def derive_with_products(
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
-            return _products(network, x, w, cotangent, order, engine, laplacian, push)
+            return _products(network, x, w, cotangent, order, engine, push)
     known = "torch._dynamo" in sys.modules
     eagerly: Any = torch.compiler.disable(_products) if known else _products
-    return eagerly(network, x, w, cotangent, order, engine, laplacian, push)
+    return eagerly(network, x, w, cotangent, order, engine, push)
 
 
 def _products(
@@ -200,11 +182,10 @@ def _products(
     cotangent: Cotangent,
     order: int,
     engine: str,
-    laplacian: bool,
     push: bool,
 ) -> Products:
     attempts = None
-    if engine in ("auto", "reverse") and not laplacian and not is_traced():
+    if engine in ("auto", "reverse") and not is_traced():
         if engine == "reverse":
             return engines.reverse_products(network, x, w, order, cotangent, push)
         attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
@@ -213,10 +194,10 @@ def _products(
                 return engines.reverse_products(network, x, w, order, cotangent, push)
 
     def derived(network: Network, x: Tensor, w: Tensor) -> Derivatives:
-        return derive(network, x, w, order=order, engine=engine, laplacian=laplacian)
+        return derive(network, x, w, order=order, engine=engine)
 
-    exact = order == 3 and not laplacian
-    products = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=exact)
+    copied = order == 3
+    products = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
     if attempts is not None:
         attempts.remember()
     return products
@@ -227,9 +208,9 @@ def unknown(error: TaylorError) -> DerivativeError:
     return DerivativeError(UNKNOWN.format(str(error).rstrip(".")))
 
 
-def _refuse_statistics(network: Network, *, exact: bool) -> None:
+def _refuse_statistics(network: Network, order: int) -> None:
     """Raise an error if a buffer would change; PyTorch's own error would rule out a fallback."""
-    for part in getattr(network.owner, "modules", list)() if exact else ():
+    for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
 

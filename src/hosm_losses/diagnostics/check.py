@@ -81,7 +81,7 @@ REMEDIES = {
     ),
     "attentionop": (
         "EDM's attention operator is right in reverse mode, with engine='auto' or 'reverse'. The "
-        "engine 'taylor' and third='laplacian' need torch.softmax in its place."
+        "engine 'taylor' needs torch.softmax in its place."
     ),
     "upfirdn2d": (
         "The compiled upfirdn2d drops higher derivatives: choose its reference implementation "
@@ -222,7 +222,7 @@ def _report(
     if reason is not None:
         advice.append(
             f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode, "
-            "which is slower, takes its place, and third='laplacian' raises an error."
+            "which is slower, takes its place."
         )
     if samples < 2:
         advice.append("A single sample cannot reveal effects between samples: check two.")

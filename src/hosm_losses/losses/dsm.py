@@ -24,7 +24,6 @@ from hosm_losses.losses.options import (
     Probes,
     Reduction,
     TermWeights,
-    Third,
     check_weights,
 )
 from hosm_losses.losses.targets import AveragedTargets, Targets, TargetScores, check_targets
@@ -146,7 +145,6 @@ def third_order_dsm(
     weights: TermWeights | None = None,
     weighting: Weighting = "noise",
     time_sampler: TimeSampler = None,
-    third: Third = "exact",
     fraction: float = 1.0,
     engine: Engine = "auto",
     reduction: Reduction = "mean",
@@ -171,8 +169,8 @@ def third_order_dsm(
             from one probe or from one half of the probes. With `Paired()`, the loss has the same
             mean as with "exact" and almost no noise from the probes, and a step costs about twice
             as much as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one
-            mask for all probes of a sample. The exception is order three with third="exact", where
-            each probe has its own mask unless the probes are `Paired()` and reverse mode is used.
+            mask for all probes of a sample. The exception is order three, where each probe has its
+            own mask unless the probes are `Paired()` and reverse mode is used.
         targets: the regression target; None stands for the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
             noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
@@ -199,13 +197,6 @@ def third_order_dsm(
             table. Times from a callable (batch size, generator) → t (B,) are treated as if you had
             passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
             "schedule" otherwise.
-        third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v) to its target,
-            as in the paper. "laplacian" matches σ² ∂²f[v, v] to the same target at three quarters
-            of the cost. "laplacian" equals "exact" if the network's Jacobian is symmetric, as the
-            true score's Jacobian is; otherwise, it is a different objective, which leaves ∇tr(∂f)
-            partly unconstrained. With probes=Paired(), "laplacian" costs more than "exact": 35
-            network evaluations instead of 25. "laplacian" needs a network that the "taylor" engine
-            can differentiate.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
@@ -240,7 +231,6 @@ def third_order_dsm(
     options = LossOptions(
         3,
         probes=probes,
-        third=third,
         fraction=fraction,
         engine=engine,
         weighting=weighting,
@@ -271,7 +261,6 @@ def dsm_terms(
     probe: Tensor | None = None,
     probes: Probes = 1,
     targets: Targets = None,
-    third: Third = "exact",
     engine: Engine = "auto",
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -300,7 +289,7 @@ def dsm_terms(
     return dsm(
         model,
         x0,
-        LossOptions(order, probes=probes, third=third, engine=engine),
+        LossOptions(order, probes=probes, engine=engine),
         t=t,
         noise=noise,
         probe=probe,
@@ -530,7 +519,6 @@ class ThirdOrderDSM(_HigherOrderDSM):
         weights: TermWeights | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
-        third: Third = "exact",
         fraction: float = 1.0,
         engine: Engine = "auto",
         reduction: Reduction = "mean",
@@ -538,7 +526,6 @@ class ThirdOrderDSM(_HigherOrderDSM):
         options = LossOptions(
             3,
             probes=probes,
-            third=third,
             fraction=fraction,
             engine=engine,
             weighting=weighting,

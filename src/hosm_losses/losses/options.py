@@ -21,7 +21,6 @@ from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
 from hosm_losses.probes import Hutchinson, Paired
 
 Reduction = Literal["mean", "sum", "none"]
-Third = Literal["exact", "laplacian"]
 Probes = int | Literal["exact"] | Hutchinson | Paired
 """The number of probes per sample; the type also determines how estimates are combined."""
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
@@ -37,7 +36,6 @@ class LossOptions:
     order: int
     probes: Any = 1  # Hutchinson, Paired or "exact"
     engine: Engine = "auto"
-    third: Third = "exact"
     fraction: float = 1.0
     weighting: Weighting = "noise"
     time_sampler: TimeSampler = None
@@ -55,12 +53,6 @@ class LossOptions:
                 object.__setattr__(self, name, value)
         check_weighting(self.weighting, self.time_sampler)
         check_choice("engine", self.engine, ENGINES)
-        check_choice("third", self.third, get_args(Third))
-        if self.third != "exact" and self.engine == "reverse":
-            raise ValueError(
-                f"engine: expected 'auto' or 'taylor' with third={self.third!r}, because only the "
-                "'taylor' engine carries second derivatives; got 'reverse'."
-            )
         check_choice("reduction", self.reduction, get_args(Reduction))
         if part < 1 and self.reduction == "none":
             raise ValueError(

@@ -7,11 +7,10 @@ Purpose:
     the random choice of data remains.
 
 Formula:
-    Let ℓ = ε + f and A = σ ∂f/∂x. C_k is G_k or, in the Laplacian form, σ² ∂²f[v_k, v_k].
-    Everything that `terms` holds fixed is held fixed here as well:
+    Let ℓ = ε + f and A = σ ∂f/∂x. Everything that `terms` holds fixed is held fixed here as well:
         second = (mean_k(‖D_k‖² + 2 v_k·D_k) − 2 ℓ·(Aℓ) + d − 2 ‖ℓ‖² + ‖ℓ‖⁴)/d²
         a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
-        R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
+        R_k = G_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
     With K > 2 probes, the indices 1 and 2 stand for means over the first K // 2 probes and over
     the remaining probes, respectively. Averaged over independent v_k with E[v vᵀ] = I, the terms
@@ -19,7 +18,7 @@ Formula:
     probes="exact". The product of two estimates may be negative for some samples.
 
     With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
-    ·) is added to C_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
+    ·) is added to G_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
     compared with, so that the noise from the probe also cancels where C₂ and C₃ equal these
     derivatives.
 
@@ -71,8 +70,7 @@ def paired_terms(
     x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)
-    laplacian = options.third == "laplacian" and order == 3
-    how = {"order": order, "engine": options.engine, "laplacian": laplacian}
+    how = {"order": order, "engine": options.engine}
     vjp_c = jvp_c = None
     if second or order == 3:
         (f, Dv, third), _, vjp_c, jvp_c = model.derive_with_products(

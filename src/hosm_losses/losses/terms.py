@@ -179,8 +179,7 @@ def first_term(residual: Tensor, dimensions: int) -> Tensor:
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return r2 (K, B, *), rt (K, B) and the target of G (the value of G at which r3 is zero).
 
-    `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets. The Laplacian form σ² ∂²f[v, v]
-    equals G where ∂f/∂x is symmetric, and may be used in place of G.
+    `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -195,15 +194,7 @@ def squared_terms(
     """Return the terms, which are squared residuals along the probes v, for each sample."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
-    derivatives = derive(
-        model,
-        batch.x,
-        w,
-        order=order,
-        engine=options.engine,
-        laplacian=options.third == "laplacian" and order == 3,
-        summed=exact,
-    )
+    derivatives = derive(model, batch.x, w, order=order, engine=options.engine, summed=exact)
     # f is computed without q x, which the noise leaves out as well.
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
