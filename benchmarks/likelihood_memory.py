@@ -1,4 +1,4 @@
-"""Memory and time of a likelihood: by reverse and forward mode, and of gradients through it.
+"""Memory and time of gradients through a likelihood.
 
     python -m benchmarks.likelihood_memory
 
@@ -11,6 +11,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from unittest.mock import patch
 
@@ -18,16 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import hosm_losses as hosm
-from benchmarks.networks import MLP, Convolutional, DiT, UNet
+from benchmarks.networks import MLP, Convolutional
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 
-STEPS, ROUNDS = 4, 5
-
-
-def density(network: nn.Module, x: Tensor, mode: str) -> None:
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    divergence = hosm.Hutchinson(mode=mode)
-    hosm.ode_nll(model, x, solver=hosm.FixedGrid(STEPS), divergence=divergence)
+ROUNDS, STEPS = 5, (8, 64)
 
 
 def gradient(network: nn.Module, x: Tensor, steps: int) -> None:
@@ -35,41 +30,23 @@ def gradient(network: nn.Module, x: Tensor, steps: int) -> None:
     hosm.ode_nll(model, x, solver=solver, enable_grad=True).nll.sum().backward()
 
 
-def images(count: int, size: int = 16) -> Tensor:
-    return 0.5 * torch.randn(count, 3, size, size)
-
-
-CASES: dict[str, Callable[[], None]] = {
-    f"{name}, batch {batch}, {mode}": lambda make=make, batch=batch, mode=mode: density(
-        make(), images(batch), mode
-    )
-    for name, make in (("UNet", UNet), ("DiT", lambda: DiT(size=16)))
-    for batch in (2, 8)
-    for mode in ("reverse", "forward")
-}
 GRADIENTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "convolutional, d = 768": (Convolutional, lambda: images(8)),
+    "convolutional, d = 768": (Convolutional, lambda: 0.5 * torch.randn(8, 3, 16, 16)),
     "MLP, d = 2": (lambda: MLP(128), lambda: torch.randn(512, 2)),
 }
-CASES |= {
-    f"{name}, gradient over {steps} steps": lambda make=make, x=x, steps=steps: gradient(
-        make(), x(), steps
-    )
-    for name, (make, x) in GRADIENTS.items()
-    for steps in (8, 64)
-}
 
 
-def measure(name: str) -> None:
-    """Print how much memory and time a case takes."""
+def measure(name: str, steps: int) -> None:
+    """Print how much memory and time a gradient takes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    make, x = GRADIENTS[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    CASES[name]()
+    gradient(make(), x(), steps)
     seconds = time.process_time() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{name:45s} {grown:7.0f} MiB {seconds:7.2f} s", flush=True)
+    print(f"{name}, gradient over {steps} steps: {grown:.0f} MiB, {seconds:.2f} s", flush=True)
 
 
 def compare_times(name: str) -> None:
@@ -78,8 +55,8 @@ def compare_times(name: str) -> None:
     torch.set_num_threads(1)
     make, x = GRADIENTS[name]
     network, data = make(), x()
-    keeping = patch.object(RecomputedEvaluations, "due", lambda _self: False)
-    for steps in (8, 64):
+    keeping = patch.object(RecomputedEvaluations, "applies", lambda _self: False)
+    for steps in STEPS:
         ratios: list[float] = []
         for _ in range(ROUNDS):
             start = time.process_time()
@@ -95,11 +72,11 @@ def main() -> None:
     # Else freed memory that is not handed back counts as well, up to four times what is in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
-    for function, names in ((measure, CASES), (compare_times, GRADIENTS)):
-        for name in names:
-            process = context.Process(target=function, args=(name,))
-            process.start()
-            process.join()
+    cases = [(measure, each) for each in product(GRADIENTS, STEPS)]
+    for function, given in (*cases, *((compare_times, (name,)) for name in GRADIENTS)):
+        process = context.Process(target=function, args=given)
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":

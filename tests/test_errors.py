@@ -29,7 +29,7 @@ NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
 ROWS = torch.distributions.Normal(torch.zeros(2), 1.0)  # of as many as a sample has
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
-PROBES, FORWARD_MODE = torch.stack([X, -X]), hosm.Hutchinson(2, mode="forward")
+PROBES = torch.stack([X, -X])
 VP, TABLE = hosm.VPSchedule(), hosm.DiscreteSchedule([0.9, 0.5, 0.1])
 NETWORK = MLP(2).double()
 MODEL = hosm.ScoreModel(NETWORK, VP)
@@ -168,11 +168,11 @@ BAD = {
     "dimensions": bad(ValueError, 0, -1) + bad(TypeError, True, 2.0, "2"),
     "probes": [
         *bad(TypeError, None, True, False, 2.0, np.array([1, 2]), hosm.Hutchinson),
-        *bad(ValueError, 0, -1, "2", "all", FORWARD_MODE),
+        *bad(ValueError, 0, -1, "2", "all"),
     ],
     "count": WHOLE + bad(TypeError, "exact", None),
     "fraction": bad(TypeError, *NO_NUMBER) + bad(ValueError, NAN, 0.0, 1.5, -0.5),
-    **dict.fromkeys(("distribution", "engine", "mode"), NAME + bad(TypeError, None)),
+    **dict.fromkeys(("distribution", "engine"), NAME + bad(TypeError, None)),
     **dict.fromkeys(("reduction", "method"), NAME + bad(TypeError, None)),
     # Of the likelihoods.
     "latent": TENSORS
@@ -638,7 +638,6 @@ TOLD = [
         r"guided_diffusion.*ldm\.modules\.attention",
     ),
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
-    (lambda: loss(NETWORK, probes=FORWARD_MODE), "engine='taylor'"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
     (lambda: loss(lambda x, t: x.repeat(1, 2)), "the first channels"),
     (

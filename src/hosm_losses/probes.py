@@ -106,28 +106,22 @@ class Hutchinson:
         count: K, the number of independent probes per sample, at least 1.
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
-        mode: how a likelihood computes divergences. "reverse" uses vector-Jacobian products and
-            costs the least; "forward" uses forward-mode AD and stores no activations. The losses
-            reject "forward", because they have the option `engine` instead.
 
     Raises:
-        TypeError: if `count` is not a whole number, or if `distribution` or `mode` is not a
-            string.
-        ValueError: if `count` is below 1, or if `distribution` or `mode` is unknown.
+        TypeError: if `count` is not a whole number, or if `distribution` is not a string.
+        ValueError: if `count` is below 1, or if `distribution` is unknown.
 
     Example:
         >>> Hutchinson(4, "dct")
-        Hutchinson(count=4, distribution='dct', mode='reverse')
+        Hutchinson(count=4, distribution='dct')
     """
 
     count: int = 1
     distribution: Distribution = "rademacher"
-    mode: Literal["reverse", "forward"] = "reverse"
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check both fields."""
         _check_drawn(self, 1)
-        check_choice("Hutchinson.mode", self.mode, ("reverse", "forward"))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
-from tests.cases import MLP, SCHEDULES, VP, gradients, networks
+from tests.cases import MLP, SCHEDULES, VP, gradients
 from tests.likelihood.problems import gaussian
 
 FEW = hosm.FixedGrid(8)
@@ -30,38 +30,6 @@ def test_the_default_is_exact_up_to_sixteen_elements(shape, exact, solver):
     assert torch.equal(found.nll, expected.nll)
     assert (found.standard_error is not None) is (exact or solver is FEW)
     assert torch.equal(found.products, found.nfe * (16 if exact else 1))
-
-
-@pytest.mark.parametrize("name", ["conv", "attention", "mlp"])
-def test_forward_mode_is_reverse_mode_without_a_graph(name):
-    network, shape = networks()[name]
-    model, x, found = hosm.ScoreModel(network, VP), torch.randn(2, *shape), {}
-    for mode in ("reverse", "forward"):
-        divergence, saved = hosm.Hutchinson(3, mode=mode), []
-        options = {"solver": hosm.FixedGrid(4), "divergence": divergence}
-        if mode == "forward":
-            with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
-                hosm.ode_nll(model, x, **options)
-        assert not saved
-        result = hosm.ode_nll(model, x, generator=seeded(), enable_grad=True, **options)
-        found[mode] = result.nll, result.products, *gradients(result.nll.sum(), network)
-    torch.testing.assert_close(found["forward"], found["reverse"], rtol=1e-9, atol=1e-11)
-
-
-def test_forward_mode_says_what_to_take_instead():
-    def unknown(x, t):
-        return torch.view_as_real(torch.complex(x, x).exp())[..., 0]
-
-    def energy(x, t):
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.requires_grad_()
-            return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
-
-    for network in (unknown, energy):
-        model, x = hosm.ScoreModel(network, VP), torch.randn(2, 3)
-        with pytest.raises(hosm.DerivativeError, match="expected mode='reverse'"):
-            hosm.ode_nll(model, x, solver=FEW, divergence=hosm.Hutchinson(mode="forward"))
-        hosm.ode_nll(model, x, solver=FEW, divergence=hosm.Hutchinson())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])

@@ -121,7 +121,6 @@ FEW = {"solver": hosm.FixedGrid(4)}
 LIKELIHOODS = {
     "exact": {},
     "one probe": {"divergence": hosm.Hutchinson()},
-    "forward": {"divergence": hosm.Hutchinson(mode="forward")},
     "with a graph": {"enable_grad": True},
 }
 

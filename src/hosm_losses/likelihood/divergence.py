@@ -11,22 +11,14 @@ Source:
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from hosm_losses._checks import (
-    DerivativeError,
-    check_like,
-    check_prediction,
-    error_message,
-    sum_elements,
-)
-from hosm_losses.derivatives import derive, quadratic_forms
+from hosm_losses._checks import check_like, check_prediction, error_message, sum_elements
+from hosm_losses.derivatives import quadratic_forms
 from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.model import BoundModel, apply_affine
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
@@ -131,35 +123,6 @@ class RandomProbes(Estimator):
         return _of_f(model, x, prediction, forms.to(accumulator(x)), squares)
 
 
-class ForwardProbes(RandomProbes):
-    """Hutchinson's estimator, using the taylor engine, which stores no activations."""
-
-    def estimate(
-        self, model: BoundModel, x: Tensor, probes: Tensor | None, /
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and vᵀ ∂f/∂x v.
-
-        A DerivativeError is raised if the engine cannot differentiate the network.
-        """
-        assert probes is not None
-        # The engine always builds a graph, which saves nothing unless a gradient is wanted.
-        empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
-        try:
-            with nullcontext() if torch.is_grad_enabled() else empty:
-                value, Dv, _ = derive(model, x, probes, order=2, engine="taylor")
-        except DerivativeError as error:
-            got, remedy = "'forward'", str(error)
-            expected = "mode='reverse' for this network"
-            text = error_message("divergence", expected, self, remedy, got=got)
-            raise DerivativeError(text) from error
-        forms, squares = sum_elements(Dv * probes), sum_elements(probes.square())
-        return _of_f(model, x, value[0], forms.to(accumulator(x)), squares)
-
-
-def _refuse_a_pass_back(_: object) -> Tensor:
-    raise DerivativeError("The network computes a gradient itself.")
-
-
 def _of_f(
     model: BoundModel, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -194,8 +157,7 @@ def resolve_divergence(
             return Exact(d, dimensions=own)
         divergence = Hutchinson()
     if isinstance(divergence, Hutchinson):
-        kind = RandomProbes if divergence.mode == "reverse" else ForwardProbes
-        return kind(divergence.count, distribution=divergence.distribution)
+        return RandomProbes(divergence.count, distribution=divergence.distribution)
     if isinstance(divergence, ToStandardError):
         return RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)
     return OfFunction(function=divergence, dimensions=own)

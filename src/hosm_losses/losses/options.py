@@ -65,10 +65,6 @@ def _check_probes(probes: object) -> Any:
     """Return the checked probes; a whole number K becomes Hutchinson(K)."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
-    if isinstance(probes, Hutchinson) and probes.mode != "reverse":
-        expected = "probes without a mode, which only applies to likelihoods"
-        remedy = "Losses take engine='taylor' or engine='reverse' instead."
-        raise ValueError(error_message("probes", expected, probes, remedy, got=repr(probes)))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
     expected = "a whole number of at least 1, 'exact', Hutchinson() or Paired()"
