@@ -975,12 +975,6 @@ MUTANTS = [
         "tests/likelihood/test_paths.py",
     ),
     Mutant(
-        "likelihood/divergence.py",
-        "RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)",
-        "RandomProbes(PILOTS, distribution=divergence.distribution)",
-        "tests/likelihood/test_divergence.py",
-    ),
-    Mutant(
         "likelihood/watch.py",
         'self.due.discard("draws")',
         "pass",

@@ -269,7 +269,7 @@ CALLS = {
     **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
     hosm.TargetScores: {"scores": -X},
     hosm.TargetScores.information_of: {"data": X, "scores": -X},
-    **{value: {} for value in (hosm.Hutchinson, hosm.Paired, hosm.ToStandardError)},
+    **{value: {} for value in (hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
     hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},

@@ -90,7 +90,7 @@ def examples():
     yield hosm.TargetScores(lambda x: -x, x[0], hosm.AveragedTargets(x))
     yield from (hosm.Adaptive(), hosm.FixedGrid(), hosm.ToTolerance(), hosm.EDMWeighting())
     yield from (hosm.Uniform(), hosm.TruncatedNormal(), hosm.Hutchinson(), hosm.Paired())
-    yield from (hosm.ToStandardError(), hosm.Schedule(), hosm.VPSchedule(), hosm.SubVPSchedule())
+    yield from (hosm.Schedule(), hosm.VPSchedule(), hosm.SubVPSchedule())
     yield from (hosm.VESchedule(), hosm.CosineSchedule(), hosm.LinearFlowSchedule())
     yield hosm.EDMSchedule()
 

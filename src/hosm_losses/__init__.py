@@ -102,7 +102,7 @@ from hosm_losses.model import (
     Shared,
     denoising_posterior,
 )
-from hosm_losses.probes import Hutchinson, Paired, ToStandardError
+from hosm_losses.probes import Hutchinson, Paired
 from hosm_losses.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -152,7 +152,6 @@ __all__ = [
     "TermWeights",
     "ThirdOrderDSM",
     "TimeSampler",
-    "ToStandardError",
     "ToTolerance",
     "TruncatedNormal",
     "Uniform",

@@ -33,7 +33,6 @@ from torch import Tensor
 from hosm_losses._checks import (
     at_least_float32,
     check_choice,
-    check_number,
     check_whole,
     error_message,
     generator_kwargs,
@@ -122,40 +121,6 @@ class Hutchinson:
     def __post_init__(self) -> None:
         """Check both fields."""
         _check_drawn(self, 1)
-
-
-@dataclass(frozen=True)
-class ToStandardError:
-    """As many random probes as each sample's likelihood needs to reach a given standard error.
-
-    Four pilot probes at each node of a fixed grid determine how many more probes are drawn at that
-    node; if this number reaches d, all d unit vectors are used instead. The estimate does not use
-    the pilot probes and is unbiased.
-
-    Args:
-        nats: the standard error, in nats, that a sample's likelihood should have on average. A
-            single sample's standard error may be larger, because the pilot probes only estimate
-            the variance; the result reports the standard error of each sample.
-        distribution: as in `Hutchinson`.
-
-    Raises:
-        TypeError: if `nats` is not a number, or if `distribution` is not a string.
-        ValueError: if `nats` is not both positive and finite, or if `distribution` is unknown.
-
-    Example:
-        >>> ToStandardError(0.1)
-        ToStandardError(nats=0.1, distribution='rademacher')
-    """
-
-    nats: float = 0.5
-    distribution: Distribution = "rademacher"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        name = type(self).__name__
-        nats = check_number(f"{name}.nats", self.nats, "a positive number of nats", above=0.0)
-        object.__setattr__(self, "nats", nats)
-        check_choice(f"{name}.distribution", self.distribution, DISTRIBUTIONS)
 
 
 @dataclass(frozen=True)

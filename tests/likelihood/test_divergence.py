@@ -1,6 +1,5 @@
 """Ways to a divergence: by the dimension, forward, a user's own; and gradients through it."""
 
-import math
 import weakref
 
 import pytest
@@ -105,57 +104,3 @@ def test_memory_of_a_gradient_does_not_grow_with_the_evaluations():
         alive.append(len(network.seen))
     assert alive == [0, alive[1], 0, alive[1]]
     assert alive[1] <= 1
-
-
-def rotated(scales, count, generator):
-    """The exact noise of a Gaussian of such deviations along random axes, and points of it."""
-    d = len(scales)
-    axes = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
-
-    def noise(x, t):
-        alpha, sigma = (part[:, None] for part in VP(t))
-        return sigma * ((x @ axes) / ((alpha * scales) ** 2 + sigma**2)) @ axes.T
-
-    points = torch.randn(count, d, generator=generator) * scales @ axes.T
-    return hosm.ScoreModel(noise, VP), points
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-def test_a_standard_error_is_met_without_a_bias(backwards):
-    """Of 400 samples; at 0.001 nats a node is exact where one probe has a variance."""
-    model, x = rotated(torch.linspace(0.1, 1.0, 8), 400, seeded())
-    call = hosm.ode_sample if backwards else hosm.ode_nll
-    options = {"solver": hosm.FixedGrid(16, companion=not backwards), "generator": seeded()}
-    exact = call(model, x, divergence="exact", **options)
-    for nats in (0.3, 0.1, 1e-3):
-        found = call(model, x, divergence=hosm.ToStandardError(nats), **options)
-        error, claimed = found.nll - exact.nll, found.standard_error.square().mean().sqrt()
-        assert float(claimed) < nats
-        assert torch.equal(found.nfe, exact.nfe + 17)
-        if nats > 0.01:
-            assert abs(float(error.mean())) < 5 * float(claimed) / 20
-            assert float(error.square().mean().sqrt() / claimed) == pytest.approx(1, abs=0.2)
-    assert float(error.abs().max()) < 4e-3
-    assert bool((found.products <= exact.products // 8 * 4 + 17 * 8).all())
-
-
-def test_a_sample_that_fails_does_not_fail_those_beside_it():
-    def network(x, t):
-        return x.tanh().masked_fill(x[:, :1] > 50, math.nan)
-
-    model, x = hosm.ScoreModel(network, VP), 0.1 * torch.randn(4, 20)
-    x[1] = 100.0
-    options = {"solver": hosm.FixedGrid(8), "divergence": hosm.ToStandardError(0.5)}
-    both = hosm.ode_nll(model, x, generator=seeded(), **options)
-    assert both.failed.tolist() == [False, True, False, False]
-    assert both.nll[[0, 2, 3]].isfinite().all()
-
-
-def test_a_standard_error_needs_nodes_that_are_known():
-    with pytest.raises(ValueError, match="solver: expected FixedGrid"):
-        hosm.ode_nll(
-            gaussian(VP),
-            torch.randn(2, 3),
-            solver=hosm.Adaptive(),
-            divergence=hosm.ToStandardError(),
-        )

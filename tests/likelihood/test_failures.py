@@ -76,11 +76,6 @@ def test_a_divergence_that_is_not_finite(solver, divergence):
     assert "enable_grad" in found.failures()[1]
 
 
-def test_a_divergence_that_is_not_finite_at_the_pilots():
-    found = likelihood(nan_divergence, divergence=hosm.ToStandardError(0.1))
-    check(found, second(Cause.DIVERGENCE))
-
-
 def test_values_that_are_not_finite_at_the_start(monkeypatch):
     """They get as far where reading a value would make the host wait."""
     monkeypatch.setattr("hosm_losses._checks.can_read_values", lambda _: False)

@@ -148,11 +148,6 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     step errors are unreliable, and `solver_error` is tripled.
     """
     refuse_vmap("Adaptive")
-    if paths.divergence.target is not None:
-        raise ValueError(
-            "solver: expected FixedGrid or ToTolerance, because ToStandardError draws probes at "
-            "nodes known in advance; got Adaptive."
-        )
     size, probes = z[0].numel(), paths.divergence.draw(z, paths.dtype, paths.generator)
     if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error
         fine = _solve(paths, z, span, None, tolerance / FINER)

@@ -21,16 +21,15 @@ from hosm_losses._checks import check_like, check_prediction, error_message, sum
 from hosm_losses.derivatives import quadratic_forms
 from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.model import BoundModel, apply_affine
-from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
+from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 
 # Largest number of elements for which "auto" means "exact". At d = 8, one probe has an error of
 # 0.6 nats.
 EXACT_UP_TO = 16
-PILOTS = 4  # first probes at a node, from which `ToStandardError` computes the number needed
 # A user's function: (x, t, **model_kwargs), as the network gets them, → (prediction, its
 # divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
-Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
+Divergence = Literal["auto", "exact"] | Hutchinson | Function
 """How the divergence of the ODE is computed.
 
 A callable (x, t) → (prediction, its divergence) computes both itself.
@@ -44,7 +43,6 @@ class Estimator:
     products: int = 0  # products with the Jacobian for one divergence
     is_random: bool = False  # whether estimates are random, so that there is a standard error
     differentiates: bool = False  # whether the network is differentiated
-    target: ToStandardError | None = None  # if set, estimates are pilots and more probes follow
 
     def draw(
         self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
@@ -135,7 +133,7 @@ def _of_f(
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
     """Raise an error unless `divergence` is valid; None is valid only if `optional` is True."""
-    known = isinstance(divergence, Hutchinson | ToStandardError)
+    known = isinstance(divergence, Hutchinson)
     known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
@@ -158,6 +156,4 @@ def resolve_divergence(
         divergence = Hutchinson()
     if isinstance(divergence, Hutchinson):
         return RandomProbes(divergence.count, distribution=divergence.distribution)
-    if isinstance(divergence, ToStandardError):
-        return RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)
     return OfFunction(function=divergence, dimensions=own)

@@ -91,7 +91,7 @@ Source:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -101,11 +101,10 @@ from torch import Tensor
 
 from hosm_losses._checks import sum_elements, warn
 from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.coordinates import NoiseLevel, Span, rounding
-from hosm_losses.likelihood.divergence import NO_DIVERGENCE, resolve_divergence
+from hosm_losses.likelihood.coordinates import Span, rounding
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
-from hosm_losses.probes import Hutchinson
 
 WIDTH = 1.0  # scale of the logistic distribution
 BASHFORTH = (  # orders one to four
@@ -275,7 +274,6 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
 def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bool) -> ODESolution:
     """Solve the ODE from z over a span of u = log σ̂, with fresh probes at each node."""
     coordinates, divergence = paths.coordinates, paths.divergence
-    pilots: dict[int, tuple[Tensor, Tensor]] = {}  # by place: state, one probe's variance
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = sorted((*span, coordinates.log_size))[1]
@@ -304,8 +302,6 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                 for take in (solver.correct, solver.correct_again)[: 1 + twice]:
                     y = solver.y
                     noise, dz_du, integrands = paths.slope_at(y, level, probes)
-                    if divergence.target is not None and solver is solution:
-                        pilots[place] = y, integrands.detach().var(0)
                     integrands, count = rates[place] * integrands, len(integrands)
                     variance = integrands.detach().var(0) / count if count > 1 else None
                     covector = coordinates.covector(noise.detach(), level)
@@ -319,7 +315,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                     fourth = slope(place + stride, y + h * third)
                     solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
 
-    solver_error, standard_error, integral = solution.path_error, None, solution.integral()
+    solver_error, standard_error = solution.path_error, None
     if coarse is not None:
         with torch.no_grad():
             solver_error = companion_error(paths, solution, coarse, span)
@@ -332,16 +328,9 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     midpoints = 3 * runge_kutta * (1 + companion)
     nfe = torch.full((len(z),), nodes + midpoints, device=z.device)
     products = torch.full_like(nfe, nodes * divergence.products)
-    if divergence.target is not None:
-        weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
-        states = list(pilots.values())
-        integral, standard_error, probes = integrate_to_standard_error(
-            paths, states, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
-        )
-        nfe, products = nfe + steps + 1, products + probes
     return ODESolution(
         solution.y,
-        integral,
+        solution.integral(),
         nfe=nfe,
         products=products,
         standard_error=standard_error,
@@ -349,42 +338,6 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         cause=torch.zeros_like(nfe, dtype=torch.uint8),
         steps=steps,
     )
-
-
-def integrate_to_standard_error(
-    paths: Paths,
-    nodes: Sequence[tuple[Tensor, Tensor]],
-    weights: Tensor,
-    level: Callable[[int], NoiseLevel],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ∫ q, its standard error and the number of probes used, each of shape (B,).
-
-    `weights` (N,) are the quadrature weights of the nodes. `paths.divergence.target` is the
-    `ToStandardError`; `level(i)` is the noise level of node i.
-    """
-    target, d = paths.divergence.target, nodes[0][0][0].numel()
-    assert target is not None
-    # A total variance of nats² needs the fewest probes if their number at each node is
-    # proportional to the error of one probe at that node, (N, B).
-    one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
-    error_in_nats = weights.abs()[:, None] * one_probe
-    counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
-    counts = counts.nan_to_num(2.0)  # a failing sample must not affect the others
-    counts = counts.clamp(2, 2 * d).log2().ceil().exp2().long()
-    total = variance = torch.zeros_like(error_in_nats[0])
-    for index, (state, _) in enumerate(nodes):
-        for count in counts[index].unique().tolist():
-            rows = (counts[index] == count).nonzero().flatten()
-            z, kind = state[rows], Hutchinson(count, target.distribution) if count < d else "exact"
-            divergence = resolve_divergence(kind, z, paths.dimensions)
-            probes = divergence.draw(z, paths.dtype, paths.generator)
-            part = replace(paths, divergence=divergence)
-            _, _, q = part.slope_at(z, level(index), probes, rows)
-            total = total.index_add(0, rows, weights[index] * q.mean(0))
-            if count < d:
-                node_variance = weights[index] ** 2 * q.detach().var(0) / count
-                variance = variance.index_add(0, rows, node_variance)
-    return total, variance.sqrt(), counts.clamp(max=d).sum(0)
 
 
 def companion_error(
@@ -428,7 +381,7 @@ def fewest_steps(
     failed on both the current and the previous grid are ignored.
     """
     refuse_vmap("ToTolerance")
-    divergence = replace(paths.divergence, target=None)
+    divergence = paths.divergence
     if divergence.is_random and not companion:
         divergence = NO_DIVERGENCE  # only the path's error counts
     # The trials draw their probes from a generator of their own.

@@ -63,12 +63,11 @@ def ode_nll(
         solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one if `clean`
             is True; `ToTolerance(nats)`, which uses the fewest steps that meet a tolerance; or
             `Adaptive()`, which chooses the step sizes of each sample separately.
-        divergence: "exact", which takes d vector-Jacobian products per node; `Hutchinson(count,
-            distribution)`, which takes one product per probe; or `ToStandardError(nats)`, which
-            draws as many probes as each sample needs. "auto" means "exact" for samples of at most
-            16 elements, and `Hutchinson()` for larger samples. On a fixed grid, each of these
-            options yields a standard error; with `Adaptive`, random probes yield a standard error
-            only if there are at least four probes. For images, "dct" is often the best
+        divergence: "exact", which takes d vector-Jacobian products per node; or `Hutchinson(count,
+            distribution)`, which takes one product per probe. "auto" means "exact" for samples of
+            at most 16 elements, and `Hutchinson()` for larger samples. On a fixed grid, each of
+            these options yields a standard error; with `Adaptive`, random probes yield a standard
+            error only if there are at least four probes. For images, "dct" is often the best
             distribution of probes. If the network's divergence is known, pass a function
             `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives x and t in
             the same form as the network. On a subspace, this function must return the divergence
