@@ -148,9 +148,8 @@ BAD = {
         *bad(ValueError, torch.tensor([1, NAN, 1, 1]), (1, 1, 1, torch.tensor(-2.0))),
     ],
     "weighting": [
-        *bad(TypeError, None, 1, (1, "noise"), ("noise", 1), ("noise", None)),
-        *bad(ValueError, "snr", (), ("noise", "native"), ("noise", "likelihood")),
-        *bad(ValueError, ("noise", "snr"), ("noise",) * 3, ("noise", hosm.EDMWeighting())),
+        *bad(TypeError, None, 1, ("noise", torch.exp)),
+        *bad(ValueError, "snr"),
     ],
     "sigma_data": POSITIVE,
     "time_sampler": bad(ValueError, "uniform") + bad(TypeError, 1),

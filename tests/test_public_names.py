@@ -74,7 +74,7 @@ def examples():
         weights=(1, 1, 1, torch.tensor(0.5)),
         time_sampler=lambda n, _: 0.5 + torch.rand(n) / 4,
     )
-    weighted = hosm.FirstOrderDSM(wrapped, weighting=(lambda t: t, torch.ones_like))
+    weighted = hosm.FirstOrderDSM(wrapped, weighting=lambda t: t)
     cubic = hosm.ScoreModel(lambda x, t: x**3, hosm.VPSchedule())
     yield from (model, wrapped, table, nll, nll.summary(), drawn, posterior, posterior.covariance)
     yield from (gap, *gap.numbers.values(), loss, weighted, hosm.check_wrapping(model, x))

@@ -25,7 +25,8 @@ OPTIONS = {
     "fraction": {"fraction": 0.5},
     "targets": {"targets": hosm.AveragedTargets()},
     "likelihood": {"weighting": "likelihood"},
-    "native": {"weighting": ("native", torch.exp), "reduction": "sum"},
+    "native": {"weighting": "native", "reduction": "sum"},
+    "callable": {"weighting": torch.exp},
     "none": {"reduction": "none", "time_sampler": "log_sigma_hat"},
 }
 

@@ -46,8 +46,7 @@ def fading(t):
 
 
 EDM = hosm.EDMWeighting(0.3)
-WEIGHTINGS = ["noise", "native", "likelihood", fading, ("native", fading), ("likelihood", "noise")]
-WEIGHTINGS += [EDM, (EDM, fading)]
+WEIGHTINGS = ["noise", "native", "likelihood", fading, EDM]
 
 
 class Conditioned(nn.Module):
@@ -254,10 +253,8 @@ def dense_sample(case, row):
         "likelihood": nats * case.x0[row].numel(),
     }
     weighting = case.options.get("weighting", "noise")
-    if not isinstance(weighting, tuple):
-        weighting = (weighting, weighting if callable(weighting) else "noise")
-    factors = [one(t) if callable(one) else named[one] for one in weighting]
-    factors = torch.stack(factors)
+    own = callable(weighting)  # of the higher terms as well
+    factors = torch.stack([weighting(t)] * 2 if own else [named[weighting], named["noise"]])
     x = alpha * case.x0[row] + sigma * case.noise[row]
     return field, x, sigma, *noises(case, row, x.detach(), alpha, sigma), factors
 

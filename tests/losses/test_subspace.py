@@ -64,7 +64,6 @@ WEIGHTINGS = {
     "native": "native",
     "EDM": hosm.EDMWeighting(),
     "callable": lambda t: 1 + t,
-    "pair": ("native", "noise"),
 }
 
 

@@ -19,7 +19,6 @@ WEIGHTINGS = {
     "native": "native",
     "callable": lambda t: t.double() + 1,
     "likelihood": "likelihood",
-    "pair": ("likelihood", lambda t: t.double() + 1),
 }
 
 
@@ -97,7 +96,7 @@ def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, probes, order
     for dtype in (torch.float32, torch.float64):
         model = hosm.ScoreModel(network.to(dtype), schedule, prediction, time=1e-3)
         t = torch.linspace(0, 3999, 8).round().to(dtype)
-        inputs = {"t": t, "noise": noise.to(dtype), "weighting": ("native", "noise")}
+        inputs = {"t": t, "noise": noise.to(dtype), "weighting": "native"}
         loss = FUNCTIONS[order](model, x0.to(dtype), **inputs, **options)
         parts = with_gradients(loss, network)
         found.append(torch.cat([each.flatten() for each in parts]).double())

@@ -188,9 +188,7 @@ def third_order_dsm(
             error of the network's own prediction. `EDMWeighting()` makes the first term the loss
             of EDM's trainer. "likelihood" makes the first term the likelihood-weighted loss; in
             that case, set the `weights` of the higher orders yourself. All of these options leave
-            the meaning of the higher terms unchanged. A callable t → (B,) multiplies every term. A
-            pair applies its first weighting to the first term, and its second weighting, which is
-            "noise" or a callable, to the higher terms.
+            the meaning of the higher terms unchanged. A callable t → (B,) multiplies every term.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
             draws t uniformly in log σ̂ and reweights the terms, so that the mean of every term
             stays the same; for a schedule given as a table, it draws integer indices into this

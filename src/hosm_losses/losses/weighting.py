@@ -80,9 +80,8 @@ class EDMWeighting:
 
 
 Name = Literal["noise", "native", "likelihood"]
-TermWeighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
-Weighting = TermWeighting | tuple[TermWeighting, TermWeighting]
-"""Weights over t, as a name, `EDMWeighting()`, a callable t → (B,), or a pair (first, higher)."""
+Weighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
+"""Weights over t, as a name, `EDMWeighting()` or a callable t → (B,)."""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | DrawTime | None
@@ -91,33 +90,19 @@ TimeSampler = Sampler | DrawTime | None
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
     """Raise an error unless the weighting and the time sampler are valid."""
-    if isinstance(weighting, tuple) and len(weighting) != 2:
-        expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
-        raise ValueError(error_message("weighting", expected, weighting, got=got))
-    first, higher, _ = _resolve(weighting, None)
-    if not (callable(first) or isinstance(first, EDMWeighting)):
-        check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
-    if higher != "noise" and not callable(higher):
-        raise (ValueError if isinstance(higher, str | EDMWeighting) else TypeError)(
-            "weighting: expected 'noise' or a callable of t for the higher terms, second in the "
-            f"pair; got {higher!r}, which applies only to the first term."
-        )
+    if not (callable(weighting) or isinstance(weighting, EDMWeighting)):
+        expected = "weighting (or EDMWeighting(), or a callable of t)"
+        check_choice(expected, weighting, get_args(Name))
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
         check_choice(expected, time_sampler, get_args(Sampler))
 
 
-def _resolve(
-    weighting: Weighting, time_sampler: TimeSampler
-) -> tuple[TermWeighting, TermWeighting, Sampler | DrawTime]:
-    """Return the weightings of the first term and of the higher terms, and the time sampler."""
-    if isinstance(weighting, tuple):
-        first, higher = weighting
-    else:
-        first, higher = weighting, weighting if callable(weighting) else "noise"
+def _sampler(weighting: Weighting, time_sampler: TimeSampler) -> Sampler | DrawTime:
+    """Return the time sampler, for which None leaves the choice to the weighting."""
     if time_sampler is None:
-        time_sampler = "log_sigma_hat" if first == "likelihood" else "schedule"
-    return first, higher, time_sampler
+        return "log_sigma_hat" if weighting == "likelihood" else "schedule"
+    return time_sampler
 
 
 def draw_time(
@@ -129,7 +114,7 @@ def draw_time(
 ) -> Tensor:
     """Draw a time for every sample of x0: t of shape (B,), on the device of x0."""
     schedule = model.schedule
-    _, _, sampler = _resolve(weighting, time_sampler)
+    sampler = _sampler(weighting, time_sampler)
     if callable(sampler):
         return check_time(model, x0, sampler(len(x0), generator))
     dtype = torch.promote_types(x0.dtype, torch.float32)
@@ -156,9 +141,9 @@ def time_factors(
     `drawn` says whether `draw_time` drew t; if not, t is treated as uniformly distributed.
     `dimensions` is d; None stands for the number of elements in a sample of x0.
     """
-    first, higher, sampler = _resolve(weighting, time_sampler)
+    sampler = _sampler(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
-    if first == higher == "noise" and not importance:
+    if weighting == "noise" and not importance:
         return None, None
     schedule, time = model.schedule, model.time_in(t, x0)
     elements = x0[0].numel() if dimensions is None else dimensions
@@ -174,27 +159,24 @@ def time_factors(
     span = _range(schedule)[1] if importance else None
     ratio = 1.0
     # The factor of the first term with "likelihood" needs no density.
-    if span is not None and not (first == "likelihood" and order == 1):
+    if span is not None and not (weighting == "likelihood" and order == 1):
         ratio = schedule.time_density(time) * span / rate()
 
-    def factor(term_weighting: TermWeighting) -> Tensor | None:
-        if callable(term_weighting):
-            return _call_weighting(term_weighting, model, x0, t) * ratio
-        if term_weighting == "noise":
-            return ratio if isinstance(ratio, Tensor) else None
-        if isinstance(term_weighting, EDMWeighting):
-            sigma_hat = schedule.log_sigma_hat(time).exp()
-            return (1 + (sigma_hat / term_weighting.sigma_data).square()) * ratio
-        if term_weighting == "native":
-            return model.native_weight(t, x0) * ratio
-        if span is not None:
-            return torch.ones_like(time) * (span * elements)
-        if drawn and sampler == "schedule":
-            return rate() * elements / schedule.time_density(time)
-        return (schedule.t_max - schedule.t_min + indices) * rate() * elements
-
-    of_first = factor(first)
-    return of_first, of_first if higher is first else factor(higher)
+    first = higher = ratio if isinstance(ratio, Tensor) else None
+    if callable(weighting):
+        first = higher = _call_weighting(weighting, model, x0, t) * ratio
+    elif isinstance(weighting, EDMWeighting):
+        sigma_hat = schedule.log_sigma_hat(time).exp()
+        first = (1 + (sigma_hat / weighting.sigma_data).square()) * ratio
+    elif weighting == "native":
+        first = model.native_weight(t, x0) * ratio
+    elif weighting == "likelihood" and span is not None:
+        first = torch.ones_like(time) * (span * elements)
+    elif weighting == "likelihood" and drawn and sampler == "schedule":
+        first = rate() * elements / schedule.time_density(time)
+    elif weighting == "likelihood":
+        first = (schedule.t_max - schedule.t_min + indices) * rate() * elements
+    return first, higher
 
 
 def _call_weighting(
