@@ -202,7 +202,6 @@ BAD = {
         *bad(ValueError, lambda x: x, lambda x: NAN * x[:, 0], lambda x: INF * x[:, 0] ** 2),
         *bad(ValueError, lambda x: -INF * x[:, 0] ** 2),
     ],
-    "probe_noise": NAME,
     "nodes": WHOLE + bad(ValueError, 1),
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),

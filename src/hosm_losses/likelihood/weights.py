@@ -26,12 +26,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_like, check_whole, error_message, warn
+from hosm_losses._checks import check_like, check_whole, error_message, warn
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
@@ -268,12 +268,7 @@ class Weights:
     __repr__ = __str__
 
 
-def importance_weights(
-    result: SampleResult,
-    log_target: LogTarget,
-    *,
-    probe_noise: Literal["corrected", "ignored"] = "corrected",
-) -> Weights:
+def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
     """Return the importance weights of samples from `ode_sample` for a target density.
 
     Args:
@@ -282,9 +277,6 @@ def importance_weights(
         log_target: log π, up to a constant, as a callable x (B, *) → (B,). `log_target` is
             evaluated at the samples as they are, including their noise at t_min. A value of −inf,
             for example outside a bounded prior, gives weight zero.
-        probe_noise: "corrected" subtracts half of the variance due to the probes from each
-            log-weight; "ignored" does not, and so log Z comes out too large by about half of that
-            variance.
 
     Returns:
         The weights. A failed sample has weight zero but counts as a sample.
@@ -310,7 +302,6 @@ def importance_weights(
         raise TypeError(error_message("result", "the SampleResult of ode_sample", result))
     if not callable(log_target):
         raise TypeError(error_message("log_target", "a callable x (B, *) → (B,)", log_target))
-    check_choice("probe_noise", probe_noise, ("corrected", "ignored"))
     if result.nll is None or result.solver_error is None:
         raise ValueError(
             "result: expected samples with their density; got samples drawn with divergence=None. "
@@ -322,8 +313,8 @@ def importance_weights(
             "which means that there were too few probes. Use divergence='exact', or more probes."
         )
     variance = (result.standard_error.detach().double() / result.widening).square()
-    noise = variance / 2 if probe_noise == "corrected" else 0.0
-    log_weights = _log_target(log_target, result.x) + result.nll.detach().double() - noise
+    nll = result.nll.detach().double()
+    log_weights = _log_target(log_target, result.x) + nll - variance / 2
     log_weights = torch.where(result.failed, -torch.inf, log_weights)
     variance = torch.where(result.failed, 0.0, variance)
     solver_error = torch.where(result.failed, 0.0, result.solver_error.detach())
