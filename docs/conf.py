@@ -97,7 +97,7 @@ autosummary_context = {
         "NLLResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
         "SampleResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
     }
-    | dict.fromkeys(("PosteriorCovariance", "WrappingReport", "GapReport", "Weights"), "")
+    | dict.fromkeys(("PosteriorCovariance", "WrappingReport", "Weights"), "")
     | dict.fromkeys(("FirstOrderDSM", "SecondOrderDSM", "ThirdOrderDSM"), "forward")
     | dict.fromkeys([name for name in vars(hosm_losses) if name.endswith("Schedule")], "")
 }

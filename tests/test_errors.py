@@ -113,7 +113,7 @@ NUMBERS = [
 ]
 BAD = {
     **dict.fromkeys(("return_terms", "companion", "clean", "progress", "enable_grad"), FLAG),
-    **dict.fromkeys(("ode_score", "primitives", "scaled"), FLAG),
+    **dict.fromkeys(("primitives", "scaled"), FLAG),
     # Of the losses.
     "model": bad(TypeError, None, NETWORK, lambda x, t: x),
     **dict.fromkeys(("x0", "x", "data"), TENSORS + bad(TypeError, [1.0])),
@@ -202,7 +202,6 @@ BAD = {
         *bad(ValueError, lambda x: x, lambda x: NAN * x[:, 0], lambda x: INF * x[:, 0] ** 2),
         *bad(ValueError, lambda x: -INF * x[:, 0] ** 2),
     ],
-    "nodes": WHOLE + bad(ValueError, 1),
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
         *bad(ValueError, torch.tensor(1.0), X[:0], X * NAN),
@@ -258,7 +257,6 @@ CALLS = {
     hosm.TruncatedNormal: {},
     hosm.importance_weights: {"result": DRAWN, "log_target": lambda x: x[:, 0]},
     hosm.variational_nll: {"model": MODEL, "x": X, "samples": 2},
-    hosm.likelihood_gap: {"model": MODEL, "x0": X, "nodes": 2, "steps": 4},
     hosm.check_derivatives: {"model": MODEL, "x0": X},
     hosm.check_wrapping: {"model": MODEL, "x0": X.repeat(4, 1)},
     hosm.NLLResult.cat: {"results": [result(), result()]},
@@ -311,11 +309,6 @@ MORE = {
         (hosm.variational_nll, name): bad(ValueError, torch.ones(3))
         for name in ("data_mean", "data_std")
     },
-    (hosm.likelihood_gap, "steps"): bad(TypeError, None) + bad(ValueError, 3),
-    (hosm.likelihood_gap, "reference"): [
-        *bad(ValueError, torch.ones(3, 5)),
-        *bad(ValueError, *(hosm.ScoreModel(NETWORK, each) for each in (TABLE, hosm.VESchedule()))),
-    ],
     (hosm.check_derivatives, "x0"): bad(TypeError, X.bfloat16(), X.half()),
     (hosm.check_derivatives, "order"): bad(ValueError, 1),
     (hosm.check_wrapping, "x0"): bad(ValueError, X, X.repeat(4, 1) * 0, X.repeat(4, 1) * 1e-9),
@@ -560,7 +553,7 @@ def test_times_are_checked_by_models_and_schedules():
 # Public names that refuse nothing themselves, or are in tables of their own.
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule"),
-    *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
+    *("NLLSummary", "SampleResult", "Shared", "checkpoint"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
     "NLLResult",  # whose methods are those of its base

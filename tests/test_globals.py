@@ -62,11 +62,6 @@ DRAWS = {
     ).covariance.diagonal(hosm.Hutchinson(2), **options),
     "sample": from_prior,
     "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
-    "gap": lambda model, **options: next(
-        each.value
-        for each in hosm.likelihood_gap(model, X, steps=4, nodes=2, **options).numbers.values()
-        if each is not None
-    ),
     **{
         f"times of {name}": lambda _, schedule=schedule, **o: schedule.sample_time(50, **o)
         for name, schedule in SCHEDULES.items()

@@ -68,7 +68,6 @@ def examples():
     exact = {"solver": hosm.FixedGrid(16, data_std=1.0), "divergence": "exact"}
     nll, drawn = hosm.ode_nll(model, x, **exact), hosm.ode_sample(model, x, **exact)
     posterior = hosm.denoising_posterior(model, x, torch.full((32,), 0.5))
-    gap = hosm.likelihood_gap(model, x, nodes=2, steps=4, ode_score=False)
     loss = hosm.ThirdOrderDSM(
         model,
         weights=(1, 1, 1, torch.tensor(0.5)),
@@ -77,7 +76,7 @@ def examples():
     weighted = hosm.FirstOrderDSM(wrapped, weighting=lambda t: t)
     cubic = hosm.ScoreModel(lambda x, t: x**3, hosm.VPSchedule())
     yield from (model, wrapped, table, nll, nll.summary(), drawn, posterior, posterior.covariance)
-    yield from (gap, *gap.numbers.values(), loss, weighted, hosm.check_wrapping(model, x))
+    yield from (loss, weighted, hosm.check_wrapping(model, x))
     yield hosm.WrappingCandidate("your schedule", "v", "", False, "x0", 0.1, 0.2)
     yield hosm.SecondOrderDSM(model, targets=hosm.AveragedTargets(x))
     yield hosm.importance_weights(drawn, lambda x: -x.square().sum(1) / 2)

@@ -74,7 +74,7 @@ def first_and_last_fall(text):
     return numbers(lines[-1])[0] < numbers(lines[0])[0]
 
 
-LONGEST = {"checkerboard.py": 105, "inverse_problem.py": 85, "many_well.py": 75}
+LONGEST = {"checkerboard.py": 105, "gap_1d.py": 90, "inverse_problem.py": 85, "many_well.py": 75}
 nats_fall = partial(falls, pattern=r"(\S+) nats ±")
 fisher_falls = partial(falls, pattern=r"j_fisher: ([\d.]+)")  # what order one leaves
 # A command, the packages that it needs, and what is true of what it prints.
@@ -117,6 +117,55 @@ def test_the_numbers_of_two_processes_are_those_of_one():
     alone = run(*script)
     assert ", n = 37; " in alone
     assert numbers(run(*LAUNCH, *script)) == numbers(alone)
+
+
+def test_the_gap_is_that_of_closed_forms(monkeypatch):
+    """Of N(m, s²) taken for another Gaussian: the ODE makes a third one of its prior."""
+    for name in ("matplotlib", "tqdm"):
+        pytest.importorskip(name)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("gap_1d")
+    schedule, data, taken = hosm_losses.VPSchedule(), (0.3, 0.6), (0.1, 0.9)
+
+    def moments(t, mean, std):
+        alpha, sigma = schedule(t)
+        return alpha * mean, (alpha * std) ** 2 + sigma**2
+
+    def of_ode(t):  # (x − α m)/std stays as it is from t_max on, where p is N(0, 1)
+        (mean, variance), (last, widest) = (moments(each, *taken) for each in (t, schedule.t_max))
+        return mean - (variance / widest).sqrt() * last, variance / widest
+
+    def model(mean, std):
+        def noise(x, t):
+            centre, variance = moments(t[:, None], mean, std)
+            return schedule.sigma(t)[:, None] * (x - centre) / variance
+
+        return hosm_losses.ScoreModel(noise, schedule)
+
+    def kl(t):
+        (mean, variance), (other, width) = moments(t, *data), of_ode(t)
+        return ((variance + (mean - other) ** 2) / width - 1 - (variance / width).log()) / 2
+
+    u = torch.linspace(*schedule.log_sigma_hat_range, 4001)
+    t = schedule.time(u)
+    mean, variance = moments(t, *data)
+
+    def error(centre, width):  # E of σ² times the square of a linear score less the true one
+        slope = variance.sqrt() * (1 / width - 1 / variance)
+        squared = slope**2 + ((mean - centre) / width) ** 2
+        return float(torch.trapezoid(schedule.sigma(t) ** 2 * squared, u))
+
+    low, high = torch.tensor(schedule.t_min), torch.tensor(schedule.t_max)
+    expected = {
+        "j_sm": error(*moments(t, *taken)),
+        "j_ode": float(kl(low) - kl(high)),
+        "j_fisher": error(*of_ode(t)),
+    }
+    x0 = data[0] + data[1] * torch.randn(2000, 1)
+    levels = [*example.errors(model(*taken), model(*data), x0, 12)]
+    for name, value in expected.items():
+        found = sum(weight * integrands[name] for _, weight, integrands in levels)
+        assert abs(float(found.mean()) - value) < 4 * float(found.std()) / 2000**0.5, name
 
 
 @pytest.mark.slow

@@ -42,13 +42,10 @@ from hosm_losses._checks import DerivativeError
 from hosm_losses.derivatives import checkpoint
 from hosm_losses.diagnostics import (
     DerivativeReport,
-    GapEstimate,
-    GapReport,
     WrappingCandidate,
     WrappingReport,
     check_derivatives,
     check_wrapping,
-    likelihood_gap,
 )
 from hosm_losses.interop import (
     from_denoising_diffusion,
@@ -129,8 +126,6 @@ __all__ = [
     "EDMWeighting",
     "FirstOrderDSM",
     "FixedGrid",
-    "GapEstimate",
-    "GapReport",
     "Hutchinson",
     "LinearFlowSchedule",
     "LoggedTerms",
@@ -174,7 +169,6 @@ __all__ = [
     "from_guided_diffusion",
     "from_score_sde",
     "importance_weights",
-    "likelihood_gap",
     "ode_nll",
     "ode_sample",
     "second_order_dsm",

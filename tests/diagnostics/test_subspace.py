@@ -72,26 +72,6 @@ def test_other_units_of_padded_data_are_found():
     assert report.best.loss == pytest.approx(sum(right.losses) / len(right.losses), rel=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:schedule. expected")
-def test_gaps_are_those_in_coordinates(monkeypatch):
-    whole, small, Q = pair("flow", "v")
-    y = 0.5 * torch.randn(4, Q.shape[1], generator=torch.Generator().manual_seed(0)).double()
-    x = (y @ Q.T).reshape(4, *PARTICLES)
-    draws = Draws(monkeypatch, Q)
-    options = {"nodes": 2, "steps": 8}
-    reports = draws.both(
-        lambda: hosm.likelihood_gap(whole, x, reference=x, **options),
-        lambda: hosm.likelihood_gap(small, y, reference=y, **options),
-    )
-    for name, number in reports[0].numbers.items():
-        assert number.value == pytest.approx(reports[1].numbers[name].value, rel=1e-6), name
-    for name, curve in reports[0].curves.items():
-        for found, expected in zip(curve, reports[1].curves[name], strict=True):
-            assert found.value == pytest.approx(expected.value, rel=1e-6), name
-    with pytest.raises(ValueError, match="reference: expected a model on the subspace"):
-        hosm.likelihood_gap(whole, x, reference=hosm.ScoreModel(whole.network, whole.schedule))
-
-
 def test_derivatives_are_checked_through_the_projection():
     model, _, Q = pair("vp", "epsilon")
     x = (torch.randn(4, Q.shape[1]) @ Q.T).reshape(4, *PARTICLES)

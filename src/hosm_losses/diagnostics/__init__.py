@@ -1,6 +1,5 @@
-"""Checks of a model's wrapping and derivatives, and the likelihood gap between its ODE and SDE.
+"""Checks of a model's wrapping and derivatives.
 
-- `gap`: `likelihood_gap`, which compares the likelihoods of the ODE and the SDE.
 - `wrapping`: `check_wrapping`, which evaluates a trained network under other wrappings.
 - `check`: `check_derivatives`, and remedies for the faults that it finds.
 - `values`: conditions that the network's values must meet for a meaningful derivative.
@@ -10,9 +9,6 @@
 
 from hosm_losses.diagnostics.check import DerivativeReport as DerivativeReport
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives
-from hosm_losses.diagnostics.gap import GapEstimate as GapEstimate
-from hosm_losses.diagnostics.gap import GapReport as GapReport
-from hosm_losses.diagnostics.gap import likelihood_gap as likelihood_gap
 from hosm_losses.diagnostics.wrapping import WrappingCandidate as WrappingCandidate
 from hosm_losses.diagnostics.wrapping import WrappingReport as WrappingReport
 from hosm_losses.diagnostics.wrapping import check_wrapping as check_wrapping
