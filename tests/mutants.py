@@ -268,6 +268,12 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/primitives.py",
+        'multi_head_attention_forward mish")',
+        'mish")',
+        "tests/test_transforms.py",
+    ),
+    Mutant(
+        "taylor/primitives.py",
         "        if func == _DATA and is_traced():  # which is shallow, as .detach_() is\n"
         "            return args[0].detach()\n",
         "",
@@ -541,6 +547,12 @@ MUTANTS = [
         "tests/losses/test_random_options.py",
     ),
     # model: copies of a batch with the conditions and times of other samples.
+    Mutant(
+        "model/score_model.py",
+        "transformable(x) if self.primitives else",
+        "transformable(x) if not self.primitives else",
+        "tests/test_transforms.py",
+    ),
     Mutant(
         "model/bound.py",
         "return tensor.repeat(count, *(1,) * (tensor.ndim - 1))",

@@ -45,8 +45,9 @@ class Everything(nn.Module):
 
     def forward(self, x, t):
         hidden = self.norm(self.inner(x) + t[:, None, None])
-        q, k, v = self.qkv(hidden).chunk(3, -1)
-        hidden = F.silu(self.group(F.scaled_dot_product_attention(q, k, v))) + F.mish(hidden)
+        heads = self.qkv(hidden).unflatten(-1, (6, 2)).transpose(1, 2).chunk(3, 1)
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        hidden = F.silu(self.group(mixed)) + F.mish(hidden)
         return self.outer(torch.logsumexp(torch.stack([hidden, hidden.sin()]), 0))
 
 
@@ -227,8 +228,10 @@ def test_a_likelihood_without_a_graph_has_no_gradient_in_silence(function, trans
 
 
 @pytest.mark.parametrize("divergence", ["exact", hosm.Hutchinson()])
-def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
-    model, x0 = hosm.ScoreModel(ConvNet(), VP), torch.randn(2, 2, 3, 2)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_likelihood_under_vmap_is_that_of_every_sample(name, divergence):
+    make, shape = NETWORKS[name]
+    model, x0 = hosm.ScoreModel(make(), VP), torch.randn(shape)
     options = {"divergence": divergence, "solver": hosm.FixedGrid(4, data_std=1.0)}
 
     def nll(x):
@@ -236,6 +239,16 @@ def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
         return hosm.ode_nll(model, x[None], generator=generator, **options).nll[0]
 
     assert_same(vmap(nll, randomness="same")(x0), torch.stack([nll(x) for x in x0]), 1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_multi_head_attention_under_vmap_is_that_of_every_sample(training):
+    """In evaluation without gradients, PyTorch has a fast path of its own."""
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).train(training)
+    call = lambda attention, x, t: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+    model, x, t = hosm.ScoreModel(attention, VP, call=call), torch.randn(3, 5, 4), torch.rand(3)
+    with torch.no_grad():
+        assert_same(vmap(model.noise)(x[:, None], t[:, None])[:, 0], model.noise(x, t))
 
 
 def both_gradients(function, order, engine="auto"):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from traceback import walk_tb
 from typing import Any, Literal, Self, get_args
@@ -51,7 +52,7 @@ from hosm_losses._torch_internals import leave_inference_mode, without_autocast
 from hosm_losses.model.conditions import unmark
 from hosm_losses.model.subspace import Projection, Subspace, check_on_subspace, examine
 from hosm_losses.schedules import Schedule, check_schedule
-from hosm_losses.taylor import Jet
+from hosm_losses.taylor import Jet, transformable
 
 Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
 Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
@@ -332,7 +333,8 @@ class ScoreModel(nn.Module):
             returned = call(x, network_time, **kwargs)
         else:
             try:
-                returned = call(x, network_time, **kwargs)
+                with transformable(x) if self.primitives else nullcontext():
+                    returned = call(x, network_time, **kwargs)
             except (RuntimeError, IndexError) as error:
                 if note := self._note(x.dtype, network_time.dtype, error):
                     error.add_note(note)

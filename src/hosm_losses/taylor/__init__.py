@@ -82,6 +82,7 @@ from hosm_losses.taylor.primitives import complete_primitives
 from hosm_losses.taylor.primitives import recomputable as recomputable
 from hosm_losses.taylor.primitives import refuse_constants as refuse_constants
 from hosm_losses.taylor.primitives import safe_primitives as safe_primitives
+from hosm_losses.taylor.primitives import transformable as transformable
 from hosm_losses.taylor.registry import FINAL as FINAL
 from hosm_losses.taylor.registry import GIVE_THE_SOURCE as GIVE_THE_SOURCE
 from hosm_losses.taylor.registry import DerivativeError as DerivativeError

@@ -40,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses.taylor._torch import (
     carries_gradient,
     checkpoint_hook,
+    in_functorch,
     is_traced,
     of_a_package,
     operators,
@@ -73,6 +74,8 @@ _FORWARD = _operators_named(
 )
 # These operators are wrong only if they reduce by a product.
 _PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
+# Operators whose kernels for the CPU support neither vmap nor, except for mish, forward mode.
+_PLAIN_ONLY = _operators_named("scaled_dot_product_attention multi_head_attention_forward mish")
 WRONG = (
     "PyTorch does not differentiate its forward-mode derivative correctly. Write it with other "
     "operators."
@@ -200,6 +203,25 @@ def safe_primitives(
     With `of_one_sample`, only the primitives needed for a first derivative of one sample are used.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
+
+
+class _Transformable(TorchFunctionMode):
+    """Uses primitives for operators that a transform of torch.func may not support.
+
+    Under vmap, PyTorch would evaluate such an operator for one sample after another, and warn. A
+    backward pass by vmap, as in jacrev, begins after the network was evaluated.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return (PRIMITIVES[func] if func in _PLAIN_ONLY else func)(*args, **(kwargs or {}))
+
+
+def transformable(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context manager in which all transforms of torch.func support x's operators."""
+    needed = in_functorch() and type(x) is Tensor and x.device.type == "cpu"
+    return _Transformable() if needed else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
