@@ -160,9 +160,9 @@ def test_other_complex_numbers_are_refused_as_before(name):
 @pytest.mark.parametrize("function", [torch.view_as_complex, torch.view_as_real])
 def test_what_pytorch_refuses_is_refused(function):
     for x in (X, X[:2, 0]):
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, TypeError)) as refused:
             function(x)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(refused.type):
             propagate(lambda x: function(x), x, torch.ones_like(x)[None])
 
 

@@ -114,7 +114,7 @@ def small_network():
         lambda: FlopCounterMode(display=False),
         Watched,
         lambda: torch.device("cpu"),
-        lambda: torch.profiler.profile(record_shapes=True, with_modules=True),
+        lambda: torch.profiler.profile(record_shapes=True, with_stack=True),
     ],
 )
 def test_modes_around_a_loss_change_nothing(mode, caplog):
