@@ -1,6 +1,6 @@
-"""What PyTorch 2.6, the oldest that is declared, cannot do; `.ci/oldest` runs on it.
+"""What this PyTorch cannot do: 2.6 is the oldest that is declared, and `.ci/oldest` runs on it.
 
-Known are 2.6, which cannot, and 2.13, which can; the versions between were not tried.
+Where a version decides, 2.6 cannot, and 2.13 and 2.15 can; the versions between were not tried.
 """
 
 import pytest
@@ -15,6 +15,36 @@ makes_modules = pytest.mark.skipif(OLD, reason="this torch.compile makes no modu
 SHARDS_ON_CPU = not OLD  # fully_shard asks a CPU for a stream with events
 # Nothing tells which saved-tensor hooks are on.
 tells_hooks = pytest.mark.skipif(OLD, reason="this PyTorch does not tell which hooks are on")
+
+
+def times_differentiable(function):
+    """How often autograd differentiates a function of (2, 3): 0, 1, or 2 for more."""
+    x = torch.full((2, 3), 0.5, requires_grad=True)
+    value, times = function(x), 0
+    while times < 2 and value.requires_grad:
+        try:
+            (value,) = torch.autograd.grad(value.sin().sum(), x, create_graph=True)
+        except RuntimeError:
+            break
+        times += 1
+    return times
+
+
+def in_bags(x):
+    return F.embedding_bag(torch.arange(len(x))[:, None], x, mode="sum")
+
+
+def margins(x):
+    return x * F.multi_margin_loss(x, torch.zeros(len(x), dtype=torch.long))
+
+
+# PyTorch is asked, as later versions differentiate what earlier ones do not.
+CONSTANT = next(
+    function
+    for function in (torch.special.bessel_j0, torch.special.airy_ai)
+    if times_differentiable(function) == 0
+)
+DIFFERENTIABLE_ONCE = next(f for f in (in_bags, margins) if times_differentiable(f) == 1)
 
 
 def _slope_of_layer_norm(norm):
