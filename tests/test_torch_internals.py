@@ -42,7 +42,7 @@ class Kind(torch.Tensor):
         raise ArithmeticError("reached")
 
 
-# What PyTorch says: 2.6 to 2.13.
+# What PyTorch says: 2.6, 2.13 and 2.15.
 def once_and_again(function, x=None):
     """Two backward passes through one graph."""
     x = leaf() if x is None else x
@@ -122,7 +122,7 @@ def test_texts_of_errors(name):
 
 
 def test_transforms_are_seen_and_what_is_inside_them():
-    """torch._C._functorch: get_interpreter_stack and TransformType: 2.13."""
+    """torch._C._functorch: get_interpreter_stack and TransformType: 2.13 and 2.15."""
     found = []
 
     def look(x):
@@ -144,7 +144,7 @@ def test_transforms_are_seen_and_what_is_inside_them():
 
 
 def test_custom_functions_are_told_from_operators_and_so_are_their_gradients():
-    """_forward_cls, BackwardHookFunction, torch::autograd::Error: 2.6 to 2.13.
+    """_forward_cls, BackwardHookFunction, torch::autograd::Error: 2.6, 2.13 and 2.15.
 
     torch.autograd.grad passes by the error of what is marked once_differentiable.
     """

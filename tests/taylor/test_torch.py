@@ -25,7 +25,7 @@ def leaf():
 
 
 def test_transforms_are_seen():
-    """torch._C._functorch.peek_interpreter_stack: 2.13."""
+    """torch._C._functorch.peek_interpreter_stack: 2.13 and 2.15."""
     found = []
 
     def look(x):
@@ -48,10 +48,10 @@ def hooks():
 
 @tells_hooks
 def test_the_hooks_of_a_checkpoint_are_told_from_others():
-    """_top_saved_tensors_default_hooks, _checkpoint_hook and _recomputation_hook: 2.13.
+    """_top_saved_tensors_default_hooks, _checkpoint_hook and _recomputation_hook: 2.13 and 2.15.
 
     _CachingTorchDispatchMode, _CachedTorchDispatchMode and _get_dispatch_stack_at, of a selective
-    one: 2.13.
+    one: 2.13 and 2.15.
     """
     found = []
 

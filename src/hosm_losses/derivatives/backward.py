@@ -60,9 +60,9 @@ REENTRANT = (
     f"{CHECKPOINT_ADVICE} In a likelihood, torch's checkpoint works with use_reentrant=False."
 )
 SCRIPTED_FUNCTION = (
-    "network: expected plain Python functions; got a torch.jit function, inside which PyTorch 2.6 "
-    "to 2.13 silently get higher derivatives of norms wrong. Use the function that it was "
-    "compiled from (PYTORCH_JIT=0 does so for all functions) or, if it contains no norm, "
+    "network: expected plain Python functions; got a torch.jit function, inside which PyTorch "
+    "2.6, 2.13 and 2.15 silently get higher derivatives of norms wrong. Use the function that it "
+    "was compiled from (PYTORCH_JIT=0 does so for all functions) or, if it contains no norm, "
     "engine='reverse'."
 )
 EXPLAINED = (CheckpointError, RuntimeError, AttributeError)

@@ -509,7 +509,7 @@ def jet(
     r"""Return f(x), its first derivatives along directions and, on request, second derivatives.
 
     The function is called once. All results are differentiable with respect to x, the directions
-    and the function's parameters. Derivatives that PyTorch versions 2.6 to 2.13 get wrong, such as
+    and the function's parameters. Derivatives that PyTorch 2.6, 2.13 and 2.15 get wrong, such as
     those of norms, come from the library's own formulas.
 
     Args:

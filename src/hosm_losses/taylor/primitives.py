@@ -1,11 +1,12 @@
 r"""Replace or reject the few operators whose derivatives PyTorch gets wrong.
 
 Purpose:
-    PyTorch 2.6 to 2.13 do not correctly differentiate layer norm, batch norm (in training) or
-    instance norm more than twice. The parameter gradient of a loss on a directional derivative has
-    a silent error of several percent to more than a hundred percent; at order three, the
-    derivative itself sometimes has such an error too. Later versions may raise an error instead,
-    as PyTorch does with the pull requests below. Group norm, attention and the gated linear unit
+    PyTorch 2.6, 2.13 and 2.15 do not correctly differentiate layer norm, batch norm (in training)
+    or instance norm more than twice. The parameter gradient of a loss on a directional derivative
+    has a silent error of several percent to more than a hundred percent; at order three, the
+    derivative itself sometimes has such an error too. In reverse mode, PyTorch 2.15 raises an
+    error instead for batch and instance norm, as it does for all norms with the pull requests
+    below. Group norm, attention and the gated linear unit
     fail with an error on common inputs. When composed of means, products and softmax, each of
     these operators is differentiated correctly in every mode.
 
@@ -18,7 +19,7 @@ The mode:
 Refused:
     A few operators are refused where their forward-mode derivative is needed, because PyTorch does
     not differentiate this derivative correctly. Both engines also refuse operators that PyTorch
-    does not differentiate at all, such as torch.special.bessel_j0.
+    does not differentiate at all, such as torch.special.airy_ai.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
@@ -64,8 +65,9 @@ def _operators_named(names: str) -> set[Any]:
     return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
 
 
-# Operators with a forward-mode formula that PyTorch does not differentiate correctly: cumprod if a
-# factor is zero, and the operators from eigh on if they are differentiated twice.
+# Operators with a forward-mode formula that PyTorch does not differentiate correctly: those up to
+# logdet before version 2.15, cumprod if a factor is zero, and the operators from eigh on if they
+# are differentiated twice.
 _FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
@@ -276,7 +278,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> Tensor:
 
 NORMS = (
     "network: expected F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm; got one of "
-    "the functions behind them, such as torch.native_layer_norm, which PyTorch 2.6 to 2.13 "
+    "the functions behind them, such as torch.native_layer_norm, which PyTorch 2.6, 2.13 and 2.15 "
     "differentiate incorrectly."
 )
 NOT_A_NUMBER = (

@@ -184,7 +184,7 @@ class ScriptedError(DerivativeError):
 
 
 GIVE_THE_SOURCE = (
-    "Inside it, PyTorch 2.6 to 2.13 silently get higher derivatives of norms wrong. "
+    "Inside it, PyTorch 2.6, 2.13 and 2.15 silently get higher derivatives of norms wrong. "
     "Use the module that it was compiled from."
 )
 # Errors that no other engine can avoid.
