@@ -10,8 +10,8 @@ See `objective` for the formula, and `terms` for the residuals, the detached par
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -307,33 +307,53 @@ class _Inputs(TypedDict, total=False):
     model_kwargs: Mapping[str, Any] | None
 
 
+class _Options(TypedDict, total=False):
+    targets: AveragedTargets | TargetScores | None
+    weighting: Weighting
+    time_sampler: TimeSampler
+    reduction: Reduction
+
+
+class _HigherOptions(_Options, total=False):
+    probes: Probes
+    weights: TermWeights | None
+    fraction: float
+    engine: Engine
+
+
+def _signature(loss: Callable[..., Tensor]) -> inspect.Signature:
+    """Return the signature of a loss's module: the model, and what is not passed to each call."""
+    in_call = {"x0", *_Inputs.__annotations__} - {"targets", "weights"}
+    parameters = inspect.signature(loss).parameters.values()
+    return inspect.Signature([each for each in parameters if each.name not in in_call])
+
+
 class _DSM(nn.Module):
     """Base class of the loss modules; stores the model and the options of the loss."""
 
-    def __init__(
-        self,
-        model: ScoreModel,
-        options: LossOptions,
-        targets: AveragedTargets | TargetScores | None,
-        weights: TermWeights | None = None,
-    ) -> None:
+    order: ClassVar[int]
+    __signature__: ClassVar[inspect.Signature]  # also what `help` shows
+
+    def __init__(self, model: ScoreModel, **options: Any) -> None:
         super().__init__()
+        self.__signature__.bind(model, **options)  # raises TypeError for an unknown name
+        targets, weights = options.pop("targets", None), options.pop("weights", None)
         if isinstance(weights, nn.Parameter):  # nn.Module would register it for training
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         if isinstance(targets, TargetScores) and isinstance(targets.scores, Tensor):
             expected = "a callable in a constructor, or the scores of the batch in each call"
             raise TypeError(error_message("targets", expected, targets.scores))
-        self.options, self.weights = options, weights
+        self.options, self.weights = LossOptions(self.order, **options), weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
-        if options.order > 1:
-            check_weights(weights, options.order)
+        if self.order > 1:
+            check_weights(weights, self.order)
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments as text, for the printed form of the module."""
         values = vars(self.options) | vars(self)
-        names = list(inspect.signature(type(self).__init__).parameters)[2:]
+        names = list(self.__signature__.parameters)[1:]
         numbers = {"weights": repr(values.get("weights"))}  # printed in full, even if a tensor
         return ", ".join(f"{name}={numbers.get(name) or shown(values[name])}" for name in names)
 
@@ -391,19 +411,12 @@ class FirstOrderDSM(_DSM):
         tensor(1.)
     """
 
-    def __init__(
-        self,
-        model: ScoreModel,
-        *,
-        targets: AveragedTargets | TargetScores | None = None,
-        weighting: Weighting = "noise",
-        time_sampler: TimeSampler = None,
-        reduction: Reduction = "mean",
-    ) -> None:
-        options = LossOptions(
-            1, weighting=weighting, time_sampler=time_sampler, reduction=reduction
-        )
-        super().__init__(model, options, targets)
+    order = 1
+    __signature__ = _signature(first_order_dsm)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, model: ScoreModel, **options: Unpack[_Options]) -> None: ...
 
     def forward(
         self,
@@ -426,6 +439,10 @@ class FirstOrderDSM(_DSM):
 
 
 class _HigherOrderDSM(_DSM):
+    if TYPE_CHECKING:
+
+        def __init__(self, model: ScoreModel, **options: Unpack[_HigherOptions]) -> None: ...
+
     def forward(
         self,
         x0: Tensor,
@@ -466,29 +483,8 @@ class SecondOrderDSM(_HigherOrderDSM):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        model: ScoreModel,
-        *,
-        probes: Probes = 1,
-        targets: AveragedTargets | TargetScores | None = None,
-        weights: TermWeights | None = None,
-        weighting: Weighting = "noise",
-        time_sampler: TimeSampler = None,
-        fraction: float = 1.0,
-        engine: Engine = "auto",
-        reduction: Reduction = "mean",
-    ) -> None:
-        options = LossOptions(
-            2,
-            probes=probes,
-            fraction=fraction,
-            engine=engine,
-            weighting=weighting,
-            time_sampler=time_sampler,
-            reduction=reduction,
-        )
-        super().__init__(model, options, targets, weights)
+    order = 2
+    __signature__ = _signature(second_order_dsm)
 
 
 class ThirdOrderDSM(_HigherOrderDSM):
@@ -508,26 +504,5 @@ class ThirdOrderDSM(_HigherOrderDSM):
         (torch.Size([4]), torch.Size([4]))
     """
 
-    def __init__(
-        self,
-        model: ScoreModel,
-        *,
-        probes: Probes = 1,
-        targets: AveragedTargets | TargetScores | None = None,
-        weights: TermWeights | None = None,
-        weighting: Weighting = "noise",
-        time_sampler: TimeSampler = None,
-        fraction: float = 1.0,
-        engine: Engine = "auto",
-        reduction: Reduction = "mean",
-    ) -> None:
-        options = LossOptions(
-            3,
-            probes=probes,
-            fraction=fraction,
-            engine=engine,
-            weighting=weighting,
-            time_sampler=time_sampler,
-            reduction=reduction,
-        )
-        super().__init__(model, options, targets, weights)
+    order = 3
+    __signature__ = _signature(third_order_dsm)
