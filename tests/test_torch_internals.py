@@ -94,7 +94,6 @@ SAID = {
         lambda: twice(lambda x: DIFFERENTIABLE_ONCE(x.sin()[None]).sin()),
         lambda: twice(lambda x: attend(x.sin())),
     ],
-    "NO_FORWARD": [lambda: jvp(attend, (ONES,), (ONES,))],
     "NO_GRAPH": [lambda: torch.autograd.grad(ONES.sum(), ONES)],
     "REENTRANT_CHECKPOINT": [
         lambda: once_and_again(lambda x: checkpoint(torch.sin, x, use_reentrant=True))

@@ -31,7 +31,6 @@ ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # saved-tensor hoo
 # Substrings that identify PyTorch errors. NOT_TWICE identifies an operator without a second
 # derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
-NO_FORWARD = "use forward AD with"  # an operator without a forward-mode derivative
 NO_GRAPH = (
     "does not require grad and does not have a grad_fn"  # a gradient taken inside the network
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.func import hessian, jacrev, vmap
 
@@ -209,6 +210,49 @@ def test_arguments_that_do_not_go_together(network, points, count, shape, pairs)
 def test_what_cannot_be_followed_is_named(points):
     with pytest.raises(taylor.TaylorError, match="complex"):
         taylor.jet(lambda x: torch.fft.fft(x).real, points, directions())
+
+
+# Operators whose first or second derivative PyTorch does not implement in forward mode.
+MISSING = {
+    "pdist": F.pdist,
+    "embedding_bag": lambda x: F.embedding_bag(torch.zeros(5, 1, dtype=torch.long), x, mode="sum"),
+    "heaviside": lambda x: torch.heaviside(x, x),
+    "soft_margin_loss": lambda x: F.soft_margin_loss(x, x.detach().sign(), reduction="none"),
+    "special_zeta": lambda x: torch.special.zeta(x.square() + 2, x.square() + 1),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_an_operator_without_a_forward_derivative_is_named_with_a_remedy(name, points):
+    words = f"^{name}: PyTorch does not implement .* Write it with other operators"
+    for derive in (taylor.laplacian, lambda f, x: taylor.jet(f, x, directions(), "squares")):
+        with pytest.raises(taylor.TaylorError, match=words) as raised:
+            derive(MISSING[name], points)
+        assert "file an issue" not in str(raised.value)
+
+
+def test_what_pytorch_does_not_implement_at_all_is_its_own_error(points):
+    with pytest.raises(RuntimeError, match="Half"):
+        taylor.laplacian(lambda x: torch.linalg.qr(x.half())[0], points)
+
+
+# PyTorch takes these rows for a batch of vectors; and what is no part of a triangle is not read.
+ROWS = torch.tensor([[1.0, 2.0], [-1.0, 3.0]], dtype=torch.float64)
+WRONG = {
+    "cholesky_solve": lambda x: torch.cholesky_solve(ROWS, x.tril()),
+    "triangular_solve": lambda x: torch.triangular_solve(ROWS, x)[0],
+    "functions behind": lambda x: torch._native_batch_norm_legit(x, None, None, True, 0.1, 1e-5)[
+        0
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("words", WRONG)
+def test_operators_with_a_wrong_forward_derivative_are_refused(words):
+    x = torch.randn(2, 2, 2) + 3 * torch.eye(2)
+    with pytest.raises((taylor.TaylorError, taylor.DerivativeError), match=words):
+        taylor.laplacian(WRONG[words], x)
 
 
 BATCH = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

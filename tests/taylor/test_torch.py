@@ -7,7 +7,9 @@ that are gone are an AttributeError in many other tests.
 from contextlib import nullcontext
 from functools import partial
 
+import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +42,14 @@ def test_transforms_are_seen():
     vjp(look, x)
     vmap(grad(look))(x[None])
     assert found == [False, True, True, True, True]
+
+
+def test_the_text_of_the_error_for_an_operator_without_a_forward_derivative():
+    """2.6 to 2.15; of an operator with a kernel for autograd, and of one without."""
+    x = torch.ones(3, 2)
+    for function in (F.pdist, lambda x: torch.heaviside(x, x)):
+        with pytest.raises(NotImplementedError, match=_torch.NO_FORWARD):
+            jvp(function, (x,), (x,))
 
 
 def hooks():

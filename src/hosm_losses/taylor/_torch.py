@@ -19,6 +19,7 @@ _lock = threading.RLock()
 _look: Any = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 TELLS_HOOKS = _look is not None
 dispatch_depth: Any = _C._len_torch_dispatch_stack  # how many dispatch modes surround a call
+NO_FORWARD = "use forward AD with"  # in the error for an operator without a forward derivative
 
 
 def in_functorch() -> bool:

@@ -15,7 +15,8 @@ Without a rule:
     the user's arguments, using the safe primitives. This is correct but slower. Calls that could
     give wrong derivatives raise TaylorError: calls with complex numbers outside rotary embeddings,
     and calls under torch.no_grad, including those in the forward of a custom autograd.Function.
-    Operators that PyTorch does not differentiate raise ConstantError. In-place changes are handled
+    Operators without a forward-mode derivative in PyTorch raise TaylorError, too. Operators that
+    PyTorch does not differentiate raise ConstantError. In-place changes are handled
     in `memory` and `in_place`.
 
 A rule may call other rules, and may call PyTorch functions on stacks. A rule must not call PyTorch
@@ -34,6 +35,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from hosm_losses.taylor import memory
 from hosm_losses.taylor._torch import (
+    NO_FORWARD,
     forward_mode,
     forward_mode_on,
     in_custom_function,
@@ -44,6 +46,7 @@ from hosm_losses.taylor._torch import (
     without_subclasses,
 )
 from hosm_losses.taylor.primitives import (
+    MISSING,
     WRONG,
     refuse_constant,
     safe_primitives,
@@ -276,7 +279,12 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     derivatives = tuple(
         jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
     )
-    stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
+    try:
+        stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
+    except NotImplementedError as error:
+        if NO_FORWARD not in str(error):
+            raise
+        raise TaylorError(f"{name_of(func)}: {MISSING}") from error
     leaves, tree = seen
     outputs = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     for output in outputs if name_of(func) in memory.MAY_RETURN_VIEW else ():

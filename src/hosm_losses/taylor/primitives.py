@@ -67,11 +67,12 @@ def _operators_named(names: str) -> set[Any]:
 
 # Operators with a forward-mode formula that PyTorch does not differentiate correctly: those up to
 # logdet before version 2.15, cumprod if a factor is zero, and the operators from eigh on if they
-# are differentiated twice.
+# are differentiated twice. For some inputs, the formulas of cholesky_inverse, cholesky_solve and
+# triangular_solve are wrong themselves.
 _FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
-    "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
-    "cosine_similarity "
+    "cholesky_inverse cholesky_solve triangular_solve linear_cross_entropy dist pairwise_distance "
+    "matrix_norm float_power cosine_similarity "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # These operators are wrong only if they reduce by a product.
@@ -81,6 +82,10 @@ _PLAIN_ONLY = _operators_named("scaled_dot_product_attention multi_head_attentio
 WRONG = (
     "PyTorch does not differentiate its forward-mode derivative correctly. Write it with other "
     "operators."
+)
+MISSING = (
+    "PyTorch does not implement its first or second derivative in forward mode. Write it with "
+    "other operators."
 )
 # Functions that only use the dtype or shape of an argument; and torch.tensor, which detaches.
 _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
@@ -297,6 +302,7 @@ def complete_primitives() -> None:
         "select_scatter": _select_scatter,
         "index_fill": _index_fill,
         "native_layer_norm native_group_norm native_batch_norm": refuse_norms,
+        "_native_batch_norm_legit _batch_norm_with_update": refuse_norms,
         torch.batch_norm: refuse_norms,
         torch.instance_norm: refuse_norms,
     }
@@ -307,7 +313,6 @@ def complete_primitives() -> None:
     for function, primitive in list(PRIMITIVES.items()):
         if not function.__name__.endswith("_"):
             PRIMITIVES.update(dict.fromkeys(operators(function.__name__), primitive))
-    PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), refuse_norms))
     # For one sample in channels_last on the CPU, PyTorch gets even the first derivative wrong.
     for function in *functions_named("instance_norm"), *operators("instance_norm"):
         OF_ONE[function] = PRIMITIVES[function]
