@@ -283,13 +283,13 @@ def _exp(x: Tensor) -> Iterator[Tensor]:
 @pointwise("sin")
 def _sin(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
-    yield from (sin, cos, -sin, -cos)
+    return iter((sin, cos, -sin, -cos))
 
 
 @pointwise("cos")
 def _cos(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
-    yield from (cos, -sin, -cos, sin)
+    return iter((cos, -sin, -cos, sin))
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
