@@ -1110,6 +1110,30 @@ MUTANTS = [
         '"v_prediction": "velocity"',
         "tests/model/test_score_model.py",
     ),
+    Mutant(
+        "taylor/composites.py",
+        "ops.unsqueeze(x1, -2), ops.unsqueeze(x2, -3)",
+        "ops.unsqueeze(x1, -3), ops.unsqueeze(x2, -2)",
+        "tests/taylor/test_calls.py",
+    ),
+    Mutant(
+        "taylor/composites.py",
+        "ops.where(ops.lt(far, delta), curved, straight)",
+        "ops.where(ops.le(far, delta), curved, straight)",
+        "tests/taylor/test_edges.py",
+    ),
+    Mutant(
+        "taylor/composites.py",
+        "[count // 2, count // 2, count % 2], dim)",
+        "[count // 2, count - count // 2, 0], dim)",
+        "tests/taylor/test_calls.py",
+    ),
+    Mutant(
+        "taylor/jets.py",
+        "if NO_FORWARD not in str(error):",
+        "if NO_FORWARD in str(error):",
+        "tests/taylor/test_directional.py",
+    ),
 ]
 
 

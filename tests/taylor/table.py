@@ -177,6 +177,25 @@ def norm(f, x, c):
     return f(cube(x), order, where, c(False, True))
 
 
+def distances(f, x, c):
+    """Between rows of one batch, of which some coincide, and of two, on one side or both."""
+    rows = cube(x)
+    pairs = (rows, rows), (rows, rows.cos()), (rows, OTHER), (OTHER[:1], rows), (x, WEIGHT)
+    return f(*c(*pairs), **c({}, {"p": 2}, {"p": 3.0}, {"p": 1.0}))
+
+
+def angles(f, x, c):
+    pairs = (cube(x), OTHER), (cube(x), cube(x).cos()), (OTHER[0], cube(x)), (x, x.sin())
+    return f(*c(*pairs), **c({}, {"dim": -1}, {"eps": 1e-3}))
+
+
+def huber(f, x, c):
+    """Some elements are straight, some curved."""
+    pair = c((2 * x, WEIGHT[:3]), (WEIGHT[:3], x), (x, x.cos()))
+    loss = f(*pair, **c({}, {"reduction": "none"}, {"reduction": "sum", "delta": 0.5}))
+    return loss * x[0]
+
+
 def running(f, x, c):
     """Batch and instance norms; momentum zero leaves the statistics as they are."""
     statistics = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.7])
@@ -411,6 +430,10 @@ TABLE = {
     ),
     "batch_norm instance_norm": running,
     "norm vector_norm normalize": norm,
+    "cdist": distances,
+    "cosine_similarity": angles,
+    "huber_loss": huber,
+    "prod": moves((1,), (-1, True), (0,)),
     "var std var_mean std_mean": spread,
     "logaddexp": lambda f, x, c: f(*near(x, c)),
     "linear": lambda f, x, c: f(
@@ -465,7 +488,7 @@ TABLE = {
     "requires_grad grad_fn": lambda f, x, c: (f(x * 1), x)[1],
     "register_hook": lambda f, x, c: (x * 1, f(x * 1, lambda gradient: None))[0],
     # Functions that have no rule, or no derivative.
-    "amax logsumexp log_softmax prod": moves((1,), (-1,)),
+    "amax logsumexp log_softmax": moves((1,), (-1,)),
     "max median": moves((), (1,), (-1, True)),
     "tensor_split movedim": moves((1, 2)),
     "frac": lambda f, x, c: f(3 * x),

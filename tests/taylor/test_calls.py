@@ -143,6 +143,7 @@ TAKEN = {
     "a power that depends on x": lambda x: x.abs() ** x.sin(),
     "the largest divides": lambda x: F.normalize(x, float("inf")),
     "the length by the largest": lambda x: torch.linalg.vector_norm(x, float("inf"), 1),
+    "a product of all elements": lambda x: x[0].prod() * x,
     "roll of all elements": lambda x: x.roll(3),
     "t of one axis": lambda x: x[0].t() * x,
     "einsum of several batches": lambda x: torch.einsum("...i,...i->...", x[None], x),
@@ -172,6 +173,9 @@ REFUSED = {
     "less than truth": lambda x: True - x,
     "layer norm of another shape": lambda x: F.layer_norm(x, (3,)),
     "groups that divide no channels": lambda x: F.group_norm(x, 3),
+    "distances of rows of another length": lambda x: torch.cdist(x, WEIGHT[:, :1]),
+    "distances of a vector": lambda x: torch.cdist(x[0], WEIGHT),
+    "a loss that is curved nowhere": lambda x: F.huber_loss(x, x.sin(), delta=0.0),
     "an odd gate": lambda x: F.glu(x[:, :3]),
     "same with strides": lambda x: F.conv1d(
         x[:, None], WEIGHT[None, :1, :3], stride=2, padding="same"

@@ -42,8 +42,25 @@ BY_HAND = {
     "powers": (lambda x: x**3 + x**2, [0.0], lambda v: (0, 0, 2 * v * v)),
     # Constant there, as in PyTorch.
     "a length": (lambda x: x.norm(dim=1), [0.0, 0.0], lambda v: (0, 0, 0)),
+    "a distance": (lambda x: torch.cdist(x, torch.ones(1, 2)), [1.0, 1.0], lambda v: (0, 0, 0)),
     "a spread": (lambda x: x.std(1), [1.0, 1.0], lambda v: (0, 0, 0)),
     "below eps": (F.normalize, [1e-14] * 3, lambda v: (0.01, 1e12 * v, 0)),
+    # PyTorch's gradient is not that of its value, in which a length below eps counts as eps.
+    "an angle below eps": (
+        lambda x: F.cosine_similarity(x, torch.tensor([[3.0, 4.0]]), eps=1.0),
+        [0.1, 0.2],
+        lambda v: (0.22, v @ torch.tensor([0.6, 0.8]), 0),
+    ),
+    "where a Huber loss gets straight": (
+        lambda x: F.huber_loss(x, torch.zeros(1, 1), reduction="none", delta=2.0),
+        [-2.0],
+        lambda v: (2, -2 * v, 0),
+    ),
+    "a product with two zeros": (
+        lambda x: x.prod(1),
+        [0.0, 3.0, 0.0],
+        lambda v: (0, 0, 6 * v[0, 0] * v[0, 2]),
+    ),
     "softplus": (
         lambda x: F.softplus(x, 2, threshold=8),
         [3.0],

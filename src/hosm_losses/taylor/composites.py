@@ -31,6 +31,7 @@ from hosm_losses.taylor.registry import (
     Function,
     NoRule,
     axes,
+    axis,
     functions_named,
     rule,
 )
@@ -106,6 +107,20 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
     return ops.add(high, ops.softplus(ops.masked_fill(ops.sub(low, high), infinite, 0.0)))
+
+
+@composite("prod", several=False)
+def _prod(ops: Any, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Multiplies halves: PyTorch's third derivative is NaN if a factor is zero."""
+    dim, dtype = axis(dim, x.ndim), dtype or x.dtype
+    x, count = _wide(ops, ops.to(x, dtype)), x.shape[dim]
+    if not count or not dtype.is_floating_point:
+        raise NoRule
+    while count > 1:
+        left, right, rest = ops.split(x, [count // 2, count // 2, count % 2], dim)
+        x = ops.cat([ops.mul(left, right), rest], dim)
+        count = x.shape[dim]
+    return ops.to(x if keepdim else ops.squeeze(x, dim), dtype)
 
 
 # ----------------------------------------------------------------------------- lengths and spreads
@@ -188,6 +203,42 @@ def _vector_or_matrix_norm(
     if p is not None and (count > 2 or (p == "fro") != (count == 2)):
         raise NoRule
     return _norm(ops, x, 2 if p is None else p, dim, *args, **named)
+
+
+@composite("cdist", primitive=True)
+def _cdist(ops: Any, x1: Any, x2: Any, p: Any = 2.0, compute_mode: Any = None) -> Any:  # noqa: ARG001
+    if min(x1.ndim, x2.ndim) < 2 or x1.shape[-1] != x2.shape[-1]:
+        raise NoRule  # PyTorch rejects this call
+    return _norm(ops, ops.sub(ops.unsqueeze(x1, -2), ops.unsqueeze(x2, -3)), p, -1)
+
+
+@composite("cosine_similarity")
+def _cosine_similarity(ops: Any, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    """Like PyTorch's value, in which a length below eps counts as eps."""
+    dim = axis(dim, max(x1.ndim, x2.ndim))
+    if min(x1.ndim, x2.ndim) < -dim or x1.shape[dim] != x2.shape[dim]:
+        raise NoRule  # each length is taken after broadcasting
+    rows = (_normalize(ops, x, 2, dim, eps) for x in (x1, x2))
+    return ops.sum(ops.mul(*rows), dim)
+
+
+@composite(F.huber_loss)
+def _huber_loss(
+    ops: Any,
+    input: Any,  # noqa: A002
+    target: Any,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Any = None,
+) -> Any:
+    """z²/2 where |z| < δ, and δ (|z| − δ/2) elsewhere, for z = input − target."""
+    if weight is not None or delta <= 0 or reduction not in ("none", "mean", "sum"):
+        raise NoRule
+    z = ops.sub(input, target)
+    far = ops.abs(z)
+    curved, straight = ops.mul(ops.mul(z, z), 0.5), ops.mul(ops.sub(far, delta / 2), delta)
+    loss = ops.where(ops.lt(far, delta), curved, straight)
+    return loss if reduction == "none" else getattr(ops, reduction)(loss)
 
 
 def _spread(
