@@ -32,7 +32,7 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    for name in ("compiled", "operators"):
+    for name in ("compiled", "operators", "upstream"):
         found[name] = results.read(file.parent / f"{name}.json")
     answers = (
         "calibration",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.page.numbers import PROBLEMS, Found, markdown, number, spread, walk
+from benchmarks.upstream import ISSUES
 
 JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
 
@@ -40,7 +41,41 @@ def peers(found: Found) -> str:
     return markdown(["Peer", "Compared", "Theirs over ours", "Ahead in", "Where"], lines)
 
 
+def upstream(found: Found) -> str:
+    """The operators of which some PyTorch gets a derivative wrong, each verdict with its versions.
+
+    Versions are named where verdicts differ between them.
+    """
+    columns = {
+        "Second derivative, `torch.func.jvp`": ("jvp", "second"),
+        "Second, backward": ("backward", "second"),
+        "Third, backward": ("backward", "third"),
+        "Both, this library": ("library", "second", "third"),
+    }
+    versions = sorted(found["upstream"], key=lambda each: [*map(int, each.split("."))])
+    reports = {each.rpartition(".")[0]: found["upstream"][each]["found"] for each in versions}
+    lines = []
+    for name in reports[max(reports)]:
+        cells = []
+        for way, *ordinals in columns.values():
+            groups: dict[str, list[str]] = {}
+            for version, rows in reports.items():
+                given = {rows[name][each][way]["verdict"]: None for each in ordinals}
+                text = ", ".join(given).replace("refused", "an error")
+                groups.setdefault(text, []).append(version)
+            several = [f"{given} in {', '.join(among)}" for given, among in groups.items()]
+            cells.append("; ".join(several if len(several) > 1 else groups))
+        if any("wrong" in each or "NaN" in each for each in cells):
+            issues = (
+                f"[{n}](https://github.com/pytorch/pytorch/issues/{n})"
+                for n in ISSUES.get(name, ())
+            )
+            lines.append([name, *cells, ", ".join(issues)])
+    return markdown(["Operator", *columns, "Issue"], lines)
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
     "peers": peers,
     "known": known,
+    "upstream": upstream,
 }
