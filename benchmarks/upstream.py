@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.experiment import Row, alone, parser
+from benchmarks.experiment import Row, alone, environment, parser
 from hosm_losses import DerivativeError
 from hosm_losses.taylor import jet
 
@@ -347,9 +347,9 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("words", nargs="*", metavar="WORD", help="of names; default: all")
     options = arguments.parse_args()
-    words = ["norm"] if options.smoke else options.words
+    words, where = ["norm"] if options.smoke else options.words, environment(options)
     rows: Any = alone(answer, words)
-    report = {"environment": results.environment(), "tally": tally(rows), "found": rows}
+    report = {"environment": where, "tally": tally(rows), "found": rows}
     results.show(f"PyTorch {torch.__version__}", report["tally"])
     if not words:
         results.keep(FILE, {torch.__version__.partition("+")[0]: report})
