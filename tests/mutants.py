@@ -506,6 +506,26 @@ MUTANTS = [
         "<= 50 * error",
         "tests/losses/test_target_scores.py",
     ),
+    # Rounding counts as information, that of scores which were converted since too; a matrix may
+    # have negative eigenvalues.
+    Mutant(
+        "losses/targets.py",
+        "torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0)",
+        "eigenvalues",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "max(of_scores**2, of_F, torch.finfo(torch.float32).eps)",
+        "max(of_scores**2, of_F)",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "if least < -slack * largest or skew >",
+        "if skew >",
+        "tests/losses/test_target_scores.py",
+    ),
     # Indices that the caller gives stand for N - 1 times in place of N.
     Mutant(
         "losses/weighting.py",

@@ -93,6 +93,9 @@ TENSORS = [
     *bad(TypeError, X.byte(), X.long(), X + 0j, X.numpy(), None, *NOT_DENSE),
     *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0),
 ]
+# Tensors that are none of a sample of X.
+INFORMATION = [X, X[0], T[:1], torch.ones(2, device="meta")]
+INFORMATION += [torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.4, 1.0]])]
 NO_WHOLE = True, 2.0, "2", np.array([1, 2])
 WHOLE = bad(ValueError, 0, -1) + bad(TypeError, *NO_WHOLE)
 NO_NUMBER = None, "1", True, torch.tensor(0.5)
@@ -159,12 +162,13 @@ BAD = {
     "scores": bad(TypeError, None, 1.0, X.numpy(), X.long(), *NOT_DENSE)
     + bad(ValueError, X[:0], X * NAN),
     "information": [
-        *bad(TypeError, "all", True, 1j, X.long(), [1.0, 2.0]),
-        *bad(ValueError, NAN, -1.0, -INF, X / 0, X[:0]),
+        *bad(TypeError, "all", True, 1j, X.long(), [1.0, 2.0], torch.tensor(1j), X[0, 0] > 0),
+        *bad(ValueError, NAN, -1.0, -INF, X / 0, X[:0], torch.tensor(-1.0), torch.tensor(NAN)),
+        *bad(ValueError, *INFORMATION),
     ],
     "averaged": bad(TypeError, True, "batch", hosm.AveragedTargets, X),
     "matrix": FLAG,
-    "dimensions": bad(ValueError, 0, -1) + bad(TypeError, True, 2.0, "2"),
+    "dimensions": bad(ValueError, 0, -1, 3) + bad(TypeError, True, 2.0, "2"),
     "probes": [
         *bad(TypeError, None, True, False, 2.0, np.array([1, 2]), hosm.Hutchinson),
         *bad(ValueError, 0, -1, "2", "all"),
@@ -281,9 +285,7 @@ SCORES = [
     *bad(TypeError, *map(hosm.TargetScores, (X.float(), lambda x: None, lambda x: x.float()))),
     *bad(ValueError, hosm.TargetScores(X[:3]), hosm.TargetScores(X[:, :1])),
     *bad(ValueError, hosm.TargetScores(lambda x: x * NAN), hosm.TargetScores(X.to("meta"))),
-    *bad(ValueError, *(hosm.TargetScores(X, each) for each in (X, X[0], T[:1]))),
-    *bad(ValueError, hosm.TargetScores(X, torch.tensor([[1.0, 0.5], [0.4, 1.0]]))),
-    *bad(ValueError, hosm.TargetScores(X, torch.ones(2, device="meta"))),
+    *bad(ValueError, *(hosm.TargetScores(torch.neg, each) for each in INFORMATION)),
 ]
 TO_AVERAGE = [
     *SCORES,

@@ -57,7 +57,8 @@ def test_a_loss_reads_no_value(data):
     inputs = {} if weights is None else {"weights": weights}
     if pick.now_and_then():
         averaged = hosm.AveragedTargets(pick.choice([None, x0]))
-        scores = hosm.TargetScores(torch.neg, pick.choice([None, 1.0, x0[0]]), averaged)
+        kinds = [None, 1.0, x0[0], x0[0].sum(), x0.flatten(1).T @ x0.flatten(1)]
+        scores = hosm.TargetScores(torch.neg, pick.choice(kinds), averaged)
         inputs |= {"targets": pick.choice([averaged, scores, hosm.TargetScores(x0)])}
     if pick.now_and_then():
         inputs |= {"noise": x0.clone()}

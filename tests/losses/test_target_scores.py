@@ -380,7 +380,8 @@ def test_gradients_of_every_sample_by_torch_func():
         inputs = {"t": t, "noise": noise, "probe": probe, "targets": targets}
         return torch.func.functional_call(module, parameters, (x0,), inputs)
 
-    for information, alone in ((F_PLANE, F_PLANE), (None, math.inf)):
+    number = torch.tensor(2.0)  # whose value is not read under vmap
+    for information, alone in ((F_PLANE, F_PLANE), (None, math.inf), (number, 2.0)):
         batched = torch.func.vmap(torch.func.grad(loss), (None, None, *[0] * 5))
         found = batched(parameters, information, x0, g, t, noise, probe)
         targets = hosm.TargetScores(g, alone)
@@ -423,6 +424,97 @@ def test_what_has_no_information_has_the_papers_target(kind):
     x0, g, noise = (each @ R.T for each in (x0, g, noise))
     found = hosm.dsm_terms(model, x0, noise=noise, **inputs, targets=hosm.TargetScores(g, F))
     assert_same(found.first, wanted, 1e-12)
+
+
+SINGLE, DOUBLE, SHORT = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("made", "kept", "used"),
+    [
+        (SINGLE, None, SINGLE),
+        (SINGLE, None, DOUBLE),
+        (SINGLE, SINGLE, SINGLE),
+        (SINGLE, DOUBLE, DOUBLE),
+        (SHORT, None, SHORT),
+        ("six decimals", None, DOUBLE),
+    ],
+)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_rounding_of_the_scores_is_no_information(made, kept, used, as_function):
+    """Along the normal of a plane the target is ε, whatever has been converted since.
+
+    The scores are rounded to `made`. The matrix is the user's own in `kept`, with the error of a
+    sum in float32, or for None that of `information_of`, and the loss is computed in `used`.
+    """
+    Q = torch.linalg.qr(torch.randn(3, 3)).Q
+    x0, normal = torch.randn(4000, 2) @ Q[:2], Q[2]
+    x0 = x0.round(decimals=6) if isinstance(made, str) else x0.to(made)
+    if kept is None:
+        F = hosm.TargetScores.information_of(x0, -x0, matrix=True, dimensions=2)
+    else:
+        F = (Q[:2].T @ Q[:2] + 1e-7 * torch.eye(3)).to(kept)
+    x0, eps = x0[:5].to(used), torch.randn(5, 3).to(used)
+    targets = hosm.TargetScores(torch.neg if as_function else -x0, F)
+    t = torch.full((5,), 0.8, dtype=torch.promote_types(used, SINGLE))
+    inputs = {"t": t, "noise": eps, "targets": targets, "order": 1}
+    along, found = (eps.double() @ normal)[:, None] * normal, []
+    for noise in (0 * along, along):
+        model = hosm.ScoreModel(lambda x, t, noise=noise: noise.to(x.dtype), hosm.VESchedule())
+        found.append(hosm.dsm_terms(model, x0, **inputs).first.double())
+    # ‖e‖² − ‖e − (ε·n) n‖² is (ε·n)² where e·n = ε·n, and its negative where e·n = 0.
+    torch.testing.assert_close(found[0] - found[1], along.square().mean(1), rtol=0.05, atol=0.02)
+
+
+NOTHING = [0, 0.0, torch.tensor(0.0), torch.tensor(0), torch.zeros(2), torch.zeros(2, 2)]
+
+
+@pytest.mark.parametrize("none", [*NOTHING, math.inf, torch.tensor(math.inf)], ids=str)
+def test_no_information_and_infinite_information_are_the_papers_target(none):
+    x0, model = torch.randn(5, 2), model_of()
+    inputs = {"t": torch.full((5,), 0.4), "noise": torch.randn(5, 2)}
+    found = [
+        hosm.third_order_dsm(model, x0, **inputs, targets=targets, generator=draws())
+        for targets in (hosm.TargetScores(-x0, none), hosm.TargetScores(minus, none), None)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("number", [torch.tensor(2.0), torch.tensor(2), torch.full((2,), 2.0)])
+def test_a_tensor_without_dimensions_is_a_number(number):
+    x0, model = torch.randn(5, 2), model_of()
+    inputs = {"t": torch.full((5,), 0.4), "noise": torch.randn(5, 2)}
+    found = [
+        hosm.first_order_dsm(model, x0, **inputs, targets=hosm.TargetScores(-x0, each))
+        for each in (number, 2.0)
+    ]
+    assert found[0] == found[1]
+    assert "information=2," in repr(hosm.TargetScores(minus, torch.tensor(2)))
+
+
+@pytest.mark.parametrize(
+    ("F", "got"),
+    [
+        ([[1.0, 2.0], [2.0, 1.0]], "a least eigenvalue of -1 and an asymmetry of 0"),
+        ([[1.0, 0.5], [0.4, 1.0]], "a least eigenvalue of 0.6 and an asymmetry of 0.1"),
+    ],
+)
+def test_a_matrix_is_refused_as_soon_as_it_is_known_to_be_one(F, got):
+    """With a function of scores that is in a loss, as it may be by element of 2 × 2 samples."""
+    x0, F = torch.randn(4, 2), torch.tensor(F)
+    message = rf"information: expected a symmetric, positive semidefinite matrix; got {got}\. "
+    with pytest.raises(ValueError, match=f"^{message}"):
+        hosm.TargetScores(-x0, F)
+    targets = hosm.TargetScores(minus, F)
+    with pytest.raises(ValueError, match=rf"^targets\.{message}"):
+        hosm.first_order_dsm(model_of(), x0, targets=targets)
+    hosm.first_order_dsm(model_of(d=4), torch.randn(4, 2, 2), targets=targets)
+
+
+@pytest.mark.parametrize("dtype", [SHORT, SINGLE, DOUBLE])
+def test_a_matrix_is_not_refused_for_its_rounding(dtype):
+    root = torch.randn(40, 30)
+    hosm.TargetScores(torch.randn(4, 40), (root @ root.T).to(dtype))
 
 
 def test_averages_still_have_to_know_what_goes_with_whom():

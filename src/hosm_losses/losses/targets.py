@@ -370,11 +370,13 @@ class TargetScores:
         information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
             to math.inf (math.inf gives the paper's targets), a tensor with the shape of a sample
             (one number per element), or a matrix (d, d), whose eigenvectors are computed once, in
-            the constructor. If `information` is None, F is estimated for each sample from the
-            elementwise means of g² over the other samples of the batch (under DDP, of the batch
-            in the same process). If there are no other samples, the targets are the paper's
-            targets; the same is true along directions of zero information, such as a constant
-            coordinate.
+            the constructor. A 0-dim tensor is a number. If `information` is None, F is estimated
+            for each sample from the elementwise means of g² over the other samples of the batch
+            (under DDP, of the batch in the same process). If there are no other samples, the
+            targets are the paper's targets; the same is true if the information is zero, or along
+            directions in which it is zero, such as a constant coordinate. An eigenvalue of a
+            matrix counts as zero if it is below 1.2e-7 d times the largest, or below a larger
+            multiple if x₀ or the matrix is in half precision.
         averaged: an `AveragedTargets` if the targets should also be averaged over all data that
             may have produced x. If `averaged` has a reference, `scores` must be a callable,
             because the scores of the reference are needed as well.
@@ -383,8 +385,8 @@ class TargetScores:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
             although `averaged` has a reference, or if another argument has the wrong type.
         ValueError: if `scores` or the elements of `information` are not finite, or if
-            `information` is a negative number or NaN; in a loss, also if `scores` or `information`
-            does not match the batch.
+            `information` is a negative number, NaN, or a matrix that is not symmetric and positive
+            semidefinite; in a loss, also if `scores` or `information` does not match the batch.
 
     Example:
         >>> import torch
@@ -412,21 +414,23 @@ class TargetScores:
         if averaged is not None and averaged.reference is not None and not callable(self.scores):
             expected = "a callable if there is a reference, whose scores are also needed"
             raise TypeError(error_message("scores", expected, self.scores))
-        information: object = self.information
-        if isinstance(information, Tensor):
-            check_sample_batch("information", information[None], images=False)
-            if information.ndim == 2 and information.shape[0] == information.shape[1]:
-                matrix = leave_inference_mode(information).detach().to(wide(information))
-                eigenvalues, basis = torch.linalg.eigh(matrix)
-                rounding = len(matrix) * torch.finfo(information.dtype).eps * eigenvalues.amax()
-                eigenvalues = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
-                object.__setattr__(self, "_eigen", (eigenvalues, basis))
-        elif information is not None:
+        given: object = self.information
+        if isinstance(given, Tensor) and given.ndim == 0 and can_read_values(given):
+            given = given.item()
+            object.__setattr__(self, "information", given)
+        if isinstance(given, Tensor):
+            check_sample_batch("information", given[None], images=False)
+            if given.ndim == 2 and given.shape[0] == given.shape[1]:
+                matrix = leave_inference_mode(given).detach().to(wide(given))
+                object.__setattr__(self, "_eigen", tuple(torch.linalg.eigh(matrix)))
+            if isinstance(self.scores, Tensor):
+                self._check_information("information", given, self.scores)
+        elif given is not None:
             expected = "a number from 0 to math.inf, a tensor or None"
-            if isinstance(information, bool) or not isinstance(information, Real):
-                raise TypeError(error_message("information", expected, information))
-            if not float(information) >= 0:
-                raise ValueError(error_message("information", expected, information))
+            if isinstance(given, bool) or not isinstance(given, Real):
+                raise TypeError(error_message("information", expected, given))
+            if not float(given) >= 0:
+                raise ValueError(error_message("information", expected, given))
 
     def __repr__(self) -> str:
         """Return the constructor call, with tensors shown by their shapes."""
@@ -449,15 +453,16 @@ class TargetScores:
             matrix: whether to return the matrix (d, d) rather than one number per element. The
                 additional noise that the matrix removes, integrated over log σ̂, is
                 ½ log(∏ F_ii / det F).
-            dimensions: the dimension of the subspace in which the data lie; None means d.
+            dimensions: the dimension of the subspace in which the data lie, at most d; None means
+                d.
 
         Returns:
             F, in units of 1/x², as float64 on devices that support float64, otherwise as float32.
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the tensors do not match or are not finite, or if a matrix is requested
-                from fewer than 4 d samples.
+            ValueError: if the tensors do not match or are not finite, if `dimensions` is not from
+                1 to d, or if a matrix is requested from fewer than 4 d samples.
 
         Example:
             >>> import torch
@@ -471,6 +476,9 @@ class TargetScores:
         check_flag("matrix", matrix)
         count, d = len(data), data[0].numel()
         wanted = d if dimensions is None else check_whole("dimensions", dimensions, 1)
+        if wanted > d:
+            expected = f"a whole number from 1 to d = {d}, the elements of a sample"
+            raise ValueError(error_message("dimensions", expected, dimensions))
         if matrix and count < 4 * d:
             expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Set matrix=False."
             raise ValueError(error_message("data", expected, data, remedy, got=f"{count}"))
@@ -519,8 +527,8 @@ class TargetScores:
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
         information, basis = self._information_for(g, x0)
-        if isinstance(information, Tensor):  # a coordinate with zero scores has the paper's target
-            information = torch.where(information > 0, information, math.inf)
+        # Along a direction of zero information, the target is the paper's.
+        information = torch.where(information > 0, information, math.inf)
         control = 1 / (1 + sigma_hat.square() * information)
         c = inside(times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean))
         return ControlledMoments(noises, scores, control, basis, c, noises.mean - c, inside)
@@ -539,7 +547,7 @@ class TargetScores:
         check_finite("targets.scores", scores)
         return project(scores.to(wide(data))).reshape(len(data), -1)
 
-    def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
+    def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return F or, if F is a matrix, its eigenvalues and eigenvectors; g (B, d) are scores."""
         information, (count, d) = self.information, g.shape
         if information is None:
@@ -547,21 +555,40 @@ class TargetScores:
             squares = g.square()
             return (squares.sum(0) - squares) / max(count - 1, 1), None
         if not isinstance(information, Tensor):
-            return float(information), None
-        shape = tuple(x0.shape[1:])
+            return g.new_full((), float(information)), None
+        self._check_information("targets.information", information, x0)
+        if self._eigen is None or information.shape == x0.shape[1:]:
+            return leave_inference_mode(information).detach().reshape(1, -1).to(g.dtype), None
+        # Rounding errors, of the scores squared or of F, turn zero information into a little, for
+        # which the target would be 0 instead of ε. Tensors in float64 may have been computed in
+        # float32. Too high a threshold only leaves noise, since the paper's target is never wrong.
+        eigenvalues, basis = self._eigen
+        of_scores, of_F = (torch.finfo(each.dtype).eps for each in (x0, information))
+        eps = max(of_scores**2, of_F, torch.finfo(torch.float32).eps)
+        return torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0), basis
+
+    def _check_information(self, name: str, information: Tensor, samples: Tensor) -> None:
+        """Raise an error unless a tensor of information matches samples (B, *) and is valid."""
+        shape, d = tuple(samples.shape[1:]), samples[0].numel()
         is_matrix = information.shape == (d, d) != shape
-        like = (d, d) if is_matrix else shape, information.dtype, x0.device
-        check_like("targets.information", information, *like, "a sample of x0, or (d, d)")
-        if can_read_values(information):
-            expected, right = "numbers of at least 0", information >= 0
-            if is_matrix:
-                skew = (information - information.mT).abs()
-                expected, right = "a symmetric matrix", skew <= 1e-5 * information.abs().amax()
-            if not bool(right.all()):
-                raise ValueError(error_message("targets.information", expected, information))
-        if is_matrix and self._eigen is not None:
-            return self._eigen
-        return leave_inference_mode(information).detach().reshape(1, d).to(g.dtype), None
+        like = (d, d) if is_matrix else information.shape and shape  # () is a number
+        check_like(
+            name, information, like, information.dtype, samples.device, "a sample, or (d, d)"
+        )
+        if not can_read_values(information):
+            return
+        if not is_matrix or self._eigen is None:
+            if not bool((information >= 0).all()):
+                raise ValueError(error_message(name, "numbers of at least 0", information))
+            return
+        least, largest = (float(self._eigen[0][i]) for i in (0, -1))
+        skew = float((information - information.mT).abs().amax())
+        slack = max(1e-5, d * torch.finfo(information.dtype).eps)
+        if least < -slack * largest or skew > slack * float(information.abs().amax()):
+            expected = "a symmetric, positive semidefinite matrix"
+            got = f"a least eigenvalue of {least:.3g} and an asymmetry of {skew:.3g}"
+            remedy = "TargetScores.information_of(..., matrix=True) computes one in float64."
+            raise ValueError(error_message(name, expected, information, remedy, got=got))
 
 
 Targets = AveragedTargets | TargetScores | Tensor | None
