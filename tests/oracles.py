@@ -175,40 +175,55 @@ def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_terms(
-    f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None, others=None
+    f,
+    jacobian,
+    second,
+    sigma,
+    noise,
+    probes,
+    *,
+    exact=False,
+    frozen=None,
+    others=None,
+    control=0.0,
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `others` are (w_j, ℓ_j), over which the higher residuals are averaged in place of ℓ alone.
+    `others` are (w_j, ℓ_j, ℓ_j − C z_j), over which the higher residuals are averaged in place of ℓ alone;
+    `control` is the matrix C of targets from scores z.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
     ell, held = (f + noise, jacobian) if frozen is None else frozen
-    others = [(1.0, ell)] if others is None else others
+    others = [(1.0, ell, ell)] if others is None else others
+    control = control + torch.zeros(d, d)
     first = ((f + noise) ** 2).sum() / d
 
-    def whole(ell):
+    def whole(ell, quiet):
         r3 = (
             sigma**2 * sum(torch.einsum(THIRD, second, v, v) for v in torch.eye(d))
-            + ell.dot(ell) * ell
-            - (sigma * held.trace() + d) * ell
-            - 2 * (sigma * held + torch.eye(d)) @ ell
+            + ell.dot(ell) * quiet
+            - (sigma * held.trace() + d) * quiet
+            - 2 * (sigma * held + torch.eye(d) - control) @ quiet
         )
-        return sigma * jacobian + torch.eye(d) - torch.outer(ell, ell), r3
+        outer = torch.outer(ell, quiet)
+        return sigma * jacobian + torch.eye(d) - control - (outer + outer.T) / 2, r3
 
-    def along(v, ell):
-        moved, fixed, slope = sigma * jacobian @ v, sigma * held @ v, ell.dot(v)
+    def along(v, ell, quiet):
+        moved, fixed = sigma * jacobian @ v, sigma * held @ v
+        slope, other, Cv = ell.dot(v), quiet.dot(v), control @ v
         r3 = (
             sigma**2 * torch.einsum(THIRD, second, v, v)
-            + slope**2 * ell
-            - (v.dot(fixed) + v.dot(v)) * ell
-            - 2 * slope * (fixed + v)
+            + slope**2 * quiet
+            - (v.dot(fixed) + v.dot(v)) * quiet
+            - 2 * other * (fixed + v - Cv)
         )
-        return moved + v - slope * ell, v.dot(moved) + v.dot(v) - slope**2, r3
+        r2 = moved + v - Cv - (slope * quiet + other * ell) / 2
+        return r2, v.dot(moved) + v.dot(v) - v.dot(Cv) - slope * other, r3
 
     def averaged(residuals):
-        parts = zip(*(residuals(each) for _, each in others), strict=True)
-        weights = [weight for weight, _ in others]
+        parts = zip(*(residuals(*both) for _, *both in others), strict=True)
+        weights = [weight for weight, *_ in others]
         return [sum(w * each for w, each in zip(weights, part, strict=True)) for part in parts]
 
     if exact:
@@ -227,21 +242,34 @@ def dense_halves(estimates):
     return sum(estimates[:half]) / half, sum(estimates[half:]) / (len(estimates) - half)
 
 
-def dense_paired_terms(f, a, second, noise, probes, others=None):
+def dense_paired_terms(f, a, second, noise, probes, others=None, control=0.0):
     """The terms of one sample by two halves of the probes, a = σ ∂f/∂x, second = σ² ∂²f.
 
-    `others` are (w_j, ℓ_j) of averaged targets, whose covariance is taken from a.
+    `others` and `control` are those of `dense_terms`. What the targets have beside ℓ alone, which
+    is the mean of ℓ_j − C z_j, is taken from a and added to the third derivatives.
     """
     d, ell = len(f), (f + noise).detach()
-    centred = [(weight, each - ell) for weight, each in others or []]
-    a = a - sum(weight * torch.outer(each, each) for weight, each in centred)
+    others = [(1.0, ell, ell)] if others is None else others
+    control = control + torch.zeros(d, d)
+    outer = sum(weight * torch.outer(each, quiet) for weight, each, quiet in others)
+    rest = control + (outer + outer.T) / 2 - torch.outer(ell, ell)
+    a = a - rest
     square, held, squares, traces, vectors = ell.dot(ell), a.detach(), [], [], []
+
+    def target(v, Cv, pairs):
+        """What r3 has beside the derivatives of the network."""
+        return sum(
+            weight * ((each.dot(v) ** 2 - v.dot(v)) * quiet - 2 * quiet.dot(v) * (v - Cv))
+            for weight, each, quiet in pairs
+        )
+
     for v in probes:
         squares.append((a @ v).dot(a @ v) + 2 * v.dot(a @ v))
         traces.append(v.dot(a @ v) + d - square)
-        rest = (square - v.dot(held @ v) - d) * ell - 2 * (held @ ell + ell)
-        rest = rest + sum(weight * each.dot(v) ** 2 * each for weight, each in centred)
-        vectors.append(torch.einsum(THIRD, second, v, v) + rest)
+        alone = target(v, rest @ v, [(1.0, ell, ell)]) + v.dot(rest @ v) * ell
+        vector = torch.einsum(THIRD, second, v, v) + target(v, control @ v, others) - alone
+        vector = vector + (square - v.dot(held @ v) - d) * ell - 2 * (held @ ell + ell)
+        vectors.append(vector)
     of_second = sum(squares) / len(probes) - 2 * ell.dot(a @ ell) + d - 2 * square + square**2
     (one, other), (left, right) = dense_halves(traces), dense_halves(vectors)
     return of_second / d**2, one * other / d**2, left.dot(right) / d**3

@@ -1,6 +1,7 @@
 """Every loss against dense Jacobians, under options that are drawn together."""
 
 import copy
+import math
 import pickle
 from numbers import Integral
 from types import SimpleNamespace
@@ -126,17 +127,39 @@ def drawn_weights(pick, loss):
 
 
 def drawn_targets(pick, x0, order):
-    """Averaged targets whose references any sample may miss, or at order one a tensor."""
+    """Averaged targets whose references any sample may miss, scores, both, or a tensor."""
     kind = pick.choice([None, "batch", "batch", None, "reference", "all", "tensor"])
-    if kind == "tensor":
-        return torch.randn_like(x0) if order == 1 else None
-    if kind is None:
-        return None
-    reference = None if kind == "batch" else torch.cat([x0.detach(), torch.randn_like(x0)])
-    mask = torch.rand(len(x0), len(x0) if reference is None else len(reference)) < 0.7
-    if kind == "all":  # which say that they contain each sample
-        mask.fill_diagonal_(True)
-    return hosm.AveragedTargets(reference, own=kind != "all", same=lambda kwargs: mask)
+    if kind == "tensor" and order == 1:
+        return torch.randn_like(x0)
+    averaged = reference = None
+    if kind in ("batch", "reference", "all"):
+        reference = None if kind == "batch" else torch.cat([x0.detach(), torch.randn_like(x0)])
+        mask = torch.rand(len(x0), len(x0) if reference is None else len(reference)) < 0.7
+        if kind == "all":  # which say that they contain each sample
+            mask.fill_diagonal_(True)
+        averaged = hosm.AveragedTargets(reference, own=kind != "all", same=lambda kwargs: mask)
+    if not pick.choice([False, True]):
+        return averaged
+    scores = score_of if reference is not None else pick.choice([score_of, score_of(x0.detach())])
+    return hosm.TargetScores(scores, drawn_information(pick, x0), averaged)
+
+
+def score_of(x):
+    """Of no data, and 0 in the last element, as of a coordinate that is constant."""
+    flat = x.reshape(len(x), -1)
+    scores = torch.sin(2 * flat) - 0.3 * flat.flip(1) ** 3
+    return torch.cat([scores[:, :-1], 0 * scores[:, -1:]], 1).reshape(x.shape)
+
+
+def drawn_information(pick, x0):
+    """Of every kind; a matrix and what is by element may be 0 along directions."""
+    d, kind = x0[0].numel(), pick.choice([None, "number", "elements", "matrix"])
+    if kind == "number":
+        return pick.choice([0.7, torch.tensor(2.0), 0.0, math.inf])
+    if kind == "elements":
+        return 3 * torch.cat([torch.rand(d - 1), torch.zeros(1)]).reshape(x0.shape[1:])
+    root = torch.randn(d, pick.choice([d, d - 1]))
+    return kind and (root @ root.T).to(pick.choice([torch.float64, torch.float32]))
 
 
 def drawn_case(data):
@@ -260,31 +283,60 @@ def dense_sample(case, row):
 
 
 def noises(case, row, x, alpha, sigma):
-    """The target of order one, and (w_j, ε_j) of averaged targets."""
+    """The target of order one, and of others than ε the (w_j, ε_j, ε_j − C z_j) and C."""
     targets, own = case.targets, case.noise[row]
-    if not isinstance(targets, hosm.AveragedTargets):
-        return own if targets is None else targets[row], None
-    mask = targets.same({})[row].clone()
-    if targets.reference is None:
-        mask[row] = False
-    reference = case.x0 if targets.reference is None else targets.reference
-    found = [((x - alpha * each) / sigma).detach() for each in reference[mask]]
-    if targets.own or not found:
-        found.append(own.detach())
+    if targets is None or isinstance(targets, torch.Tensor):
+        return own if targets is None else targets[row], None, 0.0
+    known = isinstance(targets, hosm.TargetScores)
+    averaged = targets.averaged if known else targets
+    points, found = [], []
+    if averaged is not None:
+        mask = averaged.same({})[row].clone()
+        if averaged.reference is None:
+            mask[row] = False
+        points = [*(case.x0 if averaged.reference is None else averaged.reference)[mask].detach()]
+        found = [((x - alpha * each) / sigma).flatten().detach() for each in points]
+    if averaged is None or averaged.own or not found:
+        points.append(case.x0[row].detach())
+        found.append(own.flatten().detach())
     weights = torch.stack([-0.5 * each.square().sum() for each in found]).softmax(0)
-    pairs = list(zip(weights, found, strict=True))
-    return sum(weight * each for weight, each in pairs), pairs
+    quiet, C = found, 0.0
+    if known:
+        sigma_hat = (sigma / alpha).detach()
+        C = control(targets.information, score_of(case.x0.detach()), row, sigma_hat)
+        g = score_of(torch.stack(points)).flatten(1)
+        pairs = zip(found, g, strict=True)
+        quiet = [each - C @ (each + sigma_hat * score) for each, score in pairs]
+    triples = list(zip(weights, found, quiet, strict=True))
+    return sum(weight * each for weight, _, each in triples).reshape(own.shape), triples, C
 
 
-def higher_terms(case, field, x, sigma, noise, pairs, probes):
+def control(information, scores, row, sigma_hat):
+    """C = (I + σ̂² F)⁻¹ on the range of F, and 0 beside it."""
+    d = scores[0].numel()
+    if information is None:
+        others = torch.cat([scores[:row], scores[row + 1 :]])
+        information = others.square().sum(0) / max(len(others), 1)
+    F = torch.as_tensor(information, dtype=torch.float64)
+    if F.shape != (d, d) or F.shape == scores.shape[1:]:
+        F = torch.eye(d) * F.flatten()
+    if not bool(F.isfinite().all()):
+        return torch.zeros(d, d)
+    onto = F @ torch.linalg.pinv(F, rtol=1e-5, hermitian=True)
+    return onto @ torch.linalg.inv(torch.eye(d) + sigma_hat**2 * F) @ onto
+
+
+def higher_terms(case, field, x, sigma, noise, triples, control, probes):
     """The terms of one sample above the first."""
     f, jacobian, second = dense_derivatives(field, x)
     # With σ inside, what is held fixed of them is so whole.
     a, second, noise = sigma * jacobian, sigma**2 * second, noise.flatten()
-    others = pairs and [(weight, (f + each.flatten()).detach()) for weight, each in pairs]
+    held = f.detach()
+    others = triples and [(w, held + each, held + quiet) for w, each, quiet in triples]
+    options: dict = {"others": others, "control": control}
     if isinstance(case.options["probes"], hosm.Paired):
-        return dense_paired_terms(f, a, second, noise, probes, others)[: case.order]
-    options = {"exact": case.options.get("probes") == "exact", "others": others}
+        return dense_paired_terms(f, a, second, noise, probes, **options)[: case.order]
+    options["exact"] = case.options.get("probes") == "exact"
     held = (f + noise).detach(), a.detach()
     return dense_terms(f, a, second, 1.0, noise, probes, frozen=held, **options)[
         1 : case.order + 1
