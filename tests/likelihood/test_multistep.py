@@ -21,7 +21,7 @@ from hosm_losses.likelihood.multistep import (
     mesh_points,
 )
 from tests.cases import VP
-from tests.likelihood.problems import gaussian, problem
+from tests.likelihood.problems import gaussian, marginals, problem, total
 from tests.oracles import ring
 
 START = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
@@ -120,6 +120,15 @@ def test_the_mesh_has_the_density_of_its_two_laws(span, centre):
     )
     back, _ = mesh_points((end, start), s, centre)
     torch.testing.assert_close(back.flip(0), u)
+
+
+def test_data_without_width_have_their_nodes_where_there_is_least_noise():
+    """About a centre as far away, the logistic law has no mass left in double precision."""
+    model, (start, end) = gaussian(VP, 0.3, 1e-20), marginals(VP, 0.3, 1e-20)
+    x, solver = start.sample((3, 2)), hosm.FixedGrid(data_std=1e-20)
+    options = {"divergence": "exact", "log_prior": lambda latent: total(end.log_prob(latent))}
+    found = hosm.ode_nll(model, x, solver=solver, **options)
+    torch.testing.assert_close(found.nll, -total(start.log_prob(x)), rtol=0, atol=1e-4)
 
 
 def lagrange(nodes, start, end):

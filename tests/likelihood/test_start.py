@@ -65,6 +65,18 @@ def test_a_start_in_the_middle_takes_two_runge_kutta_steps(index, calls):
     assert min(covered) > 0.9
 
 
+@pytest.mark.filterwarnings("ignore:schedule. expected")
+@pytest.mark.parametrize("solve", [hosm.ode_nll, hosm.ode_sample])
+@pytest.mark.parametrize("companion", [False, True])
+def test_every_call_of_a_start_in_the_middle_is_counted(companion, solve):
+    """Those of both Runge-Kutta starts, if there is a companion."""
+    times, schedule = [], hosm.VESchedule(sigma_min=0.1, sigma_max=1.0)
+    model = hosm.ScoreModel(lambda x, t: times.append(t) or x.sin(), schedule)
+    solver = hosm.FixedGrid(16, companion=companion, data_std=0.3)
+    assert solve(model, torch.randn(2, 3), solver=solver).nfe.tolist() == [len(times)] * 2
+    assert len(times) == 18 + 3 * 2 + companion * (10 + 3 * 2)
+
+
 @pytest.mark.parametrize("by_element", [False, True])
 def test_data_thinner_than_the_noise_wants_its_deviations_by_element(by_element):
     """Points off it, under one number for both: the known loss, which the estimate covers."""

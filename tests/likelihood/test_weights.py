@@ -13,19 +13,22 @@ from tests.oracles import anisotropic, mixture_noise
 
 
 def drawn(nll, x=None, *, standard_error=0.0, failed=(), solver_error=0.0, widening=1.0):
-    """A SampleResult with these numbers."""
+    """A SampleResult with these numbers, and NaN where a sample failed."""
     nll = torch.as_tensor(nll, dtype=torch.float64)
     bad = torch.zeros(len(nll), dtype=torch.bool)
     bad[list(failed)] = True
     x = torch.arange(len(nll)).double()[:, None] if x is None else x
-    errors = [torch.zeros_like(nll) + each for each in (standard_error, solver_error)]
+    numbers = [
+        torch.where(bad, math.nan, torch.zeros_like(nll) + each)
+        for each in (nll, standard_error, solver_error)
+    ]
     return hosm.SampleResult(
         x=x,
         latent=x,
-        nll=torch.where(bad, math.nan, nll),
+        nll=numbers[0],
         nfe=torch.ones(len(nll)),
-        standard_error=errors[0],
-        solver_error=errors[1],
+        standard_error=numbers[1],
+        solver_error=numbers[2],
         failed=bad,
         widening=widening,
     )

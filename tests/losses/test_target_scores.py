@@ -594,6 +594,14 @@ def test_scores_that_are_not_those_of_the_data_give_a_warning(fault):
         hosm.TargetScores.information_of(x, g, dimensions=2)
 
 
+def test_the_mean_of_few_samples_is_not_too_small():
+    """The covariance of two points is 2 with N − 1, so the scores of a Gaussian are −x/2."""
+    x = torch.tensor([[-1.0], [1.0]])
+    hosm.TargetScores.information_of(x, -x / 2)
+    with pytest.warns(UserWarning, match="is 1, the dimension; got 2 "):
+        hosm.TargetScores.information_of(x, -x)
+
+
 def test_a_matrix_takes_enough_samples():
     x, g = data_and_scores(8)
     hosm.TargetScores.information_of(x, g, matrix=True)

@@ -276,6 +276,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     coordinates, divergence = paths.coordinates, paths.divergence
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
+    # Clamped to the span, because the logistic part has no mass far from its centre.
     centre = sorted((*span, coordinates.log_size))[1]
     grid, rates = mesh_points(span, s, centre)
     levels = coordinates.levels(grid)
