@@ -189,8 +189,8 @@ def dense_terms(
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `others` are (w_j, ℓ_j, ℓ_j − C z_j), over which the higher residuals are averaged in place of ℓ alone;
-    `control` is the matrix C of targets from scores z.
+    `others` are (w_j, ℓ_j, ℓ_j − C z_j), over which the higher residuals are averaged in place of
+    ℓ alone; `control` is the matrix C of targets from scores z.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
