@@ -60,11 +60,7 @@ SCALED = 0.05  # the largest deviation of α(t_min) from 1 without a warning
 class Job:
     """The checked arguments that `ode_nll`, `ode_sample` and `variational_nll` share.
 
-    A likelihood is computed from a job in three steps:
-
-        with job.running() as paths:
-            results = [solve(batch) for batch in job.batches(paths)]
-            result = job.result(results)
+    `run` solves the ODE, or estimates the bound, batch by batch.
     """
 
     def __init__(
@@ -121,8 +117,29 @@ class Job:
         self.moments, self.progress, self.graph = moments, progress, enable_grad
         self.at_start, self.of_prior = at_start, of_prior
 
+    def run(
+        self,
+        solve: Callable[[Paths, int | None], NLLResult],
+        convert: Callable[[NLLResult], Any] = lambda joined: joined,
+    ) -> Any:
+        """Return what `convert` makes of the joined results of all batches.
+
+        `solve` is called with a batch and the number of steps that the first batch took, or None
+        in the first batch. A KeyboardInterrupt carries the converted result of the finished
+        batches as `result`, or None.
+        """
+        results: list[NLLResult] = []
+        with self._running() as paths:
+            try:
+                for batch in self._batches(paths):
+                    results.append(solve(batch, results[0].steps if results else None))
+            except KeyboardInterrupt as interrupt:
+                _keep_finished(interrupt, convert(self._joined(results)) if results else None)
+                raise
+            return convert(self._joined(results))
+
     @contextmanager
-    def running(self) -> Iterator[Paths]:
+    def _running(self) -> Iterator[Paths]:
         """Yield the paths of all samples; the network's buffers are restored after the block."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
@@ -160,7 +177,7 @@ class Job:
                 evaluations=RecomputedEvaluations(network),
             )
 
-    def batches(self, paths: Paths) -> Iterator[Paths]:
+    def _batches(self, paths: Paths) -> Iterator[Paths]:
         """Split the paths into batches of `batch_size`, for each draw of the dequantization."""
         for _ in range(self.draws):
             x, nll_offset = paths.x, None
@@ -169,7 +186,7 @@ class Job:
             for rows in torch.arange(len(x), device=x.device).split(self.size):
                 yield paths.rows(x, rows, nll_offset)
 
-    def result(self, results: Sequence[NLLResult]) -> NLLResult:
+    def _joined(self, results: Sequence[NLLResult]) -> NLLResult:
         """Join the results of all batches, and average over draws.
 
         After an interrupt, only complete draws count. If no draw is complete, the finished part of
@@ -184,7 +201,7 @@ class Job:
         return importance_weighted(draws, self.dequantization.quantization)
 
 
-def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
+def _keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
     """Attach the result of the finished batches, and a note, to an interrupt."""
     carrier: Any = interrupt
     carrier.result = result

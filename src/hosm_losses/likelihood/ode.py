@@ -28,7 +28,7 @@ from hosm_losses._checks import (
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
-from hosm_losses.likelihood.job import Job, LogPrior, keep_finished, mark_failed, network_options
+from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
 from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
@@ -135,19 +135,13 @@ def ode_nll(
         enable_grad=enable_grad,
         at_start=not clean,
     )
-    results = list[NLLResult]()
-    with job.running() as paths:
-        try:
-            for batch in job.batches(paths):
-                noisy = _from_clean(batch) if clean else batch
-                result = solve(noisy, solver, _steps_of(results))
-                prior_error = _prior_error(batch, result) if solver.knows_data else None
-                nfe = result.nfe + clean
-                results.append(replace(result, nfe=nfe, prior_error=prior_error))
-        except KeyboardInterrupt as interrupt:
-            keep_finished(interrupt, job.result(results) if results else None)
-            raise
-        return job.result(results)
+
+    def solve_batch(batch: Paths, steps: int | None) -> NLLResult:
+        result = solve(_from_clean(batch) if clean else batch, solver, steps)
+        prior_error = _prior_error(batch, result) if solver.knows_data else None
+        return replace(result, nfe=result.nfe + clean, prior_error=prior_error)
+
+    return job.run(solve_batch)
 
 
 def ode_sample(
@@ -230,16 +224,10 @@ def ode_sample(
         name="latent",
         of_prior=drawn,
     )
-    results = list[NLLResult]()
-    with job.running() as paths:
-        try:
-            for batch in job.batches(paths):
-                results.append(solve(batch, solver, _steps_of(results), backwards=True))
-        except KeyboardInterrupt as interrupt:
-            samples = _samples(job.result(results), start, divergence) if results else None
-            keep_finished(interrupt, samples)
-            raise
-        return _samples(job.result(results), start, divergence)
+    return job.run(
+        lambda batch, steps: solve(batch, solver, steps, backwards=True),
+        lambda result: _samples(result, start, divergence),
+    )
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
@@ -310,10 +298,6 @@ def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
     _, end = coordinates.ends(coordinates.span)
     return coordinates.log_gaussian(latent, end) - paths.log_prior_at(latent)
-
-
-def _steps_of(results: Sequence[NLLResult]) -> int | None:
-    return results[0].steps if results else None
 
 
 def _from_clean(paths: Paths) -> Paths:

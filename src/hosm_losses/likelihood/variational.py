@@ -42,7 +42,7 @@ from torch import Tensor
 from hosm_losses._checks import check_whole, error_message, sum_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
-from hosm_losses.likelihood.job import Job, LogPrior, keep_finished, mark_failed
+from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
 from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult
 from hosm_losses.likelihood.solvers import Moment, plain_moment
@@ -112,15 +112,7 @@ def variational_nll(
         dequantization=dequantization,
         at_start=False,
     )
-    with job.running() as paths:
-        results = list[NLLResult]()
-        try:
-            for batch in job.batches(paths):
-                results.append(_bound(batch, samples))
-        except KeyboardInterrupt as interrupt:
-            keep_finished(interrupt, job.result(results) if results else None)
-            raise
-        return job.result(results)
+    return job.run(lambda batch, _: _bound(batch, samples))
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
