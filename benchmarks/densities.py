@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed, rank
+from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
 from benchmarks.experiment import clocked, environment, parser, train_once, training
 from benchmarks.peers.likelihoods import flow, signs
 
@@ -147,14 +147,23 @@ def summary(
     return {"claim": claim, "error": error, "ratio": claim / error, **bias}
 
 
+def model_of(network: nn.Module, schedule: hosm.Schedule, energy: Energy) -> hosm.ScoreModel:
+    """A model in coordinates of the energy's subspace, which are x itself without one."""
+    space = hosm.OnSubspace(network, energy.project, energy.data.shape[1:])
+    return hosm.ScoreModel(space, schedule)
+
+
 def ours(model: hosm.ScoreModel, energy: Energy, size: Size, moments: Any) -> dict[str, Any]:
     """One solve for the samples of all repetitions, with the exact divergence."""
-    shape = (size.repetitions * size.samples, energy.data.shape[1])
+    space: Any = model.network
+    shape = (size.repetitions * size.samples, space.dimensions)
     solver = hosm.FixedGrid(size.solver, **moments)
     drawn = hosm.ode_sample(model, shape, solver=solver, divergence="exact", batch_size=1000)
     parts = range(0, shape[0], size.samples)
     weights = [
-        hosm.importance_weights(drawn[start : start + size.samples], energy.log_target)
+        hosm.importance_weights(
+            drawn[start : start + size.samples], lambda y: energy.log_target(space.expand(y))
+        )
         for start in parts
     ]
     return estimates(weights) | {"evaluations": float(drawn.nfe.double().mean())}
@@ -165,13 +174,13 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
     from torchdiffeq import odeint
 
     elements, schedule, calls = energy.data.shape[1], model.schedule, list[int]()
-    dimensions = rank(model.project, elements)
-    hook = model.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    space: Any = model.network
+    hook = space.register_forward_pre_hook(lambda *_: calls.append(1))
     span = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     zero, weights = torch.zeros(size.samples, dtype=torch.float64), []
     for repetition in range(size.repetitions):
-        normal = model.project(torch.randn(size.samples, elements, dtype=torch.float64))
-        probe = signs(normal, repetition)
+        x = torch.randn(size.samples, elements, dtype=torch.float64)
+        normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
 
         def right_side(t: Tensor, state: Sequence[Tensor], probe=probe) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -182,10 +191,10 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
             return moved.detach(), -(pulled * probe).sum(1)
 
         start = -normal.square().sum(1) / 2
-        start = start - dimensions * math.log(schedule.prior_std * math.sqrt(2 * math.pi))
+        start = start - space.dimensions * math.log(schedule.prior_std * math.sqrt(2 * math.pi))
         with torch.no_grad():
             states, log_q = odeint(right_side, (schedule.prior_std * normal, start), span)
-        x = states[-1]
+        x = space.expand(states[-1])
         log_weights = energy.log_target(x) - log_q[-1]
         weights.append(hosm.Weights(x, log_weights, zero, zero, energy.log_target))
     hook.remove()
@@ -196,26 +205,28 @@ def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
     """log Z by each solver on a network of each kind of targets."""
     torch.manual_seed(0)
     energy = ENERGIES[name](size.annealing)
-    data, score = energy.data.float(), energy.score
-    mean, std = data.mean(0), data.std(0)
-    dimensions = data.shape[1]
-    if energy.project:  # one number, which commutes with the projection
-        dimensions = rank(energy.project, dimensions)
-        size_of = float(data.square().sum(1).mean() / dimensions) ** 0.5
-        mean, std = torch.zeros_like(mean), torch.full_like(std, size_of)
-    information = hosm.TargetScores.information_of(
-        data, score(data), matrix=True, dimensions=dimensions
-    )
+    schedule = hosm.VESchedule()
+    space: Any = model_of(nn.Identity(), schedule, energy).network
+    x = energy.data.float()
+    data, mean, std = space.reduce(x), x.mean(0), x.std(0)
+    particles = space.dimensions < len(mean)
+    if particles:  # one number, as they are alike
+        mean, std = 0 * mean, data.square().mean().sqrt().repeat(len(std))
+
+    def score(y: Tensor) -> Tensor:
+        return space.reduce(space.project(energy.score(space.expand(y))))
+
+    information = hosm.TargetScores.information_of(data, score(data), matrix=True)
+    moments = {"data_mean": data.mean(0), "data_std": data.std(0)}
     averaged = hosm.AveragedTargets()
     scores = hosm.TargetScores(score, information, averaged)
     truth = {"log_z": energy.log_z, "log_z_error": energy.log_z_error}
     found: dict[str, Any] = truth | {"checks": energy.checks or {}, "rows": {}}
     for variant, targets in {"averaged": averaged, "averaged, scores": scores}.items():
         torch.manual_seed(1)
-        schedule = hosm.VESchedule()
-        kind, inputs = (PairNetwork, 6) if energy.project else (Network, len(mean))
+        kind, inputs = (PairNetwork, 6) if particles else (Network, len(mean))
         network = kind(schedule, mean, std, size.width, inputs, energy.harmonics)
-        model = hosm.ScoreModel(network, schedule, subspace=energy.project)
+        model = model_of(network, schedule, energy)
         objective = hosm.FirstOrderDSM(model, targets=targets)
 
         def loss(objective=objective) -> Tensor:
@@ -225,7 +236,7 @@ def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
         steps = training(network, loss, size.steps, RATE)
         _, spent = clocked(partial(train_once, network, steps, file))
         solvers: dict[str, Callable[[], dict[str, Any]]] = {
-            "ours": partial(ours, model, energy, size, {"data_mean": mean, "data_std": std})
+            "ours": partial(ours, model, energy, size, moments)
         }
         if results.installed("torchdiffeq"):
             solvers["torchdiffeq"] = lambda model=model: by_torchdiffeq(

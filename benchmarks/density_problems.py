@@ -46,7 +46,7 @@ class Energy:
         data: draws (N, d).
         log_z: log ∫ π, over the subspace if there is one.
         log_z_error: its standard error; 0 where it is exact.
-        project: to the subspace, None without one.
+        project: to the subspace; the identity without one.
         harmonics: sines and cosines of each input of the network.
         checks: other estimates of log Z, for the report.
     """
@@ -55,7 +55,7 @@ class Energy:
     data: Tensor
     log_z: float
     log_z_error: float = 0.0
-    project: Project | None = None
+    project: Project = as_it_is
     harmonics: int = 4
     checks: dict[str, float] | None = None
 

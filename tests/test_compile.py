@@ -12,7 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.kinks import memory_of
-from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, networks, with_gradients
+from tests.cases import (
+    FUNCTIONS,
+    MODULES,
+    VP,
+    OfX,
+    assert_same,
+    given,
+    networks,
+    with_gradients,
+)
 from tests.versions import OLD, compiles_higher_orders
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -569,12 +578,10 @@ def test_what_takes_the_data_past_the_engine_is_nan():
     assert compiled(module)(x0, **inputs).isnan()
 
 
-def test_a_projection_is_traced_once_it_was_checked():
-    """In one graph after a call without torch.compile; as a first call the check breaks it."""
+@compiles_higher_orders
+def test_coordinates_of_a_subspace_are_in_the_graph():
+    """With the copy of the basis, which is made in the first call."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.Unflatten(1, (3, 2)))
-    options = {"subspace": lambda x: x - x.mean(1, keepdim=True), "call": lambda f, x, t: f(x)}
-    module = hosm.FirstOrderDSM(hosm.ScoreModel(network, VP, **options))
-    x0, inputs = given((4, 3, 2))
-    x0 = module.model.project(x0)
-    assert_agrees(module, x0, inputs, fullgraph=False)
-    assert_agrees(module, x0, inputs)
+    adapted = hosm.OnSubspace(OfX(network), lambda x: x - x.mean(1, keepdim=True), (3, 2))
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(adapted, VP))
+    assert_agrees(module, *given((4, 4), 3))

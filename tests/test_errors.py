@@ -227,10 +227,9 @@ BAD = {
     "prediction": bad(TypeError, None, 1) + bad(ValueError, "noise"),
     "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
     **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
-    "subspace": [
-        *bad(TypeError, 0, "centred", X, (abs, None), (abs, 2.0), (0, 2)),
-        *bad(ValueError, (abs,), (abs, 0), (abs, 1, 1)),
-    ],
+    "project": bad(TypeError, None, 0, "centred", lambda x: None)
+    + bad(ValueError, abs, torch.neg),
+    "shape": bad(TypeError, None, 2, (2.0,), "2") + bad(ValueError, (0,), (2, -1), (5000,)),
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
     "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),
     "beta_start": BETA + bad(ValueError, 0.021),
@@ -271,6 +270,7 @@ CALLS = {
     hosm.TargetScores.information_of: {"data": X, "scores": -X},
     **{value: {} for value in (hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
+    hosm.OnSubspace: {"network": NETWORK, "project": torch.clone, "shape": (2,)},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
     hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},
     **{call: {} for call in (*PARAMETRIC, TABLE.linear, TABLE.cosine)},

@@ -76,6 +76,14 @@ def test_a_loss_reads_no_value(data):
     assert next(network.parameters()).grad.is_meta
 
 
+def test_the_basis_of_a_subspace_is_copied_once():
+    network, y = setting()
+    space = hosm.OnSubspace(network, torch.clone, y.shape[1:])
+    assert space.reduce(space.expand(y)).is_meta
+    with OneDevice():
+        assert hosm.third_order_dsm(hosm.ScoreModel(space, VP), y).is_meta
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_times_are_drawn_on_the_device(schedule):
     network, x0 = setting()

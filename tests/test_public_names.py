@@ -75,6 +75,7 @@ def examples():
     )
     weighted = hosm.FirstOrderDSM(wrapped, weighting=lambda t: t)
     cubic = hosm.ScoreModel(lambda x, t: x**3, hosm.VPSchedule())
+    yield hosm.OnSubspace(standard_normal, torch.clone, (2,))
     yield from (model, wrapped, table, nll, nll.summary(), drawn, posterior, posterior.covariance)
     yield from (loss, weighted, hosm.check_wrapping(model, x))
     yield hosm.WrappingCandidate("your schedule", "v", "", False, "x0", 0.1, 0.2)

@@ -93,6 +93,7 @@ from hosm_losses.losses import (
 )
 from hosm_losses.model import (
     DenoisingPosterior,
+    OnSubspace,
     PosteriorCovariance,
     Prediction,
     ScoreModel,
@@ -132,6 +133,7 @@ __all__ = [
     "NLLResult",
     "NLLSummary",
     "ODEDistribution",
+    "OnSubspace",
     "Paired",
     "PosteriorCovariance",
     "Prediction",

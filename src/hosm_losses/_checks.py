@@ -20,10 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import is_traced
+from hosm_losses._torch_internals import is_traced, outside_inference_mode
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
+SELECT = (
+    "Select the prediction with ScoreModel(..., output=...): output=lambda out: out[0], "
+    "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
+    "lambda out: out[:, :C]. Pass a single sample as x[None]."
+)
 BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
@@ -89,6 +94,21 @@ def owns_values(tensor: Tensor) -> bool:
         return tensor.untyped_storage().device.type == tensor.device.type
     except (NotImplementedError, RuntimeError):
         return False
+
+
+def copy_like(copies: dict[Any, Tensor], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Return the constant that `make` creates on the CPU, with `like`'s dtype and device.
+
+    One copy is kept in `copies` for each device and dtype, so that training steps copy nothing.
+    """
+    key = like.device, like.dtype
+    if key in copies:
+        return copies[key]
+    with outside_inference_mode():
+        copy = make().to(like.dtype).to(like.device)
+    if torch.compiler.is_compiling() or owns_values(copy):
+        copies[key] = copy
+    return copy
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -232,7 +252,7 @@ def check_like(
     return value
 
 
-def check_prediction(predicted: object, x: Tensor) -> None:
+def check_prediction(predicted: object, x: Tensor, remedy: str = SELECT) -> None:
     """Raise an error unless `predicted` is a floating-point tensor with x's shape and device."""
     kind = TypeError
     if isinstance(predicted, Tensor) and predicted.is_floating_point():
@@ -240,11 +260,6 @@ def check_prediction(predicted: object, x: Tensor) -> None:
             return
         kind = ValueError
     expected = f"floating-point outputs like x, of shape {tuple(x.shape)} on {x.device}"
-    remedy = (
-        "Select the prediction with ScoreModel(..., output=...): output=lambda out: out[0], "
-        "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
-        "lambda out: out[:, :C]. Pass a single sample as x[None]."
-    )
     raise kind(error_message("network", expected, predicted, remedy))
 
 

@@ -133,7 +133,7 @@ def test_scores_are_slopes_of_the_log_density(name):
     torch.testing.assert_close(moved, 2 * (small * score).sum(1), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("project", [None, density_problems.without_centre])
+@pytest.mark.parametrize("project", [density_problems.as_it_is, density_problems.without_centre])
 def test_both_solvers_give_an_exact_model_the_log_z_of_its_data(project, monkeypatch):
     """N(0, 1.5² I), and its part on a subspace, for which a probe with v·Pv = tr P is taken."""
     std = torch.full((8,), 1.5)
@@ -141,12 +141,12 @@ def test_both_solvers_give_an_exact_model_the_log_z_of_its_data(project, monkeyp
     network = densities.Network(schedule, 0 * std, std, 4, 8)
     torch.nn.init.zeros_(network.last.weight)
     torch.nn.init.zeros_(network.last.bias)
-    model = hosm.ScoreModel(network, schedule, subspace=project)
-    dimensions = 8 if project is None else 6
+    dimensions = 8 if project is density_problems.as_it_is else 6
     log_z = dimensions * math.log(1.5 * math.sqrt(2 * math.pi))
     energy = density_problems.Energy(
         lambda x: -x.double().square().sum(1) / 4.5, torch.zeros(1, 8), log_z, project=project
     )
+    model = densities.model_of(network, schedule, energy)
     size = densities.SMOKE._replace(solver=64)
     row = densities.ours(model, energy, size, {"data_std": 1.5})
     assert row["log_z"] == pytest.approx([log_z] * 3, abs=1e-3)

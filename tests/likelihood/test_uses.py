@@ -2,14 +2,12 @@
 
 import math
 
-import pytest
 import torch
 from torch.distributions import Independent, Normal
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES, VP
+from tests.cases import VP
 from tests.oracles import GaussianMixture, mixture_noise
-from tests.subspaces import PARTICLES, basis, centred
 
 EXACT = {"divergence": "exact"}
 
@@ -19,42 +17,6 @@ def mixture(d):
     means = 0.5 * torch.randn(4, d, generator=generator)
     covariances = 0.09 * torch.eye(d).expand(4, d, d)
     return GaussianMixture(means, covariances, torch.full((4,), 0.25))
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])
-@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
-def test_the_density_in_the_subspace_without_a_centre_of_mass(name, prediction):
-    """Three particles in two dimensions, normal in the four that are left, in closed form."""
-    schedule, Q = SCHEDULES[name], basis(centred, PARTICLES)
-    variances = torch.tensor([0.1, 0.3, 0.5, 1.0], dtype=torch.float64)
-
-    def network(x, t):
-        alpha, sigma = (each[:, None] for each in schedule(t))
-        y, junk = x.flatten(1) @ Q, torch.cos(x + 1)
-        eps = sigma * y / (alpha**2 * variances + sigma**2)
-        x0 = (y - sigma * eps) / alpha
-        if prediction == "velocity":
-            rates = (each[:, None] for each in schedule.rates(t))
-            value = sum(rate * part for rate, part in zip(rates, (x0, eps), strict=True))
-        else:
-            forms = {"epsilon": eps, "score": -eps / sigma, "x0": x0}
-            value = forms.get(prediction, alpha * eps - sigma * x0)
-        return (value @ Q.T).reshape(x.shape) + junk - centred(junk)
-
-    model = hosm.ScoreModel(network, schedule, prediction, subspace=centred)
-    y = variances.sqrt() * torch.randn(4, 4, dtype=torch.float64)
-    ends = [schedule(torch.tensor(t)) for t in (schedule.t_min, schedule.t_max)]
-    (low, first), (high, last) = ends
-    # The prior is N(0, prior_std²) in place of the density at t_max.
-    wide = (low**2 * variances + first**2) / (high**2 * variances + last**2)
-    wide = wide * schedule.prior_std**2
-    exact = (y.square() / wide + torch.log(2 * math.pi * wide)).sum(1) / 2
-    x, solver = (y @ Q.T).reshape(4, *PARTICLES), hosm.FixedGrid(128, data_std=0.7)
-    found = hosm.ode_nll(model, x, solver=solver, **EXACT)
-    torch.testing.assert_close(found.nll, exact, rtol=0, atol=1e-6)
-    drawn = hosm.ode_sample(model, found.latent, solver=solver, **EXACT)
-    torch.testing.assert_close(drawn.x, x, rtol=0, atol=1e-6)
-    torch.testing.assert_close(drawn.nll, exact, rtol=0, atol=1e-6)
 
 
 def test_tempered_latents_are_nearer_to_a_tempered_target():

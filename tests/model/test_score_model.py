@@ -93,11 +93,12 @@ def test_the_network_is_called_as_it_wants(time, expected):
     torch.testing.assert_close(found, layer.bias[None, :2])
 
 
+@pytest.mark.parametrize("adapt", [lambda f: f, lambda f: hosm.OnSubspace(f, torch.clone, (2,))])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_copy_has_weights_of_its_own(compiled):
+def test_a_copy_has_weights_of_its_own(compiled, adapt):
     """As that of an EMA; what .compile() has put into a model calls the original."""
     layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    model = hosm.ScoreModel(layers, VP, call=lambda layers, x, t: layers(x))
+    model = hosm.ScoreModel(adapt(OfX(layers)), VP, call=lambda network, x, t: network(x, t))
     if compiled:
         model.compile(backend="eager")
     copied = copy.deepcopy(model).eval()
@@ -124,13 +125,14 @@ def test_what_is_saved_is_the_networks_and_nothing_else(tmp_path):
         torch.testing.assert_close(each(x, t), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["function", "partial", "method"])
+@pytest.mark.parametrize("kind", ["function", "partial", "method", "on a subspace"])
 def test_a_model_around_a_function_works_and_is_not_copied(kind):
     layers = OfX(nn.Linear(2, 2))
     network = {
         "function": lambda x, t: layers(x, t),
         "partial": functools.partial(layers),
         "method": layers.forward,
+        "on a subspace": hosm.OnSubspace(layers.forward, torch.clone, (2,)),
     }[kind]
     model, x0 = hosm.ScoreModel(network, VP), torch.randn(4, 2)
     hosm.third_order_dsm(model, x0).backward()

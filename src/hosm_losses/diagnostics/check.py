@@ -205,18 +205,18 @@ def check_derivatives(
         checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
         rounded = [_check(check, bound, x) for check in checks]
         advice = [ROUNDING] if any(rounded) else []
-        return _report(copied.network, int(order), engine, precision, len(x), advice)
+        return _report(copied, int(order), engine, precision, len(x), advice)
 
 
 def _report(
-    network: object,
+    model: ScoreModel,
     order: int,
     engine: str,
     precision: torch.dtype,
     samples: int,
     advice: list[str],
 ) -> DerivativeReport:
-    reason = refusal(network, order) if engine == "auto" else None
+    reason = refusal(model.network, order) if engine == "auto" else None
     if engine == "auto":
         engine = "taylor" if reason is None else "reverse"
     if reason is not None:
@@ -226,7 +226,7 @@ def _report(
         )
     if samples < 2:
         advice.append("A single sample cannot reveal effects between samples: check two.")
-    if not isinstance(network, nn.Module):
+    if not isinstance(model._innermost, nn.Module):
         advice.append("Parameter gradients were not checked: the network is not an nn.Module.")
     if precision == torch.float32:
         advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")

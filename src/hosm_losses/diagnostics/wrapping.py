@@ -48,7 +48,7 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.model import ScoreModel, Subspace, bind_model, check_model
+from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -280,10 +280,7 @@ def check_wrapping(
     before = NetworkState(model.network, data)
     try:
         with outside_inference_mode(), torch.no_grad():
-            subspace = None
-            if model.subspace is not None:
-                subspace, data = model.subspace_of("x0", data), model.project(data)
-            report = _Search(model, data, source, kwargs, subspace).report()
+            report = _Search(model, data, source, kwargs).report()
             if kwargs:
                 dtype = torch.promote_types(data.dtype, torch.float32)
                 t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)
@@ -296,7 +293,7 @@ def check_wrapping(
 class _Linear:
     """The best linear predictor of ε, from the second moments of the data."""
 
-    def __init__(self, data: Tensor, subspace: Subspace | None = None) -> None:
+    def __init__(self, data: Tensor) -> None:
         flat = data.flatten(1).double().cpu()
         self.centred, self.basis = flat - flat.mean(0), None
         self.variances = self.centred.square().mean(0)
@@ -304,25 +301,18 @@ class _Linear:
             covariance = self.centred.T @ self.centred / len(flat)
             variances, self.basis = torch.linalg.eigh(covariance)
             self.variances, self.centred = variances.clamp(min=0), self.centred @ self.basis
-        self.dimensions, self.share = flat.shape[1], torch.ones_like(self.variances)
-        if subspace is not None:  # where an element of the noise has variance P_ii
-            self.dimensions = subspace.dimensions
-            if self.basis is None:
-                self.share = subspace.diagonal.flatten()
 
     def expected(self, levels: Tensor) -> Tensor:
         """ℓ(u), with the shape of the levels."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
-        share = self.variances / sum_of_both
-        # P_ii < 1 subtracts (1 − P_ii) times the noise's part, the square of λ/(λ + σ̂²).
-        return (share - (1 - self.share) * share.square()).sum(-1) / self.dimensions
+        return (self.variances / sum_of_both).mean(-1)
 
     def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
         """The predictor's loss for each sample, (B,)."""
         noise, sigma = noise.flatten(1).double().cpu(), levels.exp()[:, None]
         noise = noise if self.basis is None else noise @ self.basis
         error = self.variances * noise - sigma * self.centred
-        return _mean_square(error / (self.variances + sigma.square()), self.dimensions)
+        return _mean_square(error / (self.variances + sigma.square()))
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
         """The noise levels (count,) at which networks differ, within the range of the schedule."""
@@ -353,10 +343,9 @@ class _Search:
         data: Tensor,
         source: torch.Generator | None,
         kwargs: Mapping[str, Any],
-        subspace: Subspace | None,
     ) -> None:
         self.model, self.data, self.source, self.kwargs = model, data, source, kwargs
-        self.predictor, self.calls = _Linear(data, subspace), 0
+        self.predictor, self.calls = _Linear(data), 0
         self.levels = self.predictor.levels(model.schedule, min(LEVELS, len(data) // 2))
         self.own = Read(own_inputs(model), model.prediction, 1)
         self._draw(1)
@@ -380,7 +369,6 @@ class _Search:
         self.noise = torch.randn(
             shape, generator=self.source, dtype=like.dtype, device=like.device
         )
-        self.noise = self.model.project(self.noise, 2)
         turn = STEP * torch.arange(count, device="cpu")[:, None]
         self.place = (torch.arange(len(like), device="cpu") + turn) % levels
         self.expected = self.predictor.expected(self.levels)[self.place]
@@ -418,7 +406,6 @@ class _Search:
         candidate = _with(self.model, schedule=schedule, time=inputs.time)
         alpha, sigma = (expand_right(c, data) for c in candidate.coefficients(t, data))
         x = (alpha * (units.scale * data + units.shift) + sigma * noise).to(data.dtype)
-        x = self.model.project(x)
         self.calls += 1
         output, losses = candidate.predict(x, t, **self.kwargs), {}
         for kind in KINDS:
@@ -426,7 +413,7 @@ class _Search:
             part = output if p is None else p * output
             of_x = -noise if q is None else q * x - noise
             for sign in (1, -1):
-                loss = _mean_square(sign * part + of_x, self.predictor.dimensions)
+                loss = _mean_square(sign * part + of_x)
                 loss = loss.nan_to_num(math.inf)
                 losses[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
         return losses
@@ -551,10 +538,10 @@ def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
     return changed
 
 
-def _mean_square(error: Tensor, dimensions: int) -> Tensor:
+def _mean_square(error: Tensor) -> Tensor:
     """The mean square over the dimensions of each sample (B, *), as a tensor (B,) on the CPU."""
     squares = sum_elements(at_least_float32(error).square(), 1)
-    return (squares / dimensions).double().cpu()
+    return (squares / error[0].numel()).double().cpu()
 
 
 def own_inputs(model: ScoreModel) -> Inputs:

@@ -214,7 +214,7 @@ def _solve(
     due to the state, and, as a root mean square, at most 0.03 times `tolerance` in the state.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
-    reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
+    reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # the solver only goes up: in −r if r decreases
 

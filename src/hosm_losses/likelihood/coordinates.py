@@ -33,8 +33,6 @@ class Coordinates:
     std: Tensor  # of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ at the data end; None for t_min
-    dimensions: int | None = None  # dimension of the data's subspace; None without one
-    share: Tensor | None = None  # diagonal of the projection onto the subspace, (1, *)
 
     @property
     def span(self) -> Span:
@@ -85,21 +83,15 @@ class Coordinates:
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
         shrinking = (level.sigma_hat / level.scale).square()
-        if self.share is not None:
-            shrinking = self.share * shrinking
         return level.sigma.reshape(-1) * divergence - sum_elements(shrinking, 1)
-
-    def trace(self, diagonal: Tensor) -> Tensor:
-        """The trace Σ_i h_i (n,) of a diagonal h (n, *), or Σ_i P_ii h_i in a subspace."""
-        return sum_elements(diagonal if self.share is None else self.share * diagonal, 1)
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
-        return self.trace((level.alpha * level.scale).log())
+        return sum_elements((level.alpha * level.scale).log(), 1)
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """The log-density (B,) of x at a noise level, for Gaussian data with this mean and std."""
-        normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
+        normalisation = x[0].numel() * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
 

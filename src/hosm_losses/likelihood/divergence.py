@@ -65,14 +65,12 @@ class Exact(Estimator):
     """The exact trace, summed over all unit vectors in chunks."""
 
     differentiates: bool = True
-    dimensions: int = 0  # d, or the dimension of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
         """Return f and ∇·f."""
-        # The model's Jacobian is zero outside its subspace.
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
         trace = forms.to(accumulator(x)).sum(0, keepdim=True)
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,6 @@ class OfFunction(Estimator):
     """The divergence that a user's function returns."""
 
     function: Function | None = None
-    dimensions: int = 0  # d, or the dimension of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
         """Return f and ∇·f."""
@@ -94,8 +91,8 @@ class OfFunction(Estimator):
         check_prediction(prediction, x)
         dtype = getattr(divergence, "dtype", x.dtype)
         check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
-        prediction, trace = model.model.project(prediction), divergence[None].to(accumulator(x))
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
+        trace = divergence[None].to(accumulator(x))
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
 
 
 @dataclass(frozen=True)
@@ -142,18 +139,15 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
         raise kind(error_message("divergence", expected, divergence))
 
 
-def resolve_divergence(
-    divergence: Divergence | None, x: Tensor, dimensions: int | None = None
-) -> Estimator:
-    """Return the estimator for samples like x (B, *), on a subspace if `dimensions` is given."""
+def resolve_divergence(divergence: Divergence | None, x: Tensor) -> Estimator:
+    """Return the estimator for samples like x (B, *)."""
     d = x[0].numel()
-    own = d if dimensions is None else dimensions
     if divergence is None:
         return NO_DIVERGENCE
     if isinstance(divergence, str):
         if divergence == "exact" or d <= EXACT_UP_TO:
-            return Exact(d, dimensions=own)
+            return Exact(d)
         divergence = Hutchinson()
     if isinstance(divergence, Hutchinson):
         return RandomProbes(divergence.count, distribution=divergence.distribution)
-    return OfFunction(function=divergence, dimensions=own)
+    return OfFunction(function=divergence)

@@ -49,7 +49,7 @@ from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
-from hosm_losses.model import ScoreModel, Subspace, bind_model, check_commutes, check_model
+from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
@@ -91,14 +91,7 @@ class Job:
             check_sample_batch(name, x, images=name == "x")
         else:
             check_images(x)
-        self.subspace = None
-        if self.model.subspace is not None:
-            if dequantization is not None:
-                expected = "None with a subspace, as the noise on the levels would leave it"
-                raise ValueError(error_message("dequantization", expected, dequantization))
-            self.subspace = self.model.subspace_of(name, x)
-        dimensions = None if self.subspace is None else self.subspace.dimensions
-        self.divergence = resolve_divergence(divergence, x, dimensions)
+        self.divergence = resolve_divergence(divergence, x)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
         self.log_prior = _log_density(log_prior, x)
@@ -157,8 +150,6 @@ class Job:
             mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
             coordinates = Coordinates(model.schedule, mean, std, log_size)
-            if self.subspace is not None:
-                coordinates = _on_subspace(coordinates, model, self.subspace)
             if self.dequantization is not None:
                 coordinates = self.dequantization.start_coordinates(coordinates)
             start = self.at_start and coordinates.start is None
@@ -212,21 +203,6 @@ def _keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
     )
 
 
-def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace) -> Coordinates:
-    """Return the coordinates of data in a subspace, whose projection must commute with std."""
-    mean, std = coordinates.mean.contiguous(), coordinates.std
-    check_commutes(model.project, std)
-    is_one_number = std.untyped_storage().nbytes() == std.element_size()  # expanded
-    if not (subspace.is_known or is_one_number):
-        expected = "one number, as samples are large and their subspace is not a mask"
-        raise ValueError(error_message("data_std", expected, std))
-    share, dimensions = subspace.diagonal.to(std)[None], subspace.dimensions
-    variance = (share * std.square()).sum() / dimensions
-    log_size = coordinates.log_size if is_one_number else float(variance.log() / 2)
-    mean = model.project(mean)
-    return replace(coordinates, mean=mean, log_size=log_size, dimensions=dimensions, share=share)
-
-
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Return the checked log-density of a prior for samples like those in x."""
     if isinstance(prior, Distribution):
@@ -260,8 +236,8 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     std = schedule.prior_std
     variance = ((alpha * coordinates.std).square() + sigma.square()) / std**2
     shift = sum_elements((alpha * mean / std).square(), 1)
-    divergence = float((coordinates.trace(variance - 1 - variance.log()) + shift).detach()) / 2
-    if prior and divergence > MISMATCH * (coordinates.dimensions or mean.numel()):
+    divergence = float((sum_elements(variance - 1 - variance.log(), 1) + shift).detach()) / 2
+    if prior and divergence > MISMATCH * mean.numel():
         warn(
             f"schedule: expected one that ends in its prior, N(0, {std:g}²); got {schedule!r}, "
             f"which ends {divergence:.2g} nats per sample away from it for data with this "

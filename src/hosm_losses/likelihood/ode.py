@@ -70,8 +70,7 @@ def ode_nll(
             error only if there are at least four probes. For images, "dct" is often the best
             distribution of probes. If the network's divergence is known, pass a function
             `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives x and t in
-            the same form as the network. On a subspace, this function must return the divergence
-            within the subspace.
+            the same form as the network.
         log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
             log-densities (B,), or as a torch distribution over samples; N(0, prior_std² I) if
             None. A callable receives latents in the network's dtype or float32, whichever is
@@ -286,7 +285,6 @@ def solve(
         of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
         causes.append((of_prior, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
-    fields["dimensions"] = coordinates.dimensions
     return mark_failed(NLLResult(nll, at_end, **fields), *causes)
 
 
@@ -326,4 +324,4 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     options = network_options(model)
     rng = check_generator(generator, options["device"])
-    return model.project(model.schedule.prior_std * torch.randn(sizes, generator=rng, **options))
+    return model.schedule.prior_std * torch.randn(sizes, generator=rng, **options)

@@ -70,20 +70,18 @@ class Paths:
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
         """Return the paths of the given rows; x and `nll_offset` cover all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
-        points = model.model.project(points)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
 
     @property
     def dimensions(self) -> int:
-        """The dimension d of a sample, or of the subspace if there is one."""
-        return self.coordinates.dimensions or self.x[0].numel()
+        """The dimension d of a sample."""
+        return self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Draw noise ε, and return the pair (α x + σ ε, ε) at a noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
-        noise = self.model.model.project(noise)
         return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
@@ -101,7 +99,7 @@ class Paths:
             f, _ = self._evaluate(model, points, NO_DIVERGENCE, None)
         else:
             f = model.f(points)
-        return model.model.project(-f.to(x.dtype))
+        return -f.to(x.dtype)
 
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
@@ -111,13 +109,11 @@ class Paths:
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
         model, divergence = self.model_at(level, rows), self.divergence
-        if probes is not None:
-            probes = model.model.project(probes, 2)
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
             f, divergences = divergence.estimate(model, x, probes)
-        noise = model.model.project(-f.to(z.dtype))  # rounding outside a subspace would grow
+        noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))

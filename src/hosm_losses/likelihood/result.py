@@ -154,11 +154,10 @@ class Result:
     kinks: Tensor | None = None
     cause: Tensor | None = None
     prior_error: Tensor | None = None
-    dimensions: int | None = None
 
     @property
     def _d(self) -> int:
-        return self.dimensions or self.latent[0].numel()
+        return self.latent[0].numel()
 
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -450,8 +449,6 @@ class NLLResult(Result):
         kinks: whether the path seems to have kinks, (B,), as with ReLU networks; None if unknown.
             The solver's order of accuracy drops at kinks, so solver_error is increased.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
-        dimensions: the dimension of the model's subspace, on which the density is defined; None
-            without a subspace.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
             log p(x) replaces the prior with the distribution of the diffused data. `prior_error`
@@ -485,7 +482,6 @@ class SampleResult(Result):
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
-        dimensions: as in `NLLResult`.
         prior_error: None; only `ode_nll` computes it.
     """
 

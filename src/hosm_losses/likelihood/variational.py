@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     def antiderivative(level: NoiseLevel) -> Tensor:
         """The antiderivative of E‖r‖² with respect to u, (B,)."""
         log_ratio = 2 * (level.sigma_hat.log() - level.scale.log())
-        in_mean = coordinates.trace(log_ratio + variance / level.scale.square())
+        in_mean = sum_elements(log_ratio + variance / level.scale.square(), 1)
         return (in_mean - sum_elements((centred / level.scale).square(), 1)) / 2
 
     # The integral of ‖ε̂ − ε‖² − ‖r‖², with two levels drawn in each stratum, and its variance
@@ -155,7 +154,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     integral = integral + draws.mean(0)
     integral_variance = integral_variance + draws.var(0) / at_start
     squares = sum_elements((start.sigma_hat * centred / start.scale.square()).square(), 1)
-    squares = squares + coordinates.trace((variance / start.scale.square()).square())
+    squares = squares + sum_elements((variance / start.scale.square()).square(), 1)
     decoder = squares / 2 + elements * (math.log(2 * math.pi) / 2 + low)
 
     prior, prior_variance, latent = _prior(paths, end, samples)
@@ -163,7 +162,6 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     standard_error = (integral_variance + prior_variance).sqrt()
     nfe, zero = torch.full_like(nll, evaluations).long(), torch.zeros_like(nll)
     result = NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
-    result = replace(result, dimensions=coordinates.dimensions)
     start, output = (Cause.START, ~all_finite(x)), (Cause.OUTPUT, ~integral.isfinite())
     of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
     return mark_failed(result, start, output, (of_prior, ~prior.isfinite()))

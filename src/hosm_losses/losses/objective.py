@@ -90,7 +90,7 @@ def dsm(
         order, v = needed_order(options.order, weights), None
         if higher and probe is not None:
             v = _check_probe(x0, probe, options)
-        how = {"drawn": drawn, "order": order, "dimensions": batch.dimensions}
+        how = {"drawn": drawn, "order": order}
         factors = time_factors(score_model, batch.x, time, weighting, sampler, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
@@ -102,14 +102,11 @@ def dsm(
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
             reduced = terms = DSMTerms(first_term(residual, batch.dimensions))
-            is_whole = score_model.subspace is None
-            if factors[0] is None and options.reduction == "mean" and is_whole:
+            if factors[0] is None and options.reduction == "mean":
                 reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
         else:
             rows, remaining = _select_rows(batch.x, options, rng)
             v = _probes(batch.x, rows, v, options, rng)
-            if score_model.subspace is not None:
-                v = score_model.project(v, 2)
             bound_rows, noisy_rows = bound, batch
             if rows is not None:
                 bound_rows, noisy_rows = bound.rows(rows), batch.at(rows)
@@ -145,22 +142,18 @@ def perturb(
         )
     else:
         eps = _like_data("noise", noise, x0)
-    dimensions = x0[0].numel()
-    if model.subspace is not None:
-        dimensions = model.subspace_of("x0", x0).dimensions
-        x0, eps = model.project(x0), model.project(eps)
     alpha, sigma = model.coefficients(t, x0)
     x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
     target, moments = model.noise_without_x(t, x0, eps), None
     if isinstance(targets, Tensor):
         instead = at_least_float32(_like_data("targets", targets, x0).detach())
-        target = target + (model.project(instead) - eps)
+        target = target + (instead - eps)
     elif targets is not None:  # the mean of the targets replaces ε, without a gradient
-        moments = targets.posterior(x0, eps, alpha, sigma, kwargs, model.project)
+        moments = targets.posterior(x0, eps, alpha, sigma, kwargs)
         # Added in the dtype of the moments, because the sum may cancel nearly all of ε.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)
-    return NoisyBatch(x.to(x0.dtype), t, target, sigma, dimensions, moments)
+    return NoisyBatch(x.to(x0.dtype), t, target, sigma, moments)
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:

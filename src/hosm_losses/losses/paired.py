@@ -86,7 +86,7 @@ def paired_terms(
     ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
-    # 0 up to rounding, except with "gaussian" probes or a subspace.
+    # 0 up to rounding, except with "gaussian" probes.
     d_minus_vv = d - sum_elements(v.square())
     trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)

@@ -187,12 +187,8 @@ class AveragedTargets:
         alpha: Tensor,
         sigma: Tensor,
         kwargs: dict[str, Any],
-        project: Callable[[Tensor], Tensor],
     ) -> "NoiseMoments":
-        """Return the posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
-
-        `project` projects the reference onto the subspace that contains x₀ and ε.
-        """
+        """Return the posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,)."""
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
         if self.reference is not None:
@@ -200,7 +196,7 @@ class AveragedTargets:
             reference = check_like(
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
-            reference = project(leave_inference_mode(reference).detach()).flatten(1).to(dtype)
+            reference = leave_inference_mode(reference).detach().flatten(1).to(dtype)
         # Only differences of data matter, and squaring data far from zero would lose digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -282,7 +278,6 @@ class ControlledMoments(NamedTuple):
     basis: Tensor | None  # the eigenvectors of C, (d, d); None for the unit vectors
     c: Tensor  # C z̄, (B, d)
     mean: Tensor  # ē − ε, (B, d)
-    project: Callable[[Tensor], Tensor]  # projects vectors (*, d) onto the subspace of the data
 
     @property
     def weights(self) -> Tensor:
@@ -293,11 +288,11 @@ class ControlledMoments(NamedTuple):
         """Return the rows at `index`."""
         noises, scores = self.noises.at(index), self.scores.at(index)
         control, c, mean = (part[index] for part in (self.control, self.c, self.mean))
-        return ControlledMoments(noises, scores, control, self.basis, c, mean, self.project)
+        return ControlledMoments(noises, scores, control, self.basis, c, mean)
 
     def times_control(self, v: Tensor) -> Tensor:
-        """Return C v for vectors v (*, B, d), projected onto the subspace of the data."""
-        return self.project(times(self.control, self.basis, v))
+        """Return C v for vectors v (*, B, d)."""
+        return times(self.control, self.basis, v)
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         """Return the replacements of C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
@@ -502,27 +497,21 @@ class TargetScores:
         alpha: Tensor,
         sigma: Tensor,
         kwargs: dict[str, Any],
-        project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
         """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        α and σ are (B,). `project` projects scores, and products with the matrix C, onto the
-        subspace that contains x₀ and ε.
+        α and σ are (B,).
         """
-
-        def inside(flat: Tensor) -> Tensor:
-            return project(flat.reshape(-1, *x0.shape[1:])).reshape(flat.shape)
-
-        g = self._scores_at(x0, project)
+        g = self._scores_at(x0)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
         if self.averaged is None:  # the average is only over the sample itself
             own, zero = torch.ones_like(alpha), torch.zeros_like(g)
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
         else:
-            noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs, project)
+            noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs)
             reference = self.averaged.reference
-            others = g if reference is None else self._scores_at(project(reference), project)
+            others = g if reference is None else self._scores_at(reference)
         points = F.pad(F.pad(others, (0, 1), value=1.0), (0, 0, 0, 1))
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
@@ -530,11 +519,11 @@ class TargetScores:
         # Along a direction of zero information, the target is the paper's.
         information = torch.where(information > 0, information, math.inf)
         control = 1 / (1 + sigma_hat.square() * information)
-        c = inside(times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean))
-        return ControlledMoments(noises, scores, control, basis, c, noises.mean - c, inside)
+        c = times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean)
+        return ControlledMoments(noises, scores, control, basis, c, noises.mean - c)
 
-    def _scores_at(self, data: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ∇log p₀ at data (N, *), projected onto the subspace of the data, as (N, d)."""
+    def _scores_at(self, data: Tensor) -> Tensor:
+        """Return ∇log p₀ at data (N, *), as (N, d)."""
         scores: Any = self.scores
         if callable(scores):
             # In full precision, and with gradients enabled because the callable may differentiate
@@ -545,7 +534,7 @@ class TargetScores:
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
-        return project(scores.to(wide(data))).reshape(len(data), -1)
+        return scores.to(wide(data)).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return F or, if F is a matrix, its eigenvalues and eigenvectors; g (B, d) are scores."""

@@ -130,14 +130,18 @@ class NoisyBatch(NamedTuple):
     t: Tensor  # (B,), in the units of the caller
     noise: Tensor  # ε − q x, where the targets may have replaced ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    dimensions: int  # d of a sample, or of the subspace of the data
     moments: NoiseMoments | ControlledMoments | None = None  # of less noisy targets
+
+    @property
+    def dimensions(self) -> int:
+        """The dimension d of a sample."""
+        return self.x[0].numel()
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
         x, t, noise, sigma = (tensor[index] for tensor in self[:4])
         moments = self.moments and self.moments.at(index)
-        return NoisyBatch(x, t, noise, sigma, self.dimensions, moments)
+        return NoisyBatch(x, t, noise, sigma, moments)
 
     def cumulants(
         self, v: Tensor, ell: Tensor, *, third: bool = False

@@ -134,20 +134,17 @@ def time_factors(
     *,
     drawn: bool,
     order: int = 3,
-    dimensions: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
     `drawn` says whether `draw_time` drew t; if not, t is treated as uniformly distributed.
-    `dimensions` is d; None stands for the number of elements in a sample of x0.
     """
     sampler = _sampler(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
     if weighting == "noise" and not importance:
         return None, None
     schedule, time = model.schedule, model.time_in(t, x0)
-    elements = x0[0].numel() if dimensions is None else dimensions
-    indices = not t.is_floating_point()
+    elements, indices = x0[0].numel(), not t.is_floating_point()
 
     def rate() -> Tensor:
         """Return du/dt = g²/(2σ²), or w_i for an index i."""

@@ -1,13 +1,14 @@
 """The network as ε̂(x, t), and as a function of x that losses and likelihoods differentiate.
 
+- `adapters`: modules around a network; `OnSubspace`, for data in a linear subspace.
 - `score_model`: `ScoreModel`, a network with its noise schedule and its kind of prediction.
 - `bound`: `BoundModel`, the network's prediction as a function of x, for fixed times and
   conditions.
 - `posterior`: the mean and covariance of clean data given noised data.
 - `conditions`: which tensors in model_kwargs are per-sample.
-- `subspace`: the linear subspace that contains the data, defined by its projection.
 """
 
+from hosm_losses.model.adapters import OnSubspace as OnSubspace
 from hosm_losses.model.bound import BoundModel as BoundModel
 from hosm_losses.model.bound import bind_model as bind_model
 from hosm_losses.model.bound import refuse_wrapped as refuse_wrapped
@@ -24,5 +25,3 @@ from hosm_losses.model.score_model import ScoreModel as ScoreModel
 from hosm_losses.model.score_model import apply_affine as apply_affine
 from hosm_losses.model.score_model import check_model as check_model
 from hosm_losses.model.score_model import check_time as check_time
-from hosm_losses.model.subspace import Subspace as Subspace
-from hosm_losses.model.subspace import check_commutes as check_commutes

@@ -89,7 +89,7 @@ class PosteriorCovariance:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
             kind = ValueError if isinstance(v, Tensor) else TypeError
             raise kind(error_message("v", expected, v))
-        vectors = self._bound.model.project(v.reshape(-1, *x.shape).to(x.dtype), 2)
+        vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
             vectors = leave_inference_mode(vectors)
             (products,) = pull_backs(self._bound, x, [vectors])
@@ -112,13 +112,8 @@ class PosteriorCovariance:
             raise kind(error_message("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
             _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
-            identity = torch.ones_like(x)
-            if self._bound.model.subspace is not None:  # the identity becomes the projection
-                units, project = unit_vector_chunks(x[:1]), self._bound.model.project
-                squares = torch.cat([sum_elements(project(unit, 2) * unit) for unit in units])
-                identity = squares.reshape(1, *x.shape[1:]).to(x.dtype).expand_as(x)
         jacobian = forms.T.reshape(x.shape)
-        return self._scale * apply_affine(jacobian, identity, *self._affine)
+        return self._scale * apply_affine(jacobian, torch.ones_like(x), *self._affine)
 
     def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
         """Return the sums (B,) of the variances that `diagonal` returns."""
@@ -129,7 +124,7 @@ class PosteriorCovariance:
         x = self._x
         with torch.no_grad(), outside_inference_mode():
             rows = torch.cat(list(pull_backs(self._bound, x, unit_vector_chunks(x))))
-            units = self._bound.model.project(torch.cat(list(unit_vector_chunks(x))), 2)
+            units = torch.cat(list(unit_vector_chunks(x)))
         rows = self._scale * apply_affine(rows, units, *self._affine)
         matrices = rows.flatten(2).movedim(0, 1)
         return (matrices + matrices.mT) / 2
@@ -196,9 +191,6 @@ def denoising_posterior(
     with torch.no_grad(), outside_inference_mode():
         x, bound = leave_inference_mode(x), bind_model(model, *arguments, graph=False)
         bound_twice = bind_model(model, *arguments)
-        if model.subspace is not None:
-            model.subspace_of("x", x)
-            x = model.project(x)
         mean = model.denoise(x, bound.t, **bound.kwargs)
         alpha, sigma = (expand_right(number, x) for number in model.coefficients(bound.t, x))
         affine = model.affine_of_data(bound.t, x)

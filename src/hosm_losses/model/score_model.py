@@ -22,13 +22,11 @@ Source:
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from traceback import walk_tb
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +40,14 @@ from hosm_losses._checks import (
     check_number,
     check_prediction,
     check_range,
-    check_whole,
     error_message,
     expand_right,
     shown,
     warn,
 )
-from hosm_losses._torch_internals import leave_inference_mode, without_autocast
+from hosm_losses._torch_internals import leave_inference_mode
+from hosm_losses.model.adapters import Wrapper
 from hosm_losses.model.conditions import unmark
-from hosm_losses.model.subspace import Projection, Subspace, check_on_subspace, examine
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet, transformable
 
@@ -70,7 +67,7 @@ CALLED = (
 )
 
 
-class ScoreModel(nn.Module):
+class ScoreModel(Wrapper):
     """A network, its noise schedule and the quantity that the network predicts.
 
     The model registers only the network, as the submodule `network`, unless `time`, `output` or
@@ -95,18 +92,11 @@ class ScoreModel(nn.Module):
             `call(network, x, time, **kwargs)`. If None, the network is called as
             `network(x, time, **kwargs)`.
         primitives: whether the losses of orders two and three use the safe primitives.
-        subspace: the orthogonal projection onto the subspace that contains the data, for example
-            the projection that removes the centre of mass. The projection is called with samples
-            (n, *), and must treat all samples alike and accept any n and any floating-point dtype.
-            For samples of more than 4,096 elements, pass a pair (projection, dimensions). Noise,
-            probes, latents and predictions are projected, and d is the dimension of the subspace.
-            The first call with samples of a given shape checks the projection and reads a value
-            back to the host.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
-            network, `output`, `call` or `subspace` is not callable, or if `prediction`, `time`,
-            `primitives` or the dimensions have the wrong type.
+            network, `output` or `call` is not callable, or if `prediction`, `time` or
+            `primitives` has the wrong type.
         ValueError: if `prediction` is not a known name, if `time` is not finite, or if the
             schedule's noise in units of the data, σ/α, is not finite or does not grow with t.
 
@@ -127,7 +117,6 @@ class ScoreModel(nn.Module):
         output: Callable[[Any], Tensor] | None = None,
         call: Callable[..., Any] | None = None,
         primitives: bool = True,
-        subspace: Projection | tuple[Projection, int] | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -137,51 +126,18 @@ class ScoreModel(nn.Module):
         if not (time is None or callable(time)):
             check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
-        dimensions = None
-        if isinstance(subspace, tuple):
-            if len(subspace) != 2:
-                expected, got = (
-                    "a projection or (projection, dimensions)",
-                    f"{len(subspace)} values",
-                )
-                raise ValueError(error_message("subspace", expected, subspace, got=got))
-            subspace, dimensions = subspace
-            dimensions = check_whole("subspace's dimensions", dimensions, 1)
-        for name, function in (("output", output), ("call", call), ("subspace", subspace)):
+        for name, function in (("output", output), ("call", call)):
             if not (function is None or callable(function)):
                 raise TypeError(error_message(name, "a callable or None", function))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
-        self.primitives, self.subspace = primitives, subspace
-        self._dimensions = dimensions
-        self._subspaces: dict[Any, Subspace] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the model; raise TypeError if the network is a function.
-
-        A copy of the function would still use the weights of the original.
-        """
-        if not isinstance(self.network, nn.Module):
-            remedy = "Pass a module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
-            raise TypeError(
-                error_message("network", "an nn.Module in a model to copy", self.network, remedy)
-            )
-        return self._deep_copy(memo)
-
-    def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the model without copying functions or the modules to which they refer."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        # __dict__ is not copied: the function that .compile() puts there calls the original.
-        state: Any = self.__getstate__()
-        copied.__setstate__(copy.deepcopy(state, memo))
-        return copied
+        self.primitives = primitives
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments for printing, omitting modules and most defaults."""
         parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
-        for name in ("network", "time", "output", "call", "subspace"):
+        for name in ("network", "time", "output", "call"):
             if (value := vars(self).get(name)) is not None:
                 parts.append(f"{name}={shown(value)}")
         return ", ".join(parts + ["primitives=False"] * (not self.primitives))
@@ -207,7 +163,6 @@ class ScoreModel(nn.Module):
             ValueError: if the network's output differs in shape from x, or if t is out of range.
         """
         self._check_times(t)
-        x = self.project(x)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
     def _check_times(self, t: Tensor) -> None:
@@ -278,38 +233,7 @@ class ScoreModel(nn.Module):
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """Return x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
         self._check_times(t)
-        x = self.project(x)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
-
-    def project(self, vectors: Tensor, leading: int = 1) -> Tensor:
-        """Project vectors (B, *) onto the subspace; return them unchanged if `subspace` is None.
-
-        `leading` is the number of dimensions before a sample's dimensions: 2 for probes (K, B, *).
-        """
-        if self.subspace is None:
-            return vectors
-        rows = vectors if leading == 1 else vectors.flatten(0, leading - 1)
-        rows = rows if isinstance(rows, Jet) else rows.clone()  # a copy, which may be overwritten
-        kind, is_compiling = vectors.device.type, torch.compiler.is_compiling()
-        # PyTorch 2.6 does not trace the check whether a device supports autocast.
-        full = torch.autocast(kind, enabled=False) if is_compiling else without_autocast(kind)
-        with full:
-            projected = self.subspace(rows)
-        return projected if leading == 1 else projected.reshape(vectors.shape)
-
-    def subspace_of(self, name: str, x: Tensor) -> Subspace:
-        """Return the subspace for samples like x (B, *), and check that x lies in the subspace.
-
-        The projection is checked on the first samples of each shape and dtype.
-        """
-        assert self.subspace is not None
-        key = tuple(x.shape[1:]), x.dtype
-        if key not in self._subspaces:
-            known = "torch._dynamo" in sys.modules  # the decorator would import it
-            eagerly: Any = torch.compiler.disable(examine) if known else examine
-            self._subspaces[key] = eagerly(self.subspace, x, self._dimensions)
-        check_on_subspace(name, x, self.project)
-        return self._subspaces[key]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return (α, σ) at t, both of shape (B,), in the dtype of t or, if wider, in float32.
@@ -345,7 +269,7 @@ class ScoreModel(nn.Module):
                 raise
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
-        return predicted if self.subspace is None else self.project(predicted)
+        return predicted
 
     def network_arguments(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
@@ -353,8 +277,6 @@ class ScoreModel(nn.Module):
         """Return x, the times and the keyword arguments as they are passed to the network."""
         # Copies, because a network may write to its arguments. A Jet is made for the call anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
-        if self.subspace is not None:
-            x = self.project(x)
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:

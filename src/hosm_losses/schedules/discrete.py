@@ -21,10 +21,9 @@ from hosm_losses._checks import (
     check_number,
     check_range,
     check_whole,
+    copy_like,
     error_message,
-    owns_values,
 )
-from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule, as_time
 
 Numbers = Sequence[float] | np.ndarray | Tensor
@@ -56,17 +55,11 @@ class Table:
 
     def beside(self, like: Tensor) -> Tensor:
         """Return the numbers and the slope after each, (2, N), with `like`'s dtype and device."""
-        key = (like.device, like.dtype)
-        if key in self._copies:
-            return self._copies[key]
         # The slopes are rounded from float64, since differences of rounded entries lose digits.
         both = self.values, self._slopes
-        with outside_inference_mode():
-            # Created on the CPU: elsewhere, torch.tensor fails under forward-mode AD.
-            copy = torch.tensor(both, dtype=like.dtype, device="cpu").to(like.device)
-        if torch.compiler.is_compiling() or owns_values(copy):
-            self._copies[key] = copy
-        return copy
+        # Created on the CPU: elsewhere, torch.tensor fails under forward-mode AD.
+        make = partial(torch.tensor, both, dtype=torch.float64, device="cpu")
+        return copy_like(self._copies, like, make)
 
     def __call__(self, t: Tensor | float) -> Tensor:
         """Return the interpolated number at index t; raise ValueError if t is out of range."""

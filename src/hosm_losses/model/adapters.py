@@ -1,0 +1,221 @@
+r"""Modules around a user's network, and the one for data that lie in a linear subspace.
+
+Purpose:
+    Samples x without their centre of mass, or padded at the same elements, have no density over
+    all their d elements. Their coordinates y in an orthonormal basis of the subspace do have one.
+    Around a network of y, every loss and likelihood is that of ordinary data with d − k elements.
+
+Formula:
+    If Q (d, d − k) has orthonormal columns, P = Q Qᵀ is the orthogonal projection onto the
+    subspace, x = Q y, y = Qᵀ x, and the network of y is Qᵀ network(Q y, t).
+
+    Q contains the eigenvectors of P W P with eigenvalues from 1 to 2, for W = diag(1, …, 2). All
+    other eigenvalues are 0, so the rank is exact. The weights W tell directions apart that P
+    treats alike: Q is the same on every computer, and that of a mask consists of unit vectors in
+    the order of the elements.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import (
+    can_read_values,
+    check_like,
+    check_prediction,
+    check_whole,
+    copy_like,
+    describe_value,
+    error_message,
+)
+from hosm_losses._torch_internals import outside_inference_mode, without_autocast
+
+LARGEST = 4096  # elements of a sample; the eigenvectors of so many take half a minute
+ROUNDING = 1e-5  # by which a projection of normal vectors may differ from Q Qᵀ
+# How far x may lie from the subspace, relative to the size of the data; at least 4 ε of its dtype.
+OFF = 1e-4
+WRAP_FIRST = (
+    "If the network returns more than its prediction or takes other arguments, put it in an "
+    "nn.Module first, and that into OnSubspace: output= and call= of ScoreModel act on y."
+)
+
+
+class Wrapper(nn.Module):
+    """A module around a network, which may be a function."""
+
+    network: Callable[..., Any]
+
+    @property
+    def _innermost(self) -> Callable[..., Any]:
+        """The network inside all wrappers."""
+        return self.network._innermost if isinstance(self.network, Wrapper) else self.network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the module; raise TypeError if the network is a function.
+
+        A copy of the function would still use the weights of the original.
+        """
+        if not isinstance(self._innermost, nn.Module):
+            expected = "an nn.Module in a model to copy"
+            remedy = "Pass a module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
+            raise TypeError(error_message("network", expected, self._innermost, remedy))
+        return self._deep_copy(memo)
+
+    def _deep_copy(self, memo: dict[int, Any]) -> Self:
+        """Copy the module without copying functions or the modules to which they refer."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        if isinstance(self.network, Wrapper):
+            self.network._deep_copy(memo)  # deepcopy finds it in the memo
+        # __dict__ is not copied: the function that .compile() puts there calls the original.
+        state: Any = self.__getstate__()
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
+
+
+class OnSubspace(Wrapper):
+    """A network of samples x in a linear subspace, as a network of their coordinates y.
+
+    The adapter is for data without their centre of mass, or padded at the same elements in every
+    sample. x is Q y, where the columns of Q are an orthonormal basis of the subspace. In a
+    `ScoreModel` around the adapter, y takes the place of x everywhere: in data, noise, samples,
+    `log_prior`, targets and their scores, and in a divergence of your own. `output` and `call` of
+    the `ScoreModel` act on y, too.
+
+    Args:
+        network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
+            shape (B, *shape). It returns a tensor like x, whose part off the subspace is dropped.
+        project: the orthogonal projection onto the subspace, such as the function that removes the
+            centre of mass. It is called in the constructor alone, with float64 samples (n, *shape)
+            on the CPU, for any n, and must treat all samples alike.
+        shape: the shape of a sample, of at most 4,096 elements.
+
+    Attributes:
+        dimensions: d − k, the dimension of the subspace.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or if `project` does not return float64
+            tensors.
+        ValueError: if `project` is not an orthogonal projection of each sample, or projects
+            everything to zero, or if `shape` has more than 4,096 elements.
+
+    Example:
+        >>> from hosm_losses import ScoreModel, VPSchedule, ode_nll
+        >>> def without_centre(x):
+        ...     return x - x.mean(1, keepdim=True)
+        >>> space = OnSubspace(lambda x, t: 0.5 * x, without_centre, (4, 3))
+        >>> space
+        OnSubspace(shape=(4, 3), dimensions=9)
+        >>> y = space.reduce(without_centre(torch.randn(2, 4, 3)))
+        >>> latent = ode_nll(ScoreModel(space, VPSchedule()), y).latent
+        >>> latent.shape, space.expand(latent).shape
+        (torch.Size([2, 9]), torch.Size([2, 4, 3]))
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        project: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+    ) -> None:
+        super().__init__()
+        for name, value in (("network", network), ("project", project)):
+            if not callable(value):
+                raise TypeError(error_message(name, "a callable", value))
+        if not isinstance(shape, Sequence):
+            raise TypeError(error_message("shape", "sizes such as (4, 3)", shape))
+        self.network, self.shape = network, tuple(check_whole("shape", n, 1) for n in shape)
+        # No buffer, which .to(torch.bfloat16) would round, and which could not be moved to MPS.
+        self._basis = _basis(project, self.shape)
+        self._copies: dict[Any, Tensor] = {}
+        self.dimensions = self._basis.shape[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the copies, which may be on an accelerator."""
+        state: Any = super().__getstate__()
+        return {**state, "_copies": {}}
+
+    def extra_repr(self) -> str:
+        """Return the shape of a sample and the dimension of the subspace, for printing."""
+        return f"shape={self.shape}, dimensions={self.dimensions}"
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return the coordinates y (B, d − k) of samples x (B, *shape).
+
+        Raises:
+            ValueError: if x has another shape, or lies off the subspace. The latter is checked on
+                the CPU alone, where it needs no synchronisation.
+        """
+        y = self._reduce(x)
+        if can_read_values(x):
+            exact = x.detach().double()
+            off = (exact - self.project(exact)).abs().amax()
+            if off > max(OFF, 4 * torch.finfo(x.dtype).eps) * exact.abs().amax():
+                expected, got = "samples on the subspace", f"some that lie {off:.2g} off it"
+                raise ValueError(error_message("x", expected, x, "Pass project(x).", got=got))
+        return y
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Return the samples x (B, *shape) with coordinates y (B, d − k)."""
+        return self._times_basis("y", y, (self.dimensions,), self.shape)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the orthogonal projection of x (B, *shape) onto the subspace."""
+        return self.expand(self._reduce(x))
+
+    def forward(self, y: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """Return the coordinates (B, d − k) of the network's prediction at y (B, d − k)."""
+        x = self.expand(y)
+        predicted = self.network(x, t, **kwargs)
+        check_prediction(predicted, x, WRAP_FIRST)
+        return self._reduce(predicted)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return self._times_basis("x", x, self.shape, (self.dimensions,))
+
+    def _times_basis(
+        self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
+    ) -> Tensor:
+        """Return Qᵀ x or Q y for each sample, from a tensor (B, *own) to a tensor (B, *other)."""
+        check_like(name, value, (len(value), *own), value.dtype, value.device, "OnSubspace")
+        Q = copy_like(self._copies, value, lambda: self._basis)
+        kind, is_compiling = value.device.type, torch.compiler.is_compiling()
+        # PyTorch 2.6 does not trace the check whether a device supports autocast.
+        full = torch.autocast(kind, enabled=False) if is_compiling else without_autocast(kind)
+        with full:
+            return (value.flatten(1) @ (Q if name == "x" else Q.mT)).reshape(-1, *other)
+
+
+def _basis(project: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Return Q (d, d − k), in float64 on the CPU, after checking the projection."""
+    d = math.prod(shape)
+    if d > LARGEST:
+        expected = f"at most {LARGEST} elements"
+        remedy = "Write a module with forward(y, t) of your own; y may be x[:, mask], for example."
+        raise ValueError(error_message("shape", expected, shape, remedy, got=f"{d}"))
+    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
+    def projected(rows: Tensor) -> Tensor:
+        x = rows.reshape(-1, *shape)
+        try:
+            value = project(x.clone())  # a copy, which may be overwritten
+        except RuntimeError as error:
+            error.add_note(f"OnSubspace called project on the CPU, with {describe_value(x)}.")
+            raise
+        return check_like("project(x)", value, tuple(x.shape), x.dtype, x.device, "x").flatten(1)
+
+    with outside_inference_mode(), torch.no_grad():
+        P, weights = projected(torch.eye(d, **like)), torch.linspace(1, 2, d, **like)
+        eigenvalues, vectors = torch.linalg.eigh(P @ (weights[:, None] * P))
+        Q = vectors[:, eigenvalues > 0.5]
+        Q = Q * torch.where(weights @ Q < 0, -1.0, 1.0)
+        v = torch.randn(2, d, generator=torch.Generator().manual_seed(0), **like)
+        if not Q.shape[1] or not (projected(v) - v @ Q @ Q.mT).abs().amax() < ROUNDING:
+            expected = "an orthogonal projection onto one dimension or more, of each sample alike"
+            remedy = "An example is lambda x: x - x.mean(1, keepdim=True)."
+            raise ValueError(error_message("project", expected, project, remedy))
+    return Q
