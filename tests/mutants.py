@@ -432,7 +432,7 @@ MUTANTS = [
         "tests/losses/test_averaged_targets.py",
     ),
     Mutant(
-        "losses/targets.py",
+        "_checks.py",
         'torch.float32 if tensor.device.type == "mps" else torch.float64',
         "torch.float32",
         "tests/losses/test_averaged_targets.py",
@@ -1013,9 +1013,9 @@ MUTANTS = [
     # With a graph, a sample that is lost is evaluated again once another is; the first without a
     # look at values.
     Mutant(
-        "likelihood/divergence.py",
-        "squares = sum_elements(probes.square())",
-        "squares = sum_elements(probes.abs())",
+        "probes.py",
+        "sum_elements(probes.square())",
+        "sum_elements(probes.abs())",
         "tests/likelihood/test_paths.py",
     ),
     Mutant(

@@ -58,6 +58,8 @@ from hosm_losses.interop import (
 from hosm_losses.likelihood import (
     Adaptive,
     Divergence,
+    DivergenceEstimator,
+    DivergenceFunction,
     FixedGrid,
     NLLResult,
     NLLSummary,
@@ -123,6 +125,8 @@ __all__ = [
     "DerivativeReport",
     "DiscreteSchedule",
     "Divergence",
+    "DivergenceEstimator",
+    "DivergenceFunction",
     "EDMSchedule",
     "EDMWeighting",
     "FirstOrderDSM",

@@ -293,6 +293,11 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64, or float32 on devices without float64; for sums, states and targets."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
     """Sum over the elements of each sample, from (K, B, *) to (K, B), in at least float32.
 

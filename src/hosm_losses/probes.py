@@ -25,7 +25,7 @@ Source:
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     generator_kwargs,
+    sum_elements,
 )
 
 CHUNK_ELEMENTS = 2**22  # largest chunk of unit vectors, in elements
@@ -88,17 +89,28 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
 }
 
 
-def _check_drawn(value: "Hutchinson | Paired", fewest: int) -> None:
-    """Check the count and the distribution, and convert a NumPy count to a Python int."""
-    name = type(value).__name__
-    count = check_whole(f"{name}.count", value.count, fewest)
-    if count is not value.count:  # torch.compile would trace even a no-op write
-        object.__setattr__(value, "count", count)
-    check_choice(f"{name}.distribution", value.distribution, DISTRIBUTIONS)
+class _Random:
+    """Base class of random probes, as many as `count` says."""
+
+    count: int
+    distribution: Distribution
+    _fewest: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Check both fields, and convert a NumPy count to a Python int."""
+        name = type(self).__name__
+        count = check_whole(f"{name}.count", self.count, self._fewest)
+        if count is not self.count:  # torch.compile would trace even a no-op write
+            object.__setattr__(self, "count", count)
+        check_choice(f"{name}.distribution", self.distribution, DISTRIBUTIONS)
+
+    def draw(self, x: Tensor, generator: torch.Generator | None, /) -> Tensor:
+        """Draw probes (count, B, *) for points x (B, *), in the dtype and on the device of x."""
+        return draw_probes(x, self.count, self.distribution, generator)
 
 
 @dataclass(frozen=True)
-class Hutchinson:
+class Hutchinson(_Random):
     """Random probes v with E[v vᵀ] = I, whose estimates are averaged.
 
     Args:
@@ -118,13 +130,24 @@ class Hutchinson:
     count: int = 1
     distribution: Distribution = "rademacher"
 
-    def __post_init__(self) -> None:
-        """Check both fields."""
-        _check_drawn(self, 1)
+    @property
+    def is_random(self) -> bool:
+        """Whether estimates are random, as in every `DivergenceEstimator`."""
+        return True
+
+    @property
+    def products(self) -> int:
+        """The number of vector-Jacobian products that one estimate of a divergence takes."""
+        return self.count
+
+    def estimate(self, model: Any, x: Tensor, probes: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return f and vᵀ ∂f/∂x v, (count, B), of a bound model at x (B, *)."""
+        prediction, forms = model.quadratic_forms(x, [probes])
+        return model.f_and_divergence(x, prediction, forms, sum_elements(probes.square()))
 
 
 @dataclass(frozen=True)
-class Paired:
+class Paired(_Random):
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
     On average, the square of a noisy estimate is too large by the estimate's variance, whereas the
@@ -147,10 +170,7 @@ class Paired:
 
     count: int = 2
     distribution: Distribution = "rademacher"
-
-    def __post_init__(self) -> None:
-        """Check both fields."""
-        _check_drawn(self, 2)
+    _fewest: ClassVar[int] = 2
 
 
 def draw_probes(

@@ -104,3 +104,64 @@ def test_memory_of_a_gradient_does_not_grow_with_the_evaluations():
         alive.append(len(network.seen))
     assert alive == [0, alive[1], 0, alive[1]]
     assert alive[1] <= 1
+
+
+class ForwardMode:
+    """An estimator from outside the package: Gaussian probes by Jacobian-vector products."""
+
+    products, is_random = 3, True
+
+    def draw(self, x, generator):
+        return torch.randn((3, *x.shape), generator=generator, dtype=x.dtype)
+
+    def estimate(self, model, x, probes):
+        f = model.f(x)
+        products = torch.stack([torch.func.jvp(model.f, (x,), (v,))[1] for v in probes])
+        return f, (probes * products).flatten(2).sum(2)
+
+
+@pytest.mark.parametrize("solver", [FEW, hosm.FixedGrid(8, companion=True), hosm.Adaptive(1e-2)])
+def test_an_estimator_of_the_users_own(solver):
+    """It sees what `Hutchinson` sees, and its result is the same."""
+    model, x = hosm.ScoreModel(MLP(2), VP, "v"), torch.randn(3, 2)
+    own, ours = (
+        hosm.ode_nll(model, x, divergence=each, solver=solver, generator=seeded())
+        for each in (ForwardMode(), hosm.Hutchinson(3, "gaussian"))
+    )
+    for field in ("nll", "latent", "solver_error", "standard_error", "products"):
+        torch.testing.assert_close(getattr(own, field), getattr(ours, field))
+    own = hosm.ODEDistribution(model, (2,), divergence=ForwardMode(), solver=FEW)
+    assert own.log_prob(x).shape == (3,)
+
+
+def test_the_shape_of_an_estimate_is_checked():
+    class Flat(ForwardMode):
+        def estimate(self, model, x, probes):
+            return model.f(x), torch.zeros(len(x))
+
+    with pytest.raises(ValueError, match=r"expected n estimates \(n, 3\) for 3 samples"):
+        hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=Flat())
+    with pytest.raises(TypeError, match="divergence: expected 'auto'"):
+        hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=ForwardMode)
+
+
+def test_a_function_that_draws_says_so():
+    """Its noise is a standard error, which is that of one probe, and no error of the solver."""
+    model, x = hosm.ScoreModel(MLP(3), VP), torch.randn(64, 3)
+
+    def drawing(x, t):
+        v = torch.randn_like(x)
+        value, product = torch.func.jvp(lambda points: model.network(points, t), (x,), (v,))
+        return value, (v * product).sum(1)
+
+    own = hosm.DivergenceFunction(drawing, is_random=True)
+    found = hosm.ode_nll(model, x, divergence=own, solver=hosm.FixedGrid(32))
+    probes = hosm.Hutchinson(1, "gaussian")
+    expected = hosm.ode_nll(model, x, divergence=probes, solver=hosm.FixedGrid(32))
+    torch.testing.assert_close(found.solver_error, expected.solver_error, rtol=0, atol=2e-3)
+    ratio = found.standard_error.square().mean() / expected.standard_error.square().mean()
+    assert 0.5 < float(ratio.sqrt()) < 2
+    with pytest.warns(UserWarning, match=r"DivergenceFunction\(function, is_random=True\)"):
+        hosm.ode_nll(model, x, divergence=drawing, solver=FEW)
+    with pytest.raises(ValueError, match=r"expected FixedGrid\(steps\) with a divergence that"):
+        hosm.ode_nll(model, x, divergence=own, solver=hosm.Adaptive(1e-2))

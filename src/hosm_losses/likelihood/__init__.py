@@ -21,6 +21,8 @@ from hosm_losses.likelihood.dequantize import TruncatedNormal as TruncatedNormal
 from hosm_losses.likelihood.dequantize import Uniform as Uniform
 from hosm_losses.likelihood.distribution import ODEDistribution as ODEDistribution
 from hosm_losses.likelihood.divergence import Divergence as Divergence
+from hosm_losses.likelihood.divergence import DivergenceEstimator as DivergenceEstimator
+from hosm_losses.likelihood.divergence import DivergenceFunction as DivergenceFunction
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.ode import ode_sample as ode_sample
 from hosm_losses.likelihood.result import NLLResult as NLLResult

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import sum_elements
+from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
@@ -148,7 +148,11 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     step errors are unreliable, and `solver_error` is tripled.
     """
     refuse_vmap("Adaptive")
-    size, probes = z[0].numel(), paths.divergence.draw(z, paths.dtype, paths.generator)
+    size, probes = z[0].numel(), paths.draw_probes(z)
+    if paths.divergence.is_random and probes is None:
+        expected = "FixedGrid(steps) with a divergence that draws anew in each evaluation"
+        remedy = "An adaptive solver takes such noise for error of its steps."
+        raise ValueError(error_message("solver", expected, None, remedy, got="Adaptive"))
     if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error
         fine = _solve(paths, z, span, None, tolerance / FINER)
         end, zero = fine.state[:, :size].reshape(z.shape), torch.zeros_like(fine.error)

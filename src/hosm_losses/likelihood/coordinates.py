@@ -103,11 +103,6 @@ class Coordinates:
         return -(level.scale / level.sigma_hat) * noise
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of states and sums: float64, or float32 on devices without float64."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
 def rounding(dtype: torch.dtype) -> float:
     """The least error in a log-density, in nats, due to rounding in a network of this dtype."""
     return 0.0 if dtype == torch.float64 else 1e-6

@@ -35,9 +35,10 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     sum_elements,
+    widest_dtype,
 )
-from hosm_losses.likelihood.coordinates import Coordinates, accumulator
-from hosm_losses.likelihood.divergence import Estimator
+from hosm_losses.likelihood.coordinates import Coordinates
+from hosm_losses.likelihood.divergence import DivergenceEstimator
 from hosm_losses.likelihood.result import NLLResult, Quantization
 
 LEVELS = 256
@@ -178,7 +179,7 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
         raise ValueError(error_message("dequantization", expected, value, remedy, got=repr(value)))
 
 
-def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
+def refuse_biased_draws(value: Dequantization, divergence: DivergenceEstimator) -> None:
     """Raise ValueError if several draws of u are combined with random probes.
 
     If log p has 7 nats of noise, for example from Hutchinson's estimator, 20 draws seem to gain
@@ -204,7 +205,7 @@ def check_images(x: object) -> None:
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform random numbers with the shape of `levels`, in the precision used for sums."""
-    dtype, device = accumulator(levels), levels.device
+    dtype, device = widest_dtype(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 
 

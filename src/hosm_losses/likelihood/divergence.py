@@ -12,78 +12,157 @@ Source:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_like, check_prediction, error_message, sum_elements
-from hosm_losses.derivatives import quadratic_forms
-from hosm_losses.likelihood.coordinates import accumulator
-from hosm_losses.model import BoundModel, apply_affine
-from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
+from hosm_losses._checks import (
+    check_flag,
+    check_like,
+    check_prediction,
+    error_message,
+    shown,
+    widest_dtype,
+)
+from hosm_losses.model import BoundModel
+from hosm_losses.probes import Hutchinson, unit_vector_chunks
 
 # Largest number of elements for which "auto" means "exact". At d = 8, one probe has an error of
 # 0.6 nats.
 EXACT_UP_TO = 16
-# A user's function: (x, t, **model_kwargs), as the network gets them, → (prediction, its
-# divergence).
-Function = Callable[..., tuple[Tensor, Tensor]]
-Divergence = Literal["auto", "exact"] | Hutchinson | Function
-"""How the divergence of the ODE is computed.
 
-A callable (x, t) → (prediction, its divergence) computes both itself.
-"""
+
+@runtime_checkable
+class DivergenceEstimator(Protocol):
+    """What computes the divergence along the paths of an ODE, such as `Hutchinson`.
+
+    An object of any class with these four names can be passed as `divergence`.
+
+    Example:
+        >>> from hosm_losses import ScoreModel, VPSchedule, ode_nll
+        >>> class ForwardMode:  # one Gaussian probe, by a Jacobian-vector product
+        ...     products, is_random = 1, True
+        ...     def draw(self, x, generator):
+        ...         return torch.randn((1, *x.shape), generator=generator, dtype=x.dtype)
+        ...     def estimate(self, model, x, probes):
+        ...         f, product = torch.func.jvp(model.f, (x,), (probes[0],))
+        ...         return f, (probes * product).flatten(2).sum(2)
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> ode_nll(model, torch.zeros(4, 2), divergence=ForwardMode()).products[0]
+        tensor(66)
+    """
+
+    @property
+    def products(self) -> int:
+        """The number of products with the network's Jacobian in one call of `estimate`.
+
+        `NLLResult.products` contains their sum. 0 means that the network is not differentiated.
+        """
+        ...
+
+    @property
+    def is_random(self) -> bool:
+        """Whether estimates are random, so that a likelihood has a standard error."""
+        ...
+
+    def draw(self, x: Tensor, generator: torch.Generator | None, /) -> Tensor | None:
+        """Return probes (n, B, *) for points x (B, *), or None.
+
+        A fixed grid draws probes at each node, and `Adaptive` draws them once for a whole path.
+        """
+        ...
+
+    def estimate(
+        self, model: BoundModel, x: Tensor, probes: Any, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return f(x) = −ε̂(x), (B, *), and n estimates (n, B) of its divergence at x (B, *).
+
+        `model.f` is f, bound to times and conditions. If n ≥ 2, the estimates have to be
+        independent: their variance yields the standard error. If n = 1, the variance is estimated
+        from adjacent nodes of a fixed grid. None in place of the estimates means that none is
+        wanted.
+        """
+        ...
+
+
+class _WithoutProbes:
+    is_random = False
+
+    def draw(self, _: Tensor, __: torch.Generator | None, /) -> None:
+        """Draw nothing."""
 
 
 @dataclass(frozen=True)
-class Estimator:
-    """Base class of the estimators; by itself, this class estimates no divergence."""
+class NoDivergence(_WithoutProbes):
+    """Only f, for paths whose ends alone are wanted."""
 
-    products: int = 0  # products with the Jacobian for one divergence
-    is_random: bool = False  # whether estimates are random, so that there is a standard error
-    differentiates: bool = False  # whether the network is differentiated
+    products: int = 0
 
-    def draw(
-        self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
-    ) -> Tensor | None:
-        """Draw probes (K, B, *) for states (B, *), or return None if no probes are needed."""
-        return None
-
-    def estimate(
-        self, model: BoundModel, x: Tensor, _: Tensor | None, /
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return f = −ε̂ at x (B, *), and ∇·f: (K, B) with K probes, or (1, B) without probes."""
+    def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, None]:
+        """Return f."""
         return model.f(x), None
 
 
-NO_DIVERGENCE = Estimator()
+NO_DIVERGENCE = NoDivergence()
 
 
 @dataclass(frozen=True)
-class Exact(Estimator):
+class Exact(_WithoutProbes):
     """The exact trace, summed over all unit vectors in chunks."""
 
-    differentiates: bool = True
+    products: int  # the number d of elements of a sample
 
-    def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
-        """Return f and ∇·f."""
-        prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
-        trace = forms.to(accumulator(x)).sum(0, keepdim=True)
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
+    def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, Tensor]:
+        """Return f and ∇·f, (1, B)."""
+        prediction, forms = model.quadratic_forms(x, unit_vector_chunks(x))
+        trace = forms.sum(0, keepdim=True)
+        return model.f_and_divergence(x, prediction, trace, torch.full_like(trace, self.products))
+
+
+# (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
+Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class OfFunction(Estimator):
-    """The divergence that a user's function returns."""
+class DivergenceFunction(_WithoutProbes):
+    """A function that returns the network's prediction and the divergence of this prediction.
 
-    function: Function | None = None
+    Pass the function itself as `divergence` if it returns the exact divergence.
 
-    def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
-        """Return f and ∇·f."""
+    Args:
+        function: (x, t, **model_kwargs) → (prediction (B, *), its divergence (B,)), called with
+            the arguments of the network.
+        is_random: whether the function draws the probes of an estimate, so that the likelihood
+            has a standard error. It then draws anew in each evaluation, which needs a fixed grid.
+
+    Raises:
+        TypeError: if `function` is not callable, or if `is_random` is not a bool.
+
+    Example:
+        >>> DivergenceFunction(lambda x, t: (0.5 * x, 0.5 * x.new_full(x.shape[:1], x.shape[1])))
+        DivergenceFunction(function=<lambda>, is_random=False)
+    """
+
+    function: Function
+    is_random: bool = False
+    products = 0
+
+    def __post_init__(self) -> None:
+        """Check both fields."""
+        if not callable(self.function):
+            expected = "a callable (x, t) → (prediction, its divergence)"
+            raise TypeError(error_message("function", expected, self.function))
+        check_flag("is_random", self.is_random)
+
+    def __repr__(self) -> str:
+        """Return the constructor call."""
+        return f"DivergenceFunction(function={shown(self.function)}, is_random={self.is_random})"
+
+    def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, Tensor]:
+        """Return f and ∇·f, (1, B)."""
         *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
-        function: Any = self.function
-        returned = function(*arguments, **kwargs)
+        returned: Any = self.function(*arguments, **kwargs)
         if not isinstance(returned, tuple) or len(returned) != 2:
             expected = "two tensors, the prediction (B, *) and its divergence (B,)"
             raise TypeError(error_message("divergence(x, t)", expected, returned))
@@ -91,47 +170,22 @@ class OfFunction(Estimator):
         check_prediction(prediction, x)
         dtype = getattr(divergence, "dtype", x.dtype)
         check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
-        trace = divergence[None].to(accumulator(x))
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
+        trace = divergence[None].to(widest_dtype(x))
+        return model.f_and_divergence(x, prediction, trace, torch.full_like(trace, x[0].numel()))
 
 
-@dataclass(frozen=True)
-class RandomProbes(Estimator):
-    """Hutchinson's estimator, using vector-Jacobian products."""
+Divergence = Literal["auto", "exact"] | DivergenceEstimator | Function
+"""How the divergence of the ODE is computed.
 
-    is_random: bool = True
-    differentiates: bool = True
-    distribution: str = "rademacher"
-
-    def draw(self, z: Tensor, dtype: torch.dtype, generator: torch.Generator | None, /) -> Tensor:
-        """Draw `products` probes."""
-        like = torch.empty_like(z, dtype=dtype)
-        return draw_probes(like, self.products, self.distribution, generator)
-
-    def estimate(
-        self, model: BoundModel, x: Tensor, probes: Tensor | None, /
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and vᵀ ∂f/∂x v."""
-        assert probes is not None
-        prediction, forms = quadratic_forms(model, x, [probes])
-        squares = sum_elements(probes.square())
-        return _of_f(model, x, prediction, forms.to(accumulator(x)), squares)
-
-
-def _of_f(
-    model: BoundModel, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return f and ∇·f from vᵀ ∂prediction/∂x v and ‖v‖² (K, B), or from their sums over v."""
-    p, q = model.model.affine(model.t, x)
-    p_rows = None if p is None else p.flatten()
-    q_rows = None if q is None else q.flatten()
-    return -apply_affine(prediction, x, p, q), -apply_affine(forms, squares, p_rows, q_rows)
+An object with the methods of `DivergenceEstimator`, such as `Hutchinson(count)`, or a callable
+(x, t) → (prediction, its divergence).
+"""
 
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
     """Raise an error unless `divergence` is valid; None is valid only if `optional` is True."""
-    known = isinstance(divergence, Hutchinson)
-    known = known or (callable(divergence) and not isinstance(divergence, type))
+    known = isinstance(divergence, DivergenceEstimator) or callable(divergence)
+    known = known and not isinstance(divergence, type)
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
         expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
@@ -139,15 +193,13 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
         raise kind(error_message("divergence", expected, divergence))
 
 
-def resolve_divergence(divergence: Divergence | None, x: Tensor) -> Estimator:
+def resolve_divergence(divergence: Divergence | None, x: Tensor) -> DivergenceEstimator:
     """Return the estimator for samples like x (B, *)."""
     d = x[0].numel()
     if divergence is None:
         return NO_DIVERGENCE
     if isinstance(divergence, str):
-        if divergence == "exact" or d <= EXACT_UP_TO:
-            return Exact(d)
-        divergence = Hutchinson()
-    if isinstance(divergence, Hutchinson):
-        return RandomProbes(divergence.count, distribution=divergence.distribution)
-    return OfFunction(function=divergence)
+        return Exact(d) if divergence == "exact" or d <= EXACT_UP_TO else Hutchinson()
+    if isinstance(divergence, DivergenceEstimator):
+        return divergence
+    return DivergenceFunction(divergence)

@@ -44,7 +44,11 @@ from hosm_losses.likelihood.dequantize import (
     importance_weighted,
     refuse_biased_draws,
 )
-from hosm_losses.likelihood.divergence import Divergence, resolve_divergence
+from hosm_losses.likelihood.divergence import (
+    Divergence,
+    DivergenceFunction,
+    resolve_divergence,
+)
 from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
@@ -136,9 +140,10 @@ class Job:
         """Yield the paths of all samples; the network's buffers are restored after the block."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+        draws = isinstance(self.divergence, DivergenceFunction) and self.divergence.is_random
         watch = FirstEvaluation(
-            look_for_draws=not warn_of_training_mode(modules) and not is_traced(),
-            look_for_constants=self.divergence.differentiates and model.primitives,
+            look_for_draws=not (warn_of_training_mode(modules) or is_traced() or draws),
+            look_for_constants=self.divergence.products > 0 and model.primitives,
         )
         total = len(x) * self.draws
         with (

@@ -294,7 +294,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
         level = levels(slice(place, place + 1))
-        probes = divergence.draw(z, paths.dtype, paths.generator)
+        probes = paths.draw_probes(z)
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue

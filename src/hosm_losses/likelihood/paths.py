@@ -36,12 +36,14 @@ from torch import Tensor
 from hosm_losses._checks import (
     can_read_values,
     check_like,
+    error_message,
     expand_right,
     sum_elements,
+    widest_dtype,
 )
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
-from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
-from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Estimator
+from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE, DivergenceEstimator
 from hosm_losses.likelihood.watch import FirstEvaluation
 from hosm_losses.model import BoundModel
 
@@ -63,13 +65,13 @@ class Paths:
     generator: torch.Generator | None
     advance: Callable[[float], object]  # advances the progress bar by a number of samples
     watch: FirstEvaluation
-    divergence: Estimator  # NO_DIVERGENCE if only the ends of the paths are wanted
+    divergence: DivergenceEstimator  # NO_DIVERGENCE if only the ends of the paths are wanted
     evaluations: RecomputedEvaluations
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
         """Return the paths of the given rows; x and `nll_offset` cover all samples."""
-        points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
+        points, model = x[rows].to(widest_dtype(x)), self.model.rows(rows)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
 
@@ -89,6 +91,10 @@ class Paths:
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
+
+    def draw_probes(self, z: Tensor) -> Tensor | None:
+        """Draw the probes of an evaluation at states z (B, *), in the network's dtype."""
+        return self.divergence.draw(torch.empty_like(z, dtype=self.dtype), self.generator)
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Return ε̂ at points (B, *), in the precision of the points."""
@@ -112,7 +118,7 @@ class Paths:
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
-            f, divergences = divergence.estimate(model, x, probes)
+            f, divergences = _estimate(divergence, model, x, probes)
         noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
@@ -123,7 +129,7 @@ class Paths:
         self,
         model: BoundModel,
         x: Tensor,
-        divergence: Estimator,
+        divergence: DivergenceEstimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return f and ∇·f, with the checks that a first evaluation or a graph requires.
@@ -139,8 +145,8 @@ class Paths:
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
-            with self.watch.refusing_constants(divergence.differentiates):
-                f, divergences = divergence.estimate(model, x, probes)
+            with self.watch.refusing_constants(divergence.products > 0):
+                f, divergences = _estimate(divergence, model, x, probes)
             self.watch.compare(generator_states, x)
             return f, divergences
         nonfinite, readable = ~all_finite(x), can_read_values(x)
@@ -150,8 +156,8 @@ class Paths:
                 nonfinite = nonfinite | ~all_finite(model.f(points))
         while True:
             points = torch.where(expand_right(nonfinite, x), 1.0, x)
-            with self.watch.refusing_constants(divergence.differentiates):
-                f, divergences = divergence.estimate(model, points, probes)
+            with self.watch.refusing_constants(divergence.products > 0):
+                f, divergences = _estimate(divergence, model, points, probes)
             finite = all_finite(f.detach())
             if divergences is not None:
                 finite = finite & torch.isfinite(divergences.detach()).all(0)
@@ -184,6 +190,16 @@ class Paths:
             dtype = own if is_wide else wide
             check_like("log_prior(latent)", value, (len(points),), dtype, points.device, "x")
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
+
+
+def _estimate(
+    divergence: DivergenceEstimator, model: BoundModel, x: Tensor, probes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    f, divergences = divergence.estimate(model, x, probes)
+    if divergences is not None and (divergences.ndim != 2 or divergences.shape[1] != len(x)):
+        expected = f"n estimates (n, {len(x)}) for {len(x)} samples"
+        raise ValueError(error_message("divergence.estimate(...)[1]", expected, divergences))
+    return f, divergences
 
 
 class ODESolution(NamedTuple):

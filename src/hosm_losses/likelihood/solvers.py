@@ -20,8 +20,8 @@ from hosm_losses._checks import (
     check_number,
     check_whole,
     error_message,
+    widest_dtype,
 )
-from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS
 
 PlainMoment = float | tuple[Any, ...]
@@ -229,7 +229,7 @@ def _as_tuples(nested: Any) -> Any:
 def expand_moment(name: str, value: PlainMoment, x: Tensor) -> Tensor:
     """Expand a number or nested tuples to a tensor (1, *) for samples x (B, *)."""
     dtype = torch.float64 if isinstance(value, tuple) else None
-    numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, accumulator(x))
+    numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, widest_dtype(x))
     shape = (1, *x.shape[1:])
     try:
         return numbers.expand(shape)

@@ -83,5 +83,6 @@ class FirstEvaluation:
             warn(
                 "network: expected an output that depends on its input alone; got one that draws "
                 "random numbers, as dropout does in training mode. Call model.eval() first, and "
-                "look for code that draws random numbers in any mode."
+                "look for code that draws random numbers in any mode. If a divergence of your own "
+                "draws, pass DivergenceFunction(function, is_random=True)."
             )

@@ -46,7 +46,7 @@ from hosm_losses.model import (
     check_time,
     refuse_wrapped,
 )
-from hosm_losses.probes import Paired, draw_probes, unit_vectors
+from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
@@ -218,9 +218,7 @@ def _probes(
     if probe is not None:
         return probe if rows is None else probe[:, rows]
     like, probes = x if rows is None else x[rows], options.probes
-    if isinstance(probes, str):
-        return unit_vectors(like)
-    return draw_probes(like, probes.count, probes.distribution, generator)
+    return unit_vectors(like) if isinstance(probes, str) else probes.draw(like, generator)
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:

@@ -91,6 +91,7 @@ from hosm_losses._checks import (
     error_message,
     shown,
     warn,
+    widest_dtype,
 )
 from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
@@ -101,14 +102,9 @@ LARGEST = {"cpu": 2**18}
 ELSEWHERE = 2**24
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype for computing targets: float64, or float32 on devices without float64."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def as_rows(tensor: Tensor) -> Tensor:
     """Return one row per sample, (B, n), without a graph, in the dtype for computing targets."""
-    return tensor.detach().reshape(len(tensor), -1).to(wide(tensor))
+    return tensor.detach().reshape(len(tensor), -1).to(widest_dtype(tensor))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -416,7 +412,7 @@ class TargetScores:
         if isinstance(given, Tensor):
             check_sample_batch("information", given[None], images=False)
             if given.ndim == 2 and given.shape[0] == given.shape[1]:
-                matrix = leave_inference_mode(given).detach().to(wide(given))
+                matrix = leave_inference_mode(given).detach().to(widest_dtype(given))
                 object.__setattr__(self, "_eigen", tuple(torch.linalg.eigh(matrix)))
             if isinstance(self.scores, Tensor):
                 self._check_information("information", given, self.scores)
@@ -477,7 +473,7 @@ class TargetScores:
         if matrix and count < 4 * d:
             expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Set matrix=False."
             raise ValueError(error_message("data", expected, data, remedy, got=f"{count}"))
-        x, g = (part.detach().reshape(count, d).to(wide(part)) for part in (data, scores))
+        x, g = (part.detach().reshape(count, d).to(widest_dtype(part)) for part in (data, scores))
         if count > 1:
             products = -((x - x.mean(0)) * g).sum(1) * (count / (count - 1))
             mean, error = float(products.mean()), float(products.std()) / math.sqrt(count)
@@ -534,7 +530,7 @@ class TargetScores:
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
-        return scores.to(wide(data)).reshape(len(data), -1)
+        return scores.to(widest_dtype(data)).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return F or, if F is a matrix, its eigenvalues and eigenvectors; g (B, d) are scores."""

@@ -6,16 +6,22 @@ Formula:
     derivatives of the prediction.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import error_message
+from hosm_losses._checks import error_message, widest_dtype
 from hosm_losses._torch_internals import COMPILED_PART, leave_inference_mode
-from hosm_losses.derivatives import Derivatives, Products, derive, derive_with_products
+from hosm_losses.derivatives import (
+    Derivatives,
+    Products,
+    derive,
+    derive_with_products,
+    quadratic_forms,
+)
 from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
@@ -114,6 +120,23 @@ class BoundModel:
             -apply_affine(prediction.directional, w, p, q),
             None if third is None else -apply_affine(third, None, p, q),
         )
+
+    def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the prediction at x, and vᵀ ∂prediction/∂x v (K, B) in the widest dtype.
+
+        `directions` contains chunks (k, B, *) of the directions v.
+        """
+        prediction, forms = quadratic_forms(self, x, directions)
+        return prediction, forms.to(widest_dtype(x))
+
+    def f_and_divergence(
+        self, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and ∇·f from vᵀ ∂prediction/∂x v and ‖v‖² (K, B), or from their sums over v."""
+        p, q = self.model.affine(self.t, x)
+        p_rows = None if p is None else p.flatten()
+        q_rows = None if q is None else q.flatten()
+        return -apply_affine(prediction, x, p, q), -apply_affine(forms, squares, p_rows, q_rows)
 
     def derive_with_products(
         self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any

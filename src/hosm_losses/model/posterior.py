@@ -34,7 +34,7 @@ from hosm_losses._torch_internals import leave_inference_mode, outside_inference
 from hosm_losses.derivatives import derive, pull_backs, quadratic_forms
 from hosm_losses.model.bound import BoundModel, bind_model, refuse_wrapped
 from hosm_losses.model.score_model import ScoreModel, apply_affine, check_model, check_time
-from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
+from hosm_losses.probes import Hutchinson, unit_vector_chunks
 
 Probes = Literal["exact"] | Hutchinson
 
@@ -105,7 +105,7 @@ class PosteriorCovariance:
         x = self._x
         if isinstance(probes, Hutchinson):
             rng = check_generator(generator, x.device)
-            v = draw_probes(x, probes.count, probes.distribution, rng)
+            v = probes.draw(x, rng)
             return (v * self.product(v, symmetric=False)).mean(0)
         if probes != "exact":
             kind = ValueError if isinstance(probes, str) else TypeError

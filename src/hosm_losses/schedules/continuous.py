@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, error_message
+from hosm_losses._checks import check_number, error_message, widest_dtype
 from hosm_losses.schedules.base import Schedule, as_time
 
 ORDERS = {"<": operator.lt, "<=": operator.le}
@@ -299,7 +299,7 @@ class EDMSchedule(Parametric):
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         normal = torch.randn(shape, **options)
         sign, low, high, inside = self._standard
-        z = sign * normal.to(torch.float32 if normal.device.type == "mps" else torch.float64)
+        z = sign * normal.to(widest_dtype(normal))
         # The quantile of a draw within its tail, uniform in [0, 1], becomes its quantile inside
         # the range.
         below = 0.5 * (1 + torch.erf(z / SQRT_2)) / _mass_below(low)
