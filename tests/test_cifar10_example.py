@@ -4,13 +4,28 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import hosm_losses as hosm
+
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 SMALL = ["--sde", "vp", "--size", "tiny", "--batch", "4", "--lr", "1e-3", "--warmup", "0"]
 SMALL += ["--log-every", "1", "--validate", "2"]
+
+
+class Squares(torch.nn.Module):
+    """A loss without random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x0, return_terms):
+        squares = (self.weight * x0).square().sum(1)
+        return squares.mean(), hosm.DSMTerms(squares)
 
 
 def test_it_trains_goes_on_where_it_was_killed_and_evaluates(tmp_path, monkeypatch, capsys):
@@ -24,6 +39,13 @@ def test_it_trains_goes_on_where_it_was_killed_and_evaluates(tmp_path, monkeypat
         example.main(["train", str(data), str(tmp_path / out), *SMALL, *map(str, more)])
         lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
         return example.load(tmp_path / out), [*map(json.loads, lines)]
+
+    found = []
+    for parts in (1, 2):  # of three samples, one has two and one has one
+        loss, x0 = Squares(), torch.arange(6.0).reshape(3, 2)
+        means = example.add_gradients(loss, x0, SimpleNamespace(parts=parts, bf16=False))
+        found.append([loss.weight.grad, means["loss"], means["first"]])
+    torch.testing.assert_close(*found)
 
     update = example.Training.update
 
