@@ -20,7 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import is_traced, outside_inference_mode
+from hosm_losses._torch_internals import (
+    is_traced,
+    leave_inference_mode,
+    outside_inference_mode,
+)
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
@@ -222,7 +226,7 @@ def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tens
         raise TypeError(error_message(name, f"a {expected}", value, remedy))
     check_not_empty(name, value)
     check_finite(name, value)
-    return value
+    return leave_inference_mode(value)
 
 
 def check_like(
@@ -233,7 +237,7 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device.
+    """Return `value` if it is a tensor of this shape, dtype and device, outside inference mode.
 
     `of` says, in error messages, what the tensor must match.
     """
@@ -249,7 +253,7 @@ def check_like(
     if value.device != device:
         remedy = f"Move it with {name}.to({str(device)!r})."
         raise ValueError(error_message(name, f"device {device}, to match {of}", value, remedy))
-    return value
+    return leave_inference_mode(value)
 
 
 def check_prediction(predicted: object, x: Tensor, remedy: str = SELECT) -> None:

@@ -22,7 +22,6 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import (
     is_traced,
-    leave_inference_mode,
     outside_inference_mode,
     versions,
 )
@@ -79,7 +78,7 @@ def dsm(
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
     targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
-        score_model, x0 = check_model(model), leave_inference_mode(check_sample_batch("x0", x0))
+        score_model, x0 = check_model(model), check_sample_batch("x0", x0)
         rng, drawn = check_generator(generator, x0.device), t is None
         if drawn:
             time = draw_time(score_model, x0, weighting, rng, sampler)
@@ -158,9 +157,7 @@ def perturb(
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     """Return the caller's tensor, after checking that it is finite and matches the data."""
-    tensor = leave_inference_mode(
-        check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
-    )
+    tensor = check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
     check_finite(name, tensor)
     return tensor
 
@@ -236,7 +233,7 @@ def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
             "out the number in probes if you pass probe."
         )
     check_finite("probe", checked)
-    return leave_inference_mode(checked)
+    return checked
 
 
 def _reduce(

@@ -67,7 +67,7 @@ def paired_terms(
     second: bool = True,
 ) -> DSMTerms:
     """Return the terms of each sample, including the second term only if `second` is True."""
-    x, noise = batch.x, at_least_float32(batch.noise)
+    x, noise = batch.x, at_least_float32(batch.noise_without_x)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)
     how = {"order": order, "engine": options.engine}

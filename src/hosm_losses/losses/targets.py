@@ -192,7 +192,7 @@ class AveragedTargets:
             reference = check_like(
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
-            reference = leave_inference_mode(reference).detach().flatten(1).to(dtype)
+            reference = reference.detach().flatten(1).to(dtype)
         # Only differences of data matter, and squaring data far from zero would lose digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -528,7 +528,7 @@ class TargetScores:
             with torch.enable_grad(), torch.autocast(kind, enabled=False):
                 scores = scores(data.detach().clone())  # a copy, which the callable may overwrite
         like = tuple(data.shape), data.dtype, data.device, "the data"
-        scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
+        scores = check_like("targets.scores", scores, *like).detach()
         check_finite("targets.scores", scores)
         return scores.to(widest_dtype(data)).reshape(len(data), -1)
 

@@ -128,7 +128,7 @@ class NoisyBatch(NamedTuple):
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
     t: Tensor  # (B,), in the units of the caller
-    noise: Tensor  # ε − q x, where the targets may have replaced ε, (B, *)
+    noise_without_x: Tensor  # ε − q x, where the targets may have replaced ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
     moments: NoiseMoments | ControlledMoments | None = None  # of less noisy targets
 
@@ -172,7 +172,7 @@ def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> 
     """Return r1 = f + ε, (1, B, *), from the network's prediction at x, as float32 or float64."""
     p, _ = model.model.affine(model.t, batch.x)
     value = -(prediction if p is None else p * prediction)
-    return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
+    return (at_least_float32(value) + at_least_float32(batch.noise_without_x)).unsqueeze(0)
 
 
 def first_term(residual: Tensor, dimensions: int) -> Tensor:
@@ -201,7 +201,7 @@ def squared_terms(
     derivatives = derive(model, batch.x, w, order=order, engine=options.engine, summed=exact)
     # f is computed without q x, which the noise leaves out as well.
     derived = model.of_f(derivatives, None, w)
-    f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
+    f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise_without_x, v))
     r1 = f + noise  # the sum of f + q x and ε − q x
     ell = r1.detach()
     v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
