@@ -1134,17 +1134,18 @@ MUTANTS = [
         "return self.network",
         "tests/model/test_score_model.py",
     ),
-    Mutant(
-        "_checks.py",
-        "    with outside_inference_mode():\n        copy = make()",
-        "    if True:\n        copy = make()",
-        "tests/model/test_adapters.py",
-    ),
+    # A copy of a constant that a mode or transform made.
     Mutant(
         "_checks.py",
         "if torch.compiler.is_compiling() or owns_values(copy):",
         "if True:",
-        "tests/model/test_adapters.py",
+        "tests/schedules/test_discrete.py",
+    ),
+    Mutant(
+        "_checks.py",
+        "    with outside_inference_mode():\n        copy = make()",
+        "    if True:\n        copy = make()",
+        "tests/schedules/test_discrete.py",
     ),
     # A summary that takes the bound's draws for probes, or hides the prior; a synonym of another
     # prediction.

@@ -227,8 +227,7 @@ BAD = {
     "prediction": bad(TypeError, None, 1) + bad(ValueError, "noise"),
     "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
     **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
-    "project": bad(TypeError, None, 0, "centred", lambda x: None)
-    + bad(ValueError, abs, torch.neg),
+    "project": bad(TypeError, None, "centred", lambda x: None) + bad(ValueError, abs, torch.neg),
     "shape": bad(TypeError, None, 2, (2.0,), "2") + bad(ValueError, (0,), (2, -1), (5000,)),
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
     "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),

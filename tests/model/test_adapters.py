@@ -243,7 +243,7 @@ def test_diagnostics_take_the_adapter_for_a_network():
 slanted = torch.eye(6)
 slanted[0, 1] = 1
 slanted[1, 1] = 0
-ANOTHER = "project: expected an orthogonal projection onto one dimension or more, of each sample"
+ANOTHER = "project: expected an orthogonal projection of each sample, .*; got another"
 REFUSED = {
     "scaled": (lambda x: 0.9 * x, ANOTHER),
     "slanted": (by_matrix(slanted), ANOTHER),
@@ -303,7 +303,7 @@ def test_other_samples_are_refused():
     assert_same(space.reduce(centred(1000 + x.float()).double()), y, 1e-3)  # with its rounding
     for network, kind in ((lambda x, t: (x, x), TypeError), (lambda x, t: x[:, :2], ValueError)):
         model = hosm.ScoreModel(around(network), VP, output=operator.itemgetter(0))
-        with pytest.raises(kind, match=r"network: expected floating-point .* an nn\.Module first"):
+        with pytest.raises(kind, match=r"network: expected floating-point .* in an nn\.Module"):
             model.noise(y, t)
 
 

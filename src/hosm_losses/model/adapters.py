@@ -39,9 +39,10 @@ ROUNDING = 1e-5  # by which a projection of normal vectors may differ from Q Q�
 # How far x may lie from the subspace, relative to the size of the data; at least 4 ε of its dtype.
 OFF = 1e-4
 WRAP_FIRST = (
-    "If the network returns more than its prediction or takes other arguments, put it in an "
-    "nn.Module first, and that into OnSubspace: output= and call= of ScoreModel act on y."
+    "Wrap a network that returns more than its prediction, or takes other arguments, in an "
+    "nn.Module, and pass that to OnSubspace: output= and call= of ScoreModel act on y."
 )
+PROJECT = "Project them with OnSubspace.project."
 
 
 class Wrapper(nn.Module):
@@ -156,7 +157,7 @@ class OnSubspace(Wrapper):
             off = (exact - self.project(exact)).abs().amax()
             if off > max(OFF, 4 * torch.finfo(x.dtype).eps) * exact.abs().amax():
                 expected, got = "samples on the subspace", f"some that lie {off:.2g} off it"
-                raise ValueError(error_message("x", expected, x, "Pass project(x).", got=got))
+                raise ValueError(error_message("x", expected, x, PROJECT, got=got))
         return y
 
     def expand(self, y: Tensor) -> Tensor:
@@ -181,7 +182,8 @@ class OnSubspace(Wrapper):
         self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
     ) -> Tensor:
         """Return Qᵀ x or Q y for each sample, from a tensor (B, *own) to a tensor (B, *other)."""
-        check_like(name, value, (len(value), *own), value.dtype, value.device, "OnSubspace")
+        of = "OnSubspace.reduce(x)" if name == "y" else "OnSubspace.expand(y)"
+        check_like(name, value, (len(value), *own), value.dtype, value.device, of)
         Q = copy_like(self._copies, value, lambda: self._basis)
         kind, is_compiling = value.device.type, torch.compiler.is_compiling()
         # PyTorch 2.6 does not trace the check whether a device supports autocast.
@@ -215,7 +217,7 @@ def _basis(project: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tenso
         Q = Q * torch.where(weights @ Q < 0, -1.0, 1.0)
         v = torch.randn(2, d, generator=torch.Generator().manual_seed(0), **like)
         if not Q.shape[1] or not (projected(v) - v @ Q @ Q.mT).abs().amax() < ROUNDING:
-            expected = "an orthogonal projection onto one dimension or more, of each sample alike"
+            expected = "an orthogonal projection of each sample, onto one dimension or more"
             remedy = "An example is lambda x: x - x.mean(1, keepdim=True)."
-            raise ValueError(error_message("project", expected, project, remedy))
+            raise ValueError(error_message("project", expected, project, remedy, got="another"))
     return Q
