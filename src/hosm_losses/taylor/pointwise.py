@@ -283,13 +283,19 @@ def _exp(x: Tensor) -> Iterator[Tensor]:
 @pointwise("sin")
 def _sin(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
-    return iter((sin, cos, -sin, -cos))
+    yield sin
+    yield cos
+    yield -sin
+    yield -cos
 
 
 @pointwise("cos")
 def _cos(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
-    return iter((cos, -sin, -cos, sin))
+    yield cos
+    yield -sin
+    yield -cos
+    yield sin
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
