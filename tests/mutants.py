@@ -575,8 +575,8 @@ MUTANTS = [
     # model: copies of a batch with the conditions and times of other samples.
     Mutant(
         "model/score_model.py",
-        "transformable(x) if self.primitives else",
-        "transformable(x) if not self.primitives else",
+        "self.primitives and in_functorch() else",
+        "not self.primitives and in_functorch() else",
         "tests/test_transforms.py",
     ),
     Mutant(

@@ -1,10 +1,10 @@
 """Norms of a PyTorch that raises where it is wrong today: at the third derivative of a norm.
 
 PyTorch 2.6, 2.13 and 2.15 get it wrong without an error, but for batch norm and instance norm in
-the reverse mode of 2.15. Pull requests 176234 (layer norm) and 186779 (batch norm) raise there.
-Nothing in the library may rest on today's silence. So the operators below `F.layer_norm` and its
-like are replaced by ones that are right once and twice, and then raise: in the dispatcher, where
-every road in Python and C++ meets them, for the length of a test.
+the reverse mode of 2.14 and 2.15, which raises. Pull requests 176234 (layer norm) and 186779
+(batch norm) raise there. Nothing in the library may rest on today's silence. So the operators
+below `F.layer_norm` and its like are replaced by ones that are right once and twice, and then
+raise: in the dispatcher, where every road in Python and C++ meets them, for the length of a test.
 """
 
 from functools import partial

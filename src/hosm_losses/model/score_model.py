@@ -45,6 +45,7 @@ from hosm_losses._checks import (
     shown,
     warn,
 )
+from hosm_losses._torch_internals import in_functorch
 from hosm_losses.model.adapters import Wrapper
 from hosm_losses.model.conditions import unmark
 from hosm_losses.schedules import Schedule, check_schedule
@@ -256,7 +257,7 @@ class ScoreModel(Wrapper):
             returned = call(x, network_time, **kwargs)
         else:
             try:
-                with transformable(x) if self.primitives else nullcontext():
+                with transformable(x) if self.primitives and in_functorch() else nullcontext():
                     returned = call(x, network_time, **kwargs)
             except (RuntimeError, IndexError) as error:
                 if note := self._note(x.dtype, network_time.dtype, error):

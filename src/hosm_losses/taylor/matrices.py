@@ -10,8 +10,8 @@ Formulas for the derivatives along l and twice along l, where X = A⁻¹ is comp
 
 Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
 correctly at every order. PyTorch also differentiates the values above correctly in reverse mode,
-but versions 2.6 and 2.13 do not in forward mode: under vmap, the jvp of the grad of slogdet is
-wrong for all samples but the first.
+but before version 2.15 not in forward mode: under vmap, the jvp of the grad of slogdet is wrong
+for all samples but the first.
 
 Precision: a condition number κ costs up to log10 κ digits, and float32 has seven, so use float64
 for nearly singular matrices. For an exactly singular matrix, the derivatives of the determinant

@@ -4,11 +4,11 @@ Purpose:
     PyTorch 2.6, 2.13 and 2.15 do not correctly differentiate layer norm, batch norm (in training)
     or instance norm more than twice. The parameter gradient of a loss on a directional derivative
     has a silent error of several percent to more than a hundred percent; at order three, the
-    derivative itself sometimes has such an error too. In reverse mode, PyTorch 2.15 raises an
-    error instead for batch and instance norm, as it does for all norms with the pull requests
-    below. Group norm, attention and the gated linear unit
-    fail with an error on common inputs. When composed of means, products and softmax, each of
-    these operators is differentiated correctly in every mode.
+    derivative itself sometimes has such an error too. In reverse mode, PyTorch 2.14 and 2.15
+    raise an error instead for batch and instance norm, as PyTorch does for all norms with the pull
+    requests below. Group norm, attention and the gated linear unit fail with an error on common
+    inputs. When composed of means, products and softmax, each of these operators is differentiated
+    correctly in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
@@ -41,7 +41,6 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses.taylor._torch import (
     carries_gradient,
     checkpoint_hook,
-    in_functorch,
     is_traced,
     of_a_package,
     operators,
@@ -227,8 +226,8 @@ class _Transformable(TorchFunctionMode):
 
 def transformable(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context manager in which all transforms of torch.func support x's operators."""
-    needed = in_functorch() and type(x) is Tensor and x.device.type == "cpu"
-    return _Transformable() if needed else nullcontext()
+    replaces = type(x) is Tensor and x.device.type == "cpu"
+    return _Transformable() if replaces else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
