@@ -118,11 +118,14 @@ class Paths:
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
-            f, divergences = _estimate(divergence, model, x, probes)
+            f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))
+        if divergences.shape[1:] != z.shape[:1]:
+            expected = f"n estimates (n, {len(z)}) for {len(z)} samples"
+            raise ValueError(error_message("divergence.estimate(...)[1]", expected, divergences))
         return noise, slope, self.coordinates.integrand(-divergences, level)
 
     def _evaluate(
@@ -146,7 +149,7 @@ class Paths:
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
             with self.watch.refusing_constants(divergence.products > 0):
-                f, divergences = _estimate(divergence, model, x, probes)
+                f, divergences = divergence.estimate(model, x, probes)
             self.watch.compare(generator_states, x)
             return f, divergences
         nonfinite, readable = ~all_finite(x), can_read_values(x)
@@ -157,7 +160,7 @@ class Paths:
         while True:
             points = torch.where(expand_right(nonfinite, x), 1.0, x)
             with self.watch.refusing_constants(divergence.products > 0):
-                f, divergences = _estimate(divergence, model, points, probes)
+                f, divergences = divergence.estimate(model, points, probes)
             finite = all_finite(f.detach())
             if divergences is not None:
                 finite = finite & torch.isfinite(divergences.detach()).all(0)
@@ -190,16 +193,6 @@ class Paths:
             dtype = own if is_wide else wide
             check_like("log_prior(latent)", value, (len(points),), dtype, points.device, "x")
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
-
-
-def _estimate(
-    divergence: DivergenceEstimator, model: BoundModel, x: Tensor, probes: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    f, divergences = divergence.estimate(model, x, probes)
-    if divergences is not None and (divergences.ndim != 2 or divergences.shape[1] != len(x)):
-        expected = f"n estimates (n, {len(x)}) for {len(x)} samples"
-        raise ValueError(error_message("divergence.estimate(...)[1]", expected, divergences))
-    return f, divergences
 
 
 class ODESolution(NamedTuple):
