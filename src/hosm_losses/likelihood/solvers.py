@@ -121,7 +121,7 @@ class ToTolerance(Solver):
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
         group: the process group whose processes must use the same number of steps; None if each
-            process may choose its own number. A solver with a group cannot be pickled.
+            process may choose its own number.
         companion: as in `FixedGrid`; a companion is also used in the trials, which then draw their
             own probes. Without a companion, the true error may exceed the tolerance if a path
             amplifies small errors.
@@ -153,13 +153,6 @@ class ToTolerance(Solver):
                 error_message(self._name("group"), "a process group or None", self.group)
             )
         self._set(tolerance=self._nats("tolerance"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the fields to pickle; raise TypeError if there is a group."""
-        if self.group is not None:
-            expected, remedy = "None in a solver to pickle", "Create it in every process."
-            raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
-        return vars(self)
 
 
 @dataclass(frozen=True)

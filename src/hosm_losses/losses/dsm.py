@@ -336,7 +336,10 @@ class _DSM(nn.Module):
 
     def __init__(self, model: ScoreModel, **options: Any) -> None:
         super().__init__()
-        self.__signature__.bind(model, **options)  # raises TypeError for an unknown name
+        try:
+            self.__signature__.bind(model, **options)
+        except TypeError as error:  # an unknown name
+            raise TypeError(f"{type(self).__name__}: {error}") from None
         targets, weights = options.pop("targets", None), options.pop("weights", None)
         if isinstance(weights, nn.Parameter):  # nn.Module would register it for training
             expected = "numbers, or tensors that are not trained"
