@@ -157,7 +157,8 @@ BAD = {
     "sigma_data": POSITIVE,
     "time_sampler": bad(ValueError, "uniform") + bad(TypeError, 1),
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
-    "own": FLAG,
+    **dict.fromkeys(("own", "is_random"), FLAG),
+    "function": bad(TypeError, None, 1, "exact"),
     "same": bad(TypeError, 1, "y"),
     "scores": bad(TypeError, None, 1.0, X.numpy(), X.long(), *NOT_DENSE)
     + bad(ValueError, X[:0], X * NAN),
@@ -262,6 +263,7 @@ CALLS = {
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
     **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
     hosm.TargetScores: {"scores": -X},
+    hosm.DivergenceFunction: {"function": lambda x, t: (x, x[:, 0])},
     hosm.TargetScores.information_of: {"data": X, "scores": -X},
     **{value: {} for value in (hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
@@ -550,7 +552,7 @@ def test_times_are_checked_by_models_and_schedules():
 # Public names that refuse nothing themselves, or are in tables of their own.
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule"),
-    *("NLLSummary", "SampleResult", "Shared", "checkpoint"),
+    *("NLLSummary", "SampleResult", "Shared", "checkpoint", "DivergenceEstimator"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
     "NLLResult",  # whose methods are those of its base
