@@ -1145,7 +1145,7 @@ MUTANTS = [
         "_checks.py",
         "    with outside_inference_mode():\n        copy = make()",
         "    if True:\n        copy = make()",
-        "tests/schedules/test_discrete.py",
+        "tests/model/test_adapters.py",
     ),
     # A summary that takes the bound's draws for probes, or hides the prior; a synonym of another
     # prediction.
