@@ -89,8 +89,8 @@ napoleon_use_ivar = True  # one list of attributes instead of paragraphs
 # Methods on the page of a class; "" means all. In templates, autosummary defines "members" itself.
 autosummary_context = {
     "documented": {
-        "ScoreModel": "forward, noise, score, denoise, project, coefficients, native_weight, "
-        "time_in",
+        "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
+        "OnSubspace": "reduce, expand, project, forward",
         "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob, expand, mean, "
         "variance, entropy",
         "TargetScores": "information_of",

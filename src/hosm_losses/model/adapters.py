@@ -88,11 +88,11 @@ class OnSubspace(Wrapper):
     the `ScoreModel` act on y, too.
 
     Args:
-        network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
-            shape (B, *shape). It returns a tensor like x, whose part off the subspace is dropped.
+        network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
+            samples x (B, *). It returns a tensor like x, whose part off the subspace is dropped.
         project: the orthogonal projection onto the subspace, such as the function that removes the
-            centre of mass. It is called in the constructor alone, with float64 samples (n, *shape)
-            on the CPU, for any n, and must treat all samples alike.
+            centre of mass. It is called in the constructor alone, with float64 samples (n, *) on
+            the CPU, for any n, and must treat all samples alike.
         shape: the shape of a sample, of at most 4,096 elements.
 
     Attributes:
@@ -145,7 +145,7 @@ class OnSubspace(Wrapper):
         return f"shape={self.shape}, dimensions={self.dimensions}"
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Return the coordinates y (B, d − k) of samples x (B, *shape).
+        """Return the coordinates y (B, d − k) of samples x (B, *).
 
         Raises:
             ValueError: if x has another shape, or lies off the subspace. The latter is checked on
@@ -161,11 +161,11 @@ class OnSubspace(Wrapper):
         return y
 
     def expand(self, y: Tensor) -> Tensor:
-        """Return the samples x (B, *shape) with coordinates y (B, d − k)."""
+        """Return the samples x (B, *) with coordinates y (B, d − k)."""
         return self._times_basis("y", y, (self.dimensions,), self.shape)
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the orthogonal projection of x (B, *shape) onto the subspace."""
+        """Return the orthogonal projection of samples x (B, *) onto the subspace."""
         return self.expand(self._reduce(x))
 
     def forward(self, y: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
