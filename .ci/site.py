@@ -21,7 +21,7 @@ PICTURE = re.compile(r'<img[^>]+src="[^"]*?([\w-]+)(?<!_thumb)\.svg"')
 # Methods and properties of public classes that the package calls, and PyTorch, but no user.
 INTERNAL = {"affine", "affine_of_data", "noise_without_x", "network_arguments", "predict"}
 INTERNAL |= {"draw", "extra_repr", "moments", "posterior", "quantization", "start_coordinates"}
-INTERNAL |= {"support", "knows_data"}
+INTERNAL |= {"support", "knows_data", "products", "is_random", "estimate"}
 
 
 def lacking(directory: Path) -> list[str]:

@@ -91,6 +91,7 @@ autosummary_context = {
     "documented": {
         "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
         "OnSubspace": "reduce, expand, project, forward",
+        "DivergenceEstimator": "products, is_random, draw, estimate",
         "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob, expand, mean, "
         "variance, entropy",
         "TargetScores": "information_of",

@@ -131,7 +131,7 @@ class DivergenceFunction(_WithoutProbes):
     Pass the function itself as `divergence` if it returns the exact divergence.
 
     Args:
-        function: (x, t, **model_kwargs) → (prediction (B, *), its divergence (B,)), called with
+        function: `(x, t, **model_kwargs)` → (prediction (B, *), its divergence (B,)), called with
             the arguments of the network.
         is_random: whether the function draws the probes of an estimate, so that the likelihood
             has a standard error. It then draws anew in each evaluation, which needs a fixed grid.
