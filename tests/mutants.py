@@ -789,14 +789,14 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "        level = level + math.log(units.scale)\n",
-        "",
+        "level = self.levels + change",
+        "level = self.levels",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "turn = STEP * torch.arange(count",
-        "turn = len(like) * torch.arange(count",
+        "self._draw(DRAWS, self._shares())",
+        "self._draw(DRAWS, torch.ones_like(self.levels))",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
@@ -807,20 +807,20 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):",
-        "elif gain > FINE_ERRORS * error:",
+        "return excess > max(FINE_ERRORS * error, FINE_MARGIN)",
+        "return excess > FINE_ERRORS * error",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "ok=not clear and best is None and sum(is_worse)",
-        "ok=best is None and sum(is_worse)",
+        "ok=is_trained and best is None",
+        "ok=is_trained",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "return excess > ERRORS * error\n",
-        "return True\n",
+        "return any(self._is_better(losses, self.linear, place) for place in places)",
+        "return True",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(

@@ -13,9 +13,16 @@ Formula:
     is p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
     All candidates are ranked on one draw of noise. The model's own wrapping and the three best
-    candidates are then measured again on eight fresh draws of noise, and the verdict uses these
-    measurements. This many draws are needed because a schedule that shifts a likelihood by a third
-    of a nat may change the loss by only two per cent.
+    candidates are then measured again on eight fresh draws, and the verdict uses these
+    measurements: a schedule that shifts a likelihood by a third of a nat may change the loss by
+    only two per cent. Half of the fresh draws are at the levels where the losses of these
+    candidates differed most from the model's; every level still has the same weight.
+
+    A candidate that fits better is not always right. A network that is hardly trained fits best
+    where its output contributes least: as v, where q x alone is the best linear predictor of data
+    of unit variance. A candidate is therefore reported only if its loss is close to the linear
+    predictor's and, in addition, either below it on average or at some level, or not to be reached
+    by q x alone. On data that are nearly Gaussian, no network beats the linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the schedule is a
 table, the network receives an index into a table of 1000 entries, or into one as long as the
@@ -25,7 +32,6 @@ to noise or from noise to data; in diffusers, it runs up to 1000.
 """
 
 import copy
-import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -61,11 +67,13 @@ from hosm_losses.schedules import (
 
 LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # networks differ if the linear loss is between these limits
-MARGIN, ERRORS = 0.1, 2.0  # losses differ by over this fraction plus this many standard errors
+MARGIN, ERRORS = 0.1, 2.0  # a clear difference: over this fraction plus this many standard errors
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # a slight difference exceeds both of these
 WORSE = 0.25  # a network that is worse than linear at this fraction of levels is not trained
+CLOSE = 0.01  # a network this much worse than the linear predictor may still be trained
+PLAIN = {"v": 0, "velocity": -1}  # changes of kind and sign that cannot make q x alone come close
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
-STEP = 7  # shift of the levels from draw to draw; coprime to 8, 9, 10, 11 and 12 levels
-FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # limits for a slight difference, with the fresh draws
+GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # losses within this fraction of the best count as equal
 REFINED = 3  # schedules and times that are tried with other units of the data
@@ -109,23 +117,31 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; `print` shows it as a table and a verdict.
 
-    Losses are means over the final draws of noise. In the table, "worse" marks the levels at which
-    the network is worse than the linear predictor; the verdict counts these levels.
+    Losses are means over the final draws of noise. A loss is clearly larger than another if it is
+    larger by more than 10 % plus two standard errors of the difference. In the table, "worse"
+    marks the levels at which the network's loss is clearly larger than the linear predictor's; the
+    verdict counts these levels.
 
     Attributes:
-        ok: True if no candidate fits better than your wrapping, and the network beats the best
-            linear predictor.
-        best: the candidate that fits better than your wrapping; None if no candidate does.
-        undecided: whether `best` fits better, but by less than 10 % plus two standard errors.
-        gain: how much better `best` fits, as a fraction of the loss under your wrapping; 0 if
-            `best` is None.
+        ok: True if `best` is None, and the network's loss is not clearly larger than that of the
+            best linear predictor, neither on average nor at a quarter of the levels.
+        best: the candidate that fits better than your wrapping, by more than both half a per cent
+            and four standard errors; None if there is none, or if its fit could be that of a
+            network without training, which is at best as good as a linear predictor.
+        undecided: whether the loss of `best` is smaller than yours, but not clearly.
+        gain: how much better `best` fits, as a fraction of the loss under your wrapping, averaged
+            over the levels; 0 if `best` is None.
+        detectable_gain: the gain above which one of the three candidates that came closest would
+            have been reported, in 97 of 100 cases. It follows from the standard errors of the
+            differences in loss, which fall with the number of samples; it is never less than half
+            a per cent, or than what your wrapping lacks to beat the linear predictor.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: the mean squared error of ε̂ at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
         best_losses: the mean squared error of `best` at each level; NaN at levels outside the
             schedule of `best`, and None if `best` is None.
-        is_worse: for each level, whether the network is worse there than the linear predictor by
-            more than 10 % plus two standard errors.
+        is_worse: for each level, whether the network's loss is clearly larger than that of the
+            linear predictor.
         calls: the number of calls to the network.
     """
 
@@ -133,6 +149,7 @@ class WrappingReport:
     best: WrappingCandidate | None
     undecided: bool
     gain: float
+    detectable_gain: float
     log_sigma_hat: list[float]
     losses: list[float]
     linear: list[float]
@@ -140,14 +157,9 @@ class WrappingReport:
     is_worse: list[bool]
     calls: int
 
-    @property
-    def worse(self) -> int:
-        """The number of levels at which the network is worse than the linear predictor."""
-        return sum(self.is_worse)
-
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as dicts, lists and numbers, for JSON."""
-        return asdict(self) | {"worse": self.worse}
+        return asdict(self)
 
     def __repr__(self) -> str:
         """Return the verdict, without the losses."""
@@ -172,10 +184,17 @@ class WrappingReport:
                 f"fits best as {self.best}: {self.best.loss:.2g} where you have "
                 f"{self.best.own_loss:.2g}"
             )
-        levels = f"{self.worse} of {len(self.linear)} noise levels"
+        worse, levels = sum(self.is_worse), len(self.is_worse)
+        counted = self.ok or worse >= WORSE * levels
+        where = f"at {worse} of {levels} noise levels" if counted else "on average"
+        linear = f"worse than a linear predictor by over 10 % and two standard errors {where}"
         if not self.ok:
-            return f"not trained, or no candidate fits: worse than a linear predictor at {levels}"
-        return f"ok: no candidate fits better; worse than a linear predictor at {levels}"
+            return f"not trained, or no candidate fits: {linear}"
+        low, high = self.log_sigma_hat[0], self.log_sigma_hat[-1]
+        return (
+            f"ok: no candidate fits better; one better by {100 * self.detectable_gain:.2g} %, "
+            f"averaged over log σ/α from {low:.2g} to {high:.2g}, would have been seen; {linear}"
+        )
 
 
 class Units(NamedTuple):
@@ -210,11 +229,11 @@ class Read(NamedTuple):
     kind: str
     sign: int
 
-    def text(self) -> tuple[str, ...]:
-        """Return the parts of the candidate as code, in the order of `WrappingCandidate`."""
+    def text(self) -> tuple[str, str, str, bool, str]:
+        """Return the first five attributes of `WrappingCandidate`."""
         inputs = self.inputs
-        sign = str(self.sign)
-        return inputs.schedule_text, self.kind, inputs.time_text, sign, inputs.units.text
+        code = inputs.schedule_text, self.kind, inputs.time_text
+        return *code, self.sign < 0, inputs.units.text
 
 
 def check_wrapping(
@@ -246,12 +265,11 @@ def check_wrapping(
         generator: the source of the noise, on the device of x0; the global one if None.
 
     Returns:
-        The report. `ok` is False if a candidate, which is then `best`, beats both your wrapping
-        and the best linear predictor. If `best` fits better by more than 10 % plus two standard
-        errors, use `best`. If the advantage of `best` exceeds both half a per cent and four
-        standard errors, but not 10 % plus two standard errors, the report is `undecided`. `ok` is
-        also False if the network is worse than the linear predictor at a quarter of the noise
-        levels or more, which means that the network is untrained or that no candidate fits.
+        The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
+        is `best`. Use `best`, unless the report is `undecided`: then `best` is better by less than
+        10 % plus two standard errors. `ok` is also False if the network is worse than a linear
+        predictor, which means that the network is untrained or that no candidate fits. If `ok` is
+        True, the verdict says which gain would have been seen.
 
     Raises:
         DerivativeError: if a tensor in `model_kwargs` is as long as the batch but does not have
@@ -347,34 +365,51 @@ class _Search:
         self.model, self.data, self.source, self.kwargs = model, data, source, kwargs
         self.predictor, self.calls = _Linear(data), 0
         self.levels = self.predictor.levels(model.schedule, min(LEVELS, len(data) // 2))
-        self.own = Read(own_inputs(model), model.prediction, 1)
-        self._draw(1)
-        self._measure(self.own.inputs)
-        for inputs in all_inputs(model):
+        own, *others = all_inputs(model)
+        self.own = Read(own, model.prediction, 1)
+        self._draw(1, torch.ones_like(self.levels))
+        self._measure(own)
+        for inputs in others:
             self._try(inputs)
         scores = self._scores()
         best = dict.fromkeys(read.inputs for read in sorted(scores, key=scores.__getitem__))
-        for inputs in dict.fromkeys([self.own.inputs, *list(best)[:REFINED]]):
+        for inputs in dict.fromkeys([own, *list(best)[:REFINED]]):
             for units in all_units(data):
                 self._try(replace(inputs, units=units))
         self.first = self._first()
-        self._draw(DRAWS)
+        self._draw(DRAWS, self._shares())
         for inputs in dict.fromkeys(read.inputs for read in (self.own, *self.first)):
             self._measure(inputs)
 
-    def _draw(self, count: int) -> None:
-        """Draw noise and levels, (count, B), and discard the losses from earlier draws."""
-        like, levels = self.data, len(self.levels)
+    def _draw(self, count: int, shares: Tensor) -> None:
+        """Draw noise (count, B, *) at levels in these proportions, and discard earlier losses.
+
+        Draw n of sample i is at the quantile (n + iφ mod 1)/count of the proportions. As multiples
+        of the golden ratio φ are spread evenly, all samples have similar sets of levels, and all
+        levels similar sets of samples.
+        """
+        like = self.data
         shape = (count, *like.shape)
         self.noise = torch.randn(
             shape, generator=self.source, dtype=like.dtype, device=like.device
         )
-        turn = STEP * torch.arange(count, device="cpu")[:, None]
-        self.place = (torch.arange(len(like), device="cpu") + turn) % levels
+        sample, draw = (torch.arange(n, device="cpu").double() for n in (len(like), count))
+        quantile = (draw[:, None] + GOLDEN * sample % 1) / count
+        ends = (shares / shares.sum()).cumsum(0)[:-1]
+        self.place = torch.searchsorted(ends, quantile)
+        self.weight = (1 / self.place.flatten().bincount().double())[self.place]
         self.expected = self.predictor.expected(self.levels)[self.place]
         pairs = zip(self.noise, self.levels[self.place], strict=True)
         self.linear = torch.stack([self.predictor.losses(*pair) for pair in pairs])
         self.losses: dict[Read, Tensor] = {}
+
+    def _shares(self) -> Tensor:
+        """How often each level is drawn: half of the draws are where the losses differ most."""
+        own, shares = self._multiples(self.losses[self.own]), torch.zeros_like(self.levels)
+        for read in self.first:
+            difference = self._by_level((self._multiples(self.losses[read]) - own).square()).sqrt()
+            shares += (difference / difference.nansum()).nan_to_num(0.0)
+        return shares + shares.sum().clamp(min=1) / len(shares)
 
     def _try(self, inputs: Inputs) -> None:
         with suppress(Exception):  # a network may refuse inputs that it was not made for
@@ -382,27 +417,31 @@ class _Search:
 
     def _measure(self, inputs: Inputs) -> None:
         """Call the network once per draw, and record the loss for every kind and sign."""
-        draws = [
-            self._call(inputs, *draw)
-            for draw in zip(self.noise, self.levels[self.place], strict=True)
-        ]
+        pairs = zip(self.noise, self.place, strict=True)
+        draws = [self._call(inputs, noise, place) for noise, place in pairs]
         for read in draws[0]:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
-    def _call(self, inputs: Inputs, noise: Tensor, level: Tensor) -> dict[Read, Tensor]:
+    def _call(self, inputs: Inputs, noise: Tensor, place: Tensor) -> dict[Read, Tensor]:
         """Losses (B,) for every kind and sign, from one call of the network.
 
         The losses are NaN at levels outside the schedule. The new wrapping is not checked, because
         any fault in the wrapping shows up in its loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
-        level = level + math.log(units.scale)
+        change = math.log(units.scale)
+        level = self.levels + change
         low, high = schedule.log_sigma_hat_range
         outside = (level < low - 1e-6) | (level > high + 1e-6)
-        t = schedule.time(level).to(data.device, torch.promote_types(data.dtype, torch.float32))
+        t = schedule.time(level)
+        t = t.round() if schedule.integer_time else t
+        # The nearest entry of a table is at another level, where losses are larger or smaller.
+        reached = self.predictor.expected(schedule.log_sigma_hat(t) - change)
+        factor = (self.predictor.expected(self.levels) / reached).masked_fill(outside, math.nan)
+        t = t[place].to(data.device, torch.promote_types(data.dtype, torch.float32))
         t = schedule.clip(t)
-        if schedule.integer_time:
-            t = t.round().long() if self.model.schedule.integer_time else t.round()
+        if schedule.integer_time and self.model.schedule.integer_time:
+            t = t.long()
         candidate = _with(self.model, schedule=schedule, time=inputs.time)
         alpha, sigma = (expand_right(c, data) for c in candidate.coefficients(t, data))
         x = (alpha * (units.scale * data + units.shift) + sigma * noise).to(data.dtype)
@@ -414,8 +453,7 @@ class _Search:
             of_x = -noise if q is None else q * x - noise
             for sign in (1, -1):
                 loss = _mean_square(sign * part + of_x)
-                loss = loss.nan_to_num(math.inf)
-                losses[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
+                losses[Read(inputs, kind, sign)] = loss.nan_to_num(math.inf) * factor[place]
         return losses
 
     def _by_level(self, losses: Tensor) -> Tensor:
@@ -438,94 +476,89 @@ class _Search:
 
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
-    ) -> tuple[float, float, float]:
-        """The mean difference between two losses, its standard error, and the first loss's mean.
+    ) -> tuple[float, float]:
+        """How much larger the losses are than others, and the standard error of this.
 
-        If `place` is given, only the level with this index counts. The draws for a sample are
-        averaged, because they are not independent.
+        Both are fractions of the mean of the losses. Every level counts equally, or only the level
+        with the index `place`. The draws for a sample are added, because they are not independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
-        left_out = (losses + reference).isnan()
-        left_out = left_out if place is None else left_out | (self.place != place)
-        difference = (losses - reference).masked_fill(left_out, math.nan).nanmean(0)
-        difference = difference[~difference.isnan()]
-        if len(difference) < 2:
-            return 0.0, math.inf, 1.0
-        error = float(difference.std()) / math.sqrt(len(difference))
-        return float(difference.mean()), error, float(losses[~left_out].mean())
+        weight = self.weight if place is None else (self.place == place).double()
+        weight = weight.masked_fill((losses + reference).isnan(), 0)
+        losses, difference = (each.nan_to_num(0.0) for each in (losses, losses - reference))
+        whole, excess = (weight * losses).sum(), (weight * difference).sum()
+        error = (weight * (difference - excess / weight.sum())).sum(0).std()
+        return float(excess / whole), float(error / whole) * math.sqrt(len(self.data))
 
-    def _is_worse(self, losses: Tensor) -> list[bool]:
-        """For each level, whether the losses are worse than those of the linear predictor."""
-        levels = range(len(self.levels))
-        compared = (self._excess(losses, self.linear, place) for place in levels)
-        return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
+    def _is_clear(self, losses: Tensor, reference: Tensor, place: int | None = None) -> bool:
+        excess, error = self._excess(losses, reference, place)
+        return excess - ERRORS * error > MARGIN
 
-    def _is_trained(self, read: Read) -> bool:
-        """Whether a candidate predicts well, even if only through its term q x."""
-        return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
+    def _is_better(self, losses: Tensor, reference: Tensor, place: int | None = None) -> bool:
+        excess, error = self._excess(reference, losses, place)
+        return excess > max(FINE_ERRORS * error, FINE_MARGIN)
 
     def _first(self) -> list[Read]:
         """The best-fitting candidates; among equals, the one with the fewest changes is first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
-        trained = filter(self._is_trained, order)
-        first = next(trained, None)
-        if first is None:
-            return []
 
         def is_as_good(read: Read) -> bool:
-            excess, error, whole = self._excess(self.losses[read], self.losses[first])
-            return excess <= max(SIMILAR * whole, error)
+            excess, error = self._excess(self.losses[read], self.losses[order[0]])
+            return excess <= max(SIMILAR, error)
 
         def changes(read: Read) -> int:
             return sum(map(operator.ne, read.text(), self.own.text()))
 
-        simplest = min(filter(self._is_trained, filter(is_as_good, order)), key=changes)
-        chosen = dict.fromkeys([simplest, first, *itertools.islice(trained, REPEATED)])
-        return list(chosen)[:REPEATED]
+        simplest = min(filter(is_as_good, order), key=changes)
+        return list(dict.fromkeys([simplest, *order]))[:REPEATED]
 
-    def _beats_linear(self, read: Read) -> bool:
-        """Whether a candidate beats the linear predictor, as only a trained network can."""
-        excess, error, _ = self._excess(self.linear, self.losses[read])
-        return excess > ERRORS * error
+    def _is_trained(self, read: Read) -> bool:
+        """Whether a candidate predicts as well as only a trained network does."""
+        losses = self.losses[read]
+        if self._excess(losses, self.linear)[0] > CLOSE:
+            return False
+        changes = (read.kind != self.own.kind) + (read.sign < 0)
+        if read.inputs.units == AS_THEY_ARE and changes <= PLAIN.get(read.kind, 1):
+            return True
+        places = (None, *range(len(self.levels)))
+        return any(self._is_better(losses, self.linear, place) for place in places)
+
+    def _detectable_gain(self) -> float:
+        """The gain above which a candidate is reported in 97 of 100 cases."""
+        own = self.losses[self.own]
+        excess, error = self._excess(own, self.linear)
+        limits = [excess + FINE_ERRORS * error]
+        for read in self.first:
+            gain, error = self._excess(own, self.losses[read])
+            # Predictions that differ by δ, one of which is right, have losses that differ by δ²,
+            # with a standard error in proportion to δ: it is less at a smaller gain.
+            if gain < 0:
+                error = min(error, (FINE_ERRORS + ERRORS) * error**2 / -gain)
+            limits.append(max(FINE_ERRORS * error, FINE_MARGIN) + ERRORS * error)
+        return max(limits)
 
     def report(self) -> WrappingReport:
         """Return the verdict on the model's wrapping, with the losses by level."""
         own = self.losses[self.own]
-        is_worse, clear, slight = self._is_worse(own), [], []
-        for read in self.first:
-            gain, error, whole = self._excess(own, self.losses[read])
-            if gain - ERRORS * error > MARGIN * whole:
-                clear.append(read)
-            elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
-                slight.append(read)
-        # A barely trained network fits best if its output contributes least to the prediction.
-        best = next(filter(self._beats_linear, [*clear, *slight]), None)
-        candidate, best_losses, share = None, None, 0.0
-        if best is not None:
-            losses = self.losses[best]
-            gain, _, whole = self._excess(own, losses)
-            share = gain / whole
-            inside, best_losses = ~losses.isnan(), self._by_level(losses).tolist()
-            candidate = WrappingCandidate(
-                schedule=best.inputs.schedule_text,
-                prediction=best.kind,
-                time=best.inputs.time_text,
-                negated=best.sign < 0,
-                units=best.inputs.units.text,
-                loss=float(losses[inside].mean()),
-                own_loss=float(own[inside].mean()),
-            )
+        better = (read for read in self.first if self._is_better(self.losses[read], own))
+        best = next(filter(self._is_trained, better), None)
+        losses = own if best is None else self.losses[best]
+        by_level = self._by_level(torch.stack([own, self.linear, losses]))
+        inside = by_level[:, ~by_level[2].isnan()].mean(1).tolist()
+        is_worse = [self._is_clear(own, self.linear, k) for k in range(len(self.levels))]
+        is_trained = sum(is_worse) < WORSE * len(is_worse) and not self._is_clear(own, self.linear)
         return WrappingReport(
-            ok=not clear and best is None and sum(is_worse) < WORSE * len(self.levels),
-            best=candidate,
-            undecided=best in slight,
-            gain=share,
+            ok=is_trained and best is None,
+            best=best and WrappingCandidate(*best.text(), loss=inside[2], own_loss=inside[0]),
+            undecided=best is not None and not self._is_clear(own, losses),
+            gain=self._excess(own, losses)[0],
+            detectable_gain=self._detectable_gain(),
             log_sigma_hat=self.levels.tolist(),
-            losses=self._by_level(own).tolist(),
-            linear=self._by_level(self.linear).tolist(),
-            best_losses=best_losses,
+            losses=by_level[0].tolist(),
+            linear=by_level[1].tolist(),
+            best_losses=best and by_level[2].tolist(),
             is_worse=is_worse,
             calls=self.calls,
         )
@@ -544,13 +577,8 @@ def _mean_square(error: Tensor) -> Tensor:
     return (squares / error[0].numel()).double().cpu()
 
 
-def own_inputs(model: ScoreModel) -> Inputs:
-    """The inputs that the model passes to its network."""
-    return Inputs(model.schedule, OWN, model.time, "" if model.time is None else "yours")
-
-
 def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
-    """Yield inputs that the network may have received in training, in the data's own units."""
+    """Yield the model's own inputs, then others that the network may have received in training."""
     own = model.schedule
     steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
     steps = steps if steps >= LEAST_STEPS else 1000
@@ -560,8 +588,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
             times = plain | times if model.time is None else {"yours": model.time} | plain | times
             for time_text, time in times.items():
                 # On CUDA, a network that looks up an index must not get a negative one.
-                negative = own.integer_time and "log" in time_text
-                if not negative and (text != OWN or time is not model.time):
+                if not (own.integer_time and "log" in time_text):
                     yield Inputs(schedule, text, time, time_text)
 
 
