@@ -105,7 +105,7 @@ def gradients(
 
 def moments(gradients: Tensor) -> Moments:
     """The three moments of gradients (2, M, P) of minibatches, not yet of a single sample."""
-    wide = gradients.double()
+    wide = gradients.detach().double()
     middle = wide.mean(0)
     drawn, factors = weights(wide.shape[1])
 

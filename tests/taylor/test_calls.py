@@ -76,6 +76,8 @@ def right(function, pick, **options):
 @pytest.mark.parametrize("function", ENTRIES, ids=name)
 def test_every_name(function, monkeypatch):
     """The first choices go by the rule, and not by that for all functions; others are random."""
+    if function is torch.asarray and not function(torch.ones(1, requires_grad=True)).requires_grad:
+        pytest.skip("PyTorch 2.6 does not differentiate it, so nothing is there to compare with")
     along, calls = jets.along, []
     monkeypatch.setattr(jets, "along", lambda *given: calls.append(1) or along(*given))
     taken = right(function, lambda _: 0)
