@@ -192,6 +192,30 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
+def _mark(context: Any) -> None:
+    context.get_local("x").as_proxy().node.meta["watched"] = True
+
+
+def _refuse_written(context: Any) -> None:
+    for node in context.graph().nodes:
+        if "watched" in node.meta and node.meta["example_value"]._version:
+            context.graph_break(
+                "network: expected no assignment such as x[:, 0] = y, of which torch.compile of "
+                "PyTorch 2.14 and 2.15 does not tell the engine. Join tensors with torch.cat or "
+                "torch.where, or compile without fullgraph=True."
+            )
+
+
+def watch_traced(x: Tensor) -> None:  # noqa: ARG001 - read by its name
+    """Under torch.compile, remember a tensor for `refuse_written`."""
+    torch._dynamo.comptime.comptime(_mark)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def refuse_written() -> None:
+    """Under torch.compile, break the graph if a watched tensor was changed in place."""
+    torch._dynamo.comptime.comptime(_refuse_written)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def forward_mode() -> AbstractContextManager[object]:
     """Return a lock for calls to torch.func.jvp, whose levels are shared by the whole process."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

@@ -42,7 +42,9 @@ from hosm_losses.taylor._torch import (
     leave_inference_mode,
     outside_inference_mode,
     pytree,
+    refuse_written,
     shell,
+    watch_traced,
     without_subclasses,
 )
 from hosm_losses.taylor.primitives import (
@@ -100,6 +102,7 @@ class Jet(Tensor):
         if torch.compiler.is_compiling():
             marked = torch.cat([stack, torch.full_like(stack[:1], math.nan)])
             jet = marked.movedim(0, -1).as_subclass(_Traced)
+            watch_traced(jet)
         else:
             jet = shell(_Complex if of_complex else _Opaque, stack)
             for propagation in memory.THREAD.propagations[-1:]:
@@ -168,7 +171,8 @@ class _Traced(Jet):
     Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
     These rows contain all components but lack a Jet's attributes; `unpack` turns the rows into
     Jets. torch.func.vmap inside a network also takes rows, but would treat the components as
-    elements; the NaN in the data then makes the result NaN.
+    elements; the NaN in the data then makes the result NaN. In PyTorch 2.14 and 2.15, `x[i] = y`
+    bypasses it as well, and changes nothing but the data; see `refuse_written`.
     """
 
 
@@ -409,6 +413,8 @@ def propagate(
         stack: Any = getattr(result, "stack", None)
         kind, finished = type(result), True
         del result
+        if torch.compiler.is_compiling():
+            refuse_written()
     finally:
         memory.THREAD.propagations.pop()
         memory.end(propagation)

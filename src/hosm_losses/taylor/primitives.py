@@ -240,6 +240,8 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
     The first computation also enters the mode again, inside the hooks that save its tensors.
     """
+    if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly
+        torch._dynamo.graph_break()
     tables = [mode.table for mode in _thread.modes]
 
     def mode() -> AbstractContextManager[Any]:
