@@ -795,8 +795,26 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "self._draw(DRAWS, self._shares())",
-        "self._draw(DRAWS, torch.ones_like(self.levels))",
+        "(draw[:, None] + GOLDEN * sample % 1) / count",
+        "(draw[:, None] + 0 * sample) / count",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "(1 / self.place.flatten().bincount().double())[self.place]",
+        "torch.ones_like(quantile)",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "return shares + shares.sum().clamp(min=1) / len(shares)",
+        "return torch.ones_like(shares)",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "self.predictor.expected(schedule.log_sigma_hat(t) - change)",
+        "self.predictor.expected(level - change)",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
@@ -813,14 +831,38 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "ok=is_trained and best is None",
-        "ok=is_trained",
+        " and not self._is_clear(own, self.linear)",
+        "",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "if self._excess(losses, self.linear)[0] > CLOSE:",
+        "if False:",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "changes <= BELIEVED.get(read.kind, 1)",
+        "changes <= 1",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
         "return any(self._is_better(losses, self.linear, place) for place in places)",
         "return True",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "min(error, (FINE_ERRORS + ERRORS) * error**2 / -gain)",
+        "error",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "limits = [excess + FINE_ERRORS * error]",
+        "limits = [0.0]",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(

@@ -71,7 +71,7 @@ MARGIN, ERRORS = 0.1, 2.0  # a clear difference: over this fraction plus this ma
 FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # a slight difference exceeds both of these
 WORSE = 0.25  # a network that is worse than linear at this fraction of levels is not trained
 CLOSE = 0.01  # a network this much worse than the linear predictor may still be trained
-PLAIN = {"v": 0, "velocity": -1}  # changes of kind and sign that cannot make q x alone come close
+BELIEVED = {"v": 0, "velocity": -1}  # changes of kind and sign if merely close; 1 for the others
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
 GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
@@ -171,8 +171,7 @@ class WrappingReport:
         if self.best_losses is not None:
             columns["best"] = self.best_losses
         lines = ["".join(f"{name:>10}" for name in columns)]
-        rows = zip(*columns.values(), strict=True)
-        for row, worse in zip(rows, self.is_worse, strict=True):
+        for *row, worse in zip(*columns.values(), self.is_worse, strict=True):
             lines.append("".join(f"{number:10.3g}" for number in row) + "  worse" * worse)
         return "\n".join([*lines, self._verdict()])
 
@@ -388,15 +387,11 @@ class _Search:
         of the golden ratio φ are spread evenly, all samples have similar sets of levels, and all
         levels similar sets of samples.
         """
-        like = self.data
-        shape = (count, *like.shape)
-        self.noise = torch.randn(
-            shape, generator=self.source, dtype=like.dtype, device=like.device
-        )
-        sample, draw = (torch.arange(n, device="cpu").double() for n in (len(like), count))
+        shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
+        self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
+        draw, sample = (torch.arange(n, device="cpu").double() for n in shape[:2])
         quantile = (draw[:, None] + GOLDEN * sample % 1) / count
-        ends = (shares / shares.sum()).cumsum(0)[:-1]
-        self.place = torch.searchsorted(ends, quantile)
+        self.place = torch.searchsorted((shares / shares.sum()).cumsum(0)[:-1], quantile)
         self.weight = (1 / self.place.flatten().bincount().double())[self.place]
         self.expected = self.predictor.expected(self.levels)[self.place]
         pairs = zip(self.noise, self.levels[self.place], strict=True)
@@ -405,10 +400,10 @@ class _Search:
 
     def _shares(self) -> Tensor:
         """How often each level is drawn: half of the draws are where the losses differ most."""
-        own, shares = self._multiples(self.losses[self.own]), torch.zeros_like(self.levels)
-        for read in self.first:
-            difference = self._by_level((self._multiples(self.losses[read]) - own).square()).sqrt()
-            shares += (difference / difference.nansum()).nan_to_num(0.0)
+        reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
+        own, *others = self._multiples(reads)
+        differences = self._by_level((torch.stack(others) - own).square()).sqrt()
+        shares = (differences / differences.nansum(1, keepdim=True)).nan_to_num(0.0).sum(0)
         return shares + shares.sum().clamp(min=1) / len(shares)
 
     def _try(self, inputs: Inputs) -> None:
@@ -417,8 +412,7 @@ class _Search:
 
     def _measure(self, inputs: Inputs) -> None:
         """Call the network once per draw, and record the loss for every kind and sign."""
-        pairs = zip(self.noise, self.place, strict=True)
-        draws = [self._call(inputs, noise, place) for noise, place in pairs]
+        draws = [self._call(inputs, *each) for each in zip(self.noise, self.place, strict=True)]
         for read in draws[0]:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
@@ -504,25 +498,23 @@ class _Search:
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
 
-        def is_as_good(read: Read) -> bool:
+        def is_worse_or_changes(read: Read) -> tuple[bool, int]:
             excess, error = self._excess(self.losses[read], self.losses[order[0]])
-            return excess <= max(SIMILAR, error)
+            changes = sum(map(operator.ne, read.text(), self.own.text()))
+            return excess > max(SIMILAR, error), changes
 
-        def changes(read: Read) -> int:
-            return sum(map(operator.ne, read.text(), self.own.text()))
-
-        simplest = min(filter(is_as_good, order), key=changes)
-        return list(dict.fromkeys([simplest, *order]))[:REPEATED]
+        return list(dict.fromkeys([min(order, key=is_worse_or_changes), *order]))[:REPEATED]
 
     def _is_trained(self, read: Read) -> bool:
         """Whether a candidate predicts as well as only a trained network does."""
         losses = self.losses[read]
         if self._excess(losses, self.linear)[0] > CLOSE:
             return False
+        # As v or a velocity, an untrained network may come close, through q x alone.
         changes = (read.kind != self.own.kind) + (read.sign < 0)
-        if read.inputs.units == AS_THEY_ARE and changes <= PLAIN.get(read.kind, 1):
+        if read.inputs.units == AS_THEY_ARE and changes <= BELIEVED.get(read.kind, 1):
             return True
-        places = (None, *range(len(self.levels)))
+        places = [None, *range(len(self.levels))]
         return any(self._is_better(losses, self.linear, place) for place in places)
 
     def _detectable_gain(self) -> float:
@@ -613,8 +605,7 @@ def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
 
 def _own_times(own: Schedule, steps: int) -> Times:
     if own.integer_time:
-        last = own.t_max
-        return _share(steps) | {f"lambda t: {last:g} - t": lambda t: last - t}
+        return _share(steps) | {f"lambda t: {own.t_max:g} - t": lambda t: own.t_max - t}
     factors: Times = {f"{steps - 1}": steps - 1.0, f"{steps}": float(steps)}
     times = factors | _back(steps) if own.t_max <= 1 else {"torch.log": torch.log}
     explodes = float(own.alpha(torch.tensor(own.t_max))) == 1  # VE, the only kind with σ as time
