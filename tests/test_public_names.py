@@ -89,6 +89,7 @@ def examples():
     yield from (hosm.AveragedTargets(x), hosm.AveragedTargets(same=lambda kwargs: None))
     yield hosm.TargetScores(lambda x: -x, x[0], hosm.AveragedTargets(x))
     yield from (hosm.Adaptive(), hosm.FixedGrid(), hosm.ToTolerance(), hosm.EDMWeighting())
+    yield hosm.AdaptiveTimes()
     yield from (hosm.Uniform(), hosm.TruncatedNormal(), hosm.Hutchinson(), hosm.Paired())
     yield from (hosm.Schedule(), hosm.VPSchedule(), hosm.SubVPSchedule())
     yield from (hosm.VESchedule(), hosm.CosineSchedule(), hosm.LinearFlowSchedule())

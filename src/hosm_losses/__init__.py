@@ -75,6 +75,7 @@ from hosm_losses.likelihood import (
     variational_nll,
 )
 from hosm_losses.losses import (
+    AdaptiveTimes,
     AveragedTargets,
     DSMTerms,
     EDMWeighting,
@@ -117,6 +118,7 @@ from hosm_losses.schedules import (
 __version__ = "0.1.0"
 __all__ = [
     "Adaptive",
+    "AdaptiveTimes",
     "AveragedTargets",
     "CosineSchedule",
     "DSMTerms",

@@ -82,7 +82,9 @@ def drawn_options(pick, loss):
     if loss in ("first", "second", "third"):
         options["weighting"] = pick.choice(WEIGHTINGS)
         # Of no effect on a t that is given.
-        options["time_sampler"] = pick.choice([None, "schedule", "log_sigma_hat"])
+        samplers = [None, "schedule", "log_sigma_hat", hosm.AdaptiveTimes()]
+        options["time_sampler"] = pick.choice(samplers)
+    options["antithetic"] = pick.choice([False, True])
     if loss != "terms":
         options["reduction"] = pick.choice(["mean", "sum", "none"])
     if loss == "first":
@@ -126,10 +128,10 @@ def drawn_weights(pick, loss):
     )
 
 
-def drawn_targets(pick, x0, order):
+def drawn_targets(pick, x0, order, antithetic):
     """Averaged targets whose references any sample may miss, scores, both, or a tensor."""
     kind = pick.choice([None, "batch", "batch", None, "reference", "all", "tensor"])
-    if kind == "tensor" and order == 1:
+    if kind == "tensor" and order == 1 and not antithetic:
         return torch.randn_like(x0)
     averaged = reference = None
     if kind in ("batch", "reference", "all"):
@@ -193,7 +195,7 @@ def drawn_case(data):
     if options.get("probes", "exact") != "exact" and pick.now_and_then():
         probe = torch.randn(value_of(options["probes"]).count, size, *shape)
     order = options.get("order", LOSSES[loss][2])
-    targets = drawn_targets(pick, x0, order)
+    targets = drawn_targets(pick, x0, order, options["antithetic"])
     as_module = loss != "terms" and pick.choice([False, True])
     mode = pick.choice([None, None, torch.no_grad, torch.inference_mode])
     return SimpleNamespace(**locals())
@@ -241,8 +243,8 @@ def drawn_directions(case):
     return rows, v
 
 
-def dense_sample(case, row):
-    """The field, x, σ and ε of one sample, and the factors of its first and higher terms."""
+def dense_sample(case, row, sign):
+    """The field, x, σ and ±ε of one sample, and the factors of its first and higher terms."""
     t, schedule, prediction = case.t[row], case.schedule, case.model.prediction
     alpha, sigma = schedule(t.double())
     rates = alpha_rate, sigma_rate = rates_of(schedule, t.double())
@@ -278,13 +280,14 @@ def dense_sample(case, row):
     weighting = case.options.get("weighting", "noise")
     own = callable(weighting)  # of the higher terms as well
     factors = torch.stack([weighting(t)] * 2 if own else [named[weighting], named["noise"]])
-    x = alpha * case.x0[row] + sigma * case.noise[row]
-    return field, x, sigma, *noises(case, row, x.detach(), alpha, sigma), factors
+    own = sign * case.noise[row]
+    x = alpha * case.x0[row] + sigma * own
+    return field, x, sigma, *noises(case, row, own, x.detach(), alpha, sigma), factors
 
 
-def noises(case, row, x, alpha, sigma):
+def noises(case, row, own, x, alpha, sigma):
     """The target of order one, and of others than ε the (w_j, ε_j, ε_j − C z_j) and C."""
-    targets, own = case.targets, case.noise[row]
+    targets = case.targets
     if targets is None or isinstance(targets, torch.Tensor):
         return own if targets is None else targets[row], None, 0.0
     known = isinstance(targets, hosm.TargetScores)
@@ -322,7 +325,8 @@ def control(information, scores, row, sigma_hat):
         F = torch.eye(d) * F.flatten()
     if not bool(F.isfinite().all()):
         return torch.zeros(d, d)
-    onto = F @ torch.linalg.pinv(F, rtol=1e-5, hermitian=True)
+    least = d * torch.finfo(torch.float32).eps  # of the largest, below which it counts as 0
+    onto = F @ torch.linalg.pinv(F, rtol=least, hermitian=True)
     return onto @ torch.linalg.inv(torch.eye(d) + sigma_hat**2 * F) @ onto
 
 
@@ -346,14 +350,18 @@ def higher_terms(case, field, x, sigma, noise, triples, control, probes):
 def dense_loss(case, rows, probes):
     """The loss, and its terms: (B,), or of the rows."""
     case.network.by_hand = True
-    samples = [dense_sample(case, row) for row in range(case.size)]
-    first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, *_ in samples])
-    terms = [first / case.x0[0].numel()]
-    if case.order > 1:
-        higher = []
-        for place, row in enumerate(rows):
-            higher.append(higher_terms(case, *samples[row][:-1], probes[:, place]))
-        terms += [torch.stack(column) for column in zip(*higher, strict=True)]
+    halves, signs = [], (1, -1) if case.options["antithetic"] else (1,)
+    for sign in signs:
+        samples = [dense_sample(case, row, sign) for row in range(case.size)]
+        first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, *_ in samples])
+        terms = [first / case.x0[0].numel()]
+        if case.order > 1:
+            higher = []
+            for place, row in enumerate(rows):
+                higher.append(higher_terms(case, *samples[row][:-1], probes[:, place]))
+            terms += [torch.stack(column) for column in zip(*higher, strict=True)]
+        halves.append(terms)
+    terms = [sum(parts) / len(signs) for parts in zip(*halves, strict=True)]
     case.network.by_hand = False
     if case.loss == "terms":
         return torch.stack(terms), terms

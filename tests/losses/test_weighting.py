@@ -45,7 +45,7 @@ def test_likelihood_gives_the_integral_back_for_given_and_for_drawn_times(name):
     low, high = schedule.log_sigma_hat_range
     t_drawn = schedule.time(low + (high - low) * middle).clamp(schedule.t_min, schedule.t_max)
     x0, drawn = terms(t_drawn)
-    first, higher = time_factors(model, x0, t_drawn, "likelihood", drawn=True)
+    first, higher = time_factors(model, x0, t_drawn, "likelihood", torch.tensor(high - low))
     # dt = du/(d log σ̂/dt), so the integral in u has the weight g²/(2σ²)/(d log σ̂/dt) = 1.
     integral = (high - low) * (drawn.first * elements).mean()
     torch.testing.assert_close((first * drawn.first).mean(), integral, rtol=1e-9, atol=0)
@@ -55,7 +55,7 @@ def test_likelihood_gives_the_integral_back_for_given_and_for_drawn_times(name):
     x0, given = terms(t)
     over_all = (spacing.mean(), torch.tensor(1.0))
     torch.testing.assert_close(*over_all, rtol=1e-6, atol=0)
-    first, none = time_factors(model, x0, t, "likelihood", drawn=False)
+    first, none = time_factors(model, x0, t, "likelihood")
     assert none is None
     over_t = (first * given.first * spacing).mean()
     torch.testing.assert_close(over_t, integral, rtol=1e-4, atol=0)
@@ -72,7 +72,7 @@ def test_likelihood_draws_log_sigma_hat_uniformly(name, dtype):
     schedule, count = SCHEDULES[name], 20_000
     model = hosm.ScoreModel(lambda x, t: x, schedule)
     x0 = torch.zeros(count, 1, dtype=dtype)
-    t = draw_time(model, x0, "likelihood", torch.Generator().manual_seed(0))
+    t, _ = draw_time(model, x0, "likelihood", torch.Generator().manual_seed(0))
     assert t.dtype == torch.promote_types(dtype, torch.float32)
     assert bool(((t >= schedule.t_min) & (t <= schedule.t_max)).all())
     low, high = schedule.log_sigma_hat_range
@@ -94,11 +94,11 @@ def test_the_function_draws_and_weights_with_one_time(weighting):
         generator=torch.Generator().manual_seed(2),
     )
     generator = torch.Generator().manual_seed(2)
-    t = draw_time(model, x0, weighting, generator)
+    t, spread = draw_time(model, x0, weighting, generator)
     noise = torch.randn(x0.shape, generator=generator)
     probe = draw_probes(x0, generator=generator)
     terms = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe)
-    factors = time_factors(model, x0, t, weighting, drawn=True)
+    factors = time_factors(model, x0, t, weighting, spread)
     first, higher = (1.0 if factor is None else factor for factor in factors)
     expected = (first * terms.first + higher * sum(terms[1:])).mean()
     torch.testing.assert_close(got, expected)
@@ -117,13 +117,15 @@ def test_a_sampler_changes_the_mean_of_no_term(name, weighting):
     in_t, spacing = towards_the_ends(schedule, count)
     own = schedule.time_density(in_t) * (schedule.t_max - schedule.t_min) * spacing
 
-    def means(t, sampler, shares):
-        factors = time_factors(model, torch.zeros(count, 3), t, weighting, sampler, drawn=True)
+    def means(t, spread, shares):
+        factors = time_factors(
+            model, torch.zeros(count, 3), t, weighting, spread, from_schedule=spread is None
+        )
         shape = schedule.sigma(t) / (1 + schedule.sigma(t).square()) + 0.3
         return [((1 if each is None else each) * shape * shares).mean() for each in factors]
 
-    by_u = means(in_u, "log_sigma_hat", 1.0)
-    by_t = means(in_t, "schedule", own)
+    by_u = means(in_u, torch.tensor(high - low), 1.0)
+    by_t = means(in_t, None, own)
     torch.testing.assert_close(by_u, by_t, rtol=2e-3, atol=0)
 
 
@@ -131,7 +133,7 @@ def test_the_default_sampler_is_that_of_the_weighting():
     model, x0 = hosm.ScoreModel(MLP(3), hosm.VPSchedule()), torch.zeros(6, 3)
 
     def drawn(weighting, sampler=None):
-        return draw_time(model, x0, weighting, torch.Generator().manual_seed(0), sampler)
+        return draw_time(model, x0, weighting, torch.Generator().manual_seed(0), sampler)[0]
 
     by_schedule, by_u = drawn("noise"), drawn("noise", "log_sigma_hat")
     assert not torch.equal(by_schedule, by_u)

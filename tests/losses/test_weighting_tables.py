@@ -40,7 +40,7 @@ def test_an_index_is_drawn_with_the_probability_of_its_width(name, weighting, mo
     schedule, count = TABLES[name], 100_000
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     monkeypatch.setattr(torch, "rand", lambda shape, **options: middle)
-    t = draw_time(built(schedule), torch.zeros(count, 3), weighting, None, "log_sigma_hat")
+    t, _ = draw_time(built(schedule), torch.zeros(count, 3), weighting, None, "log_sigma_hat")
     assert t.dtype == torch.int64
     expected = widths(schedule) / widths(schedule).sum()
     shares = t.bincount(minlength=len(expected)) / count
@@ -56,17 +56,17 @@ def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting
     t, x0 = torch.arange(count), torch.zeros(count, 3)
     value = 0.3 + schedule.sigma(t)  # of some loss
 
-    def means(sampler, probability, drawn=True):
-        factors = time_factors(model, x0, t, weighting, sampler, drawn=drawn)
+    def means(probability, *spread, drawn=True):
+        factors = time_factors(model, x0, t, weighting, *spread, from_schedule=drawn)
         return [
             float(((1 if each is None else each) * value * probability).sum()) for each in factors
         ]
 
     even = torch.full_like(width, 1 / count)
-    by_index = means("schedule", even)
+    by_index = means(even)
     for other in (
-        means("log_sigma_hat", width / width.sum()),
-        means("schedule", even, drawn=False),
+        means(width / width.sum(), width.sum()),
+        means(even, drawn=False),
     ):
         assert other == pytest.approx(by_index, rel=1e-10)
     if weighting == "noise":

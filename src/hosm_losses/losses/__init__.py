@@ -6,7 +6,8 @@
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
 - `terms`: the loss terms, as squares of residuals in which the lower orders are detached.
 - `paired`: the same terms, computed as products of estimates from two independent probes.
-- `weighting`: how noise levels are weighted, and how t is drawn.
+- `times`: how t is drawn where it is learnt which times matter.
+- `weighting`: how noise levels are weighted, and how t is drawn otherwise.
 """
 
 from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM
@@ -23,6 +24,7 @@ from hosm_losses.losses.targets import Targets as Targets
 from hosm_losses.losses.targets import TargetScores as TargetScores
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
 from hosm_losses.losses.terms import LoggedTerms as LoggedTerms
+from hosm_losses.losses.times import AdaptiveTimes as AdaptiveTimes
 from hosm_losses.losses.weighting import EDMWeighting as EDMWeighting
 from hosm_losses.losses.weighting import TimeSampler as TimeSampler
 from hosm_losses.losses.weighting import Weighting as Weighting

@@ -2,13 +2,16 @@
 
 Formula, with the terms from `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
+
+With antithetic=True, the noisy batch has 2B rows: B rows with +ε, then B rows with −ε, at the same
+times and with the same probes and conditions. The terms are means over the two rows of a sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hosm_losses._checks import (
     at_least_float32,
@@ -36,6 +39,7 @@ from hosm_losses.losses.terms import (
     first_term,
     squared_terms,
 )
+from hosm_losses.losses.times import ends_of
 from hosm_losses.losses.weighting import draw_time, time_factors
 from hosm_losses.model import (
     BoundModel,
@@ -79,71 +83,156 @@ def dsm(
     targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), check_sample_batch("x0", x0)
-        rng, drawn = check_generator(generator, x0.device), t is None
-        if drawn:
-            time = draw_time(score_model, x0, weighting, rng, sampler)
+        rng, spread = check_generator(generator, x0.device), None
+        if t is None:
+            time, spread = draw_time(score_model, x0, weighting, rng, sampler)
         else:
             time = check_time(score_model, x0, t)
-        batch = perturb(score_model, x0, time, noise, targets, rng, kwargs)
+        eps = _noise(x0, noise, targets, options, rng)
+        batch = perturb(score_model, x0, time, eps, targets, kwargs)
         weights = _weights(weights, options, batch.dimensions)
         order, v = needed_order(options.order, weights), None
         if higher and probe is not None:
             v = _check_probe(x0, probe, options)
-        how = {"drawn": drawn, "order": order}
-        factors = time_factors(score_model, batch.x, time, weighting, sampler, **how)
+        how = {"from_schedule": t is None and sampler == "schedule", "order": order}
+        factors = time_factors(score_model, x0, time, weighting, spread, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         bound = bind_model(score_model, len(x0), kwargs, time)
         check_conditions(targets, bound.kwargs)
+        if options.antithetic:
+            bound = bound.repeat(2)
         rows = None
         if order == 1:
             # A single call of the network without primitives or copies, as in any trainer.
-            prediction = score_model.predict(batch.x, time, **bound.kwargs)
+            prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            reduced = terms = DSMTerms(first_term(residual, batch.dimensions))
+            terms = DSMTerms(first_term(residual, batch.dimensions))
+            reduced = terms = _of_samples(terms, options)
             if factors[0] is None and options.reduction == "mean":
                 reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
         else:
-            rows, remaining = _select_rows(batch.x, options, rng)
-            v = _probes(batch.x, rows, v, options, rng)
+            rows, remaining = _select_rows(x0, options, rng)
+            v = _probes(x0, rows, v, options, rng)
             bound_rows, noisy_rows = bound, batch
             if rows is not None:
-                bound_rows, noisy_rows = bound.rows(rows), batch.at(rows)
-            if isinstance(options.probes, Paired):
-                second = is_used(weights[1])
-                terms = paired_terms(bound_rows, noisy_rows, v, order, options, second=second)
-            else:
-                terms = squared_terms(bound_rows, noisy_rows, v, order, options)
+                both = _both(rows, len(x0), options)
+                bound_rows, noisy_rows = bound.rows(both), batch.at(both)
+            second = is_used(weights[1])
+            terms = _higher_terms(bound_rows, noisy_rows, v, order, options, second=second)
             if rows is not None and remaining is not None:
-                first = _first_of_all(terms.first, bound, batch, rows, remaining)
+                first = _first_of_all(terms.first, bound, batch, rows, remaining, options)
                 terms = terms._replace(first=first)
             reduced = terms
         loss = _reduce(reduced, weights, factors, rows, options.reduction)
-        check_result(loss, terms, batch)
+        check_result(loss, terms, time)
     # The return statement is outside the block, because torch.compile only resumes a graph in a
     # block with a single exit.
     return LossAndTerms(loss, terms, time, rows)
 
 
-def perturb(
+class RowLosses(nn.Module):
+    """The loss of each of some samples alone, with its parameters in `model`."""
+
+    def __init__(self, model: ScoreModel, loss: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the loss of the sample at `index`, (1,), as a number."""
+        return self._loss(index)
+
+
+def row_losses(
     model: ScoreModel,
     x0: Tensor,
+    options: LossOptions,
     t: Tensor,
+    rows: Tensor,
+    *,
+    targets: object,
+    weights: object,
+    generator: torch.Generator,
+    model_kwargs: Mapping[str, Any] | None,
+) -> RowLosses:
+    """Return the losses of the samples `rows` (n,) at times t (B,), each by its index below n.
+
+    The targets are those of the whole batch. The factor of the time sampler is left out, and all
+    samples have the higher terms.
+    """
+    kwargs, higher = check_model_kwargs(model_kwargs), options.order > 1
+    checked = check_targets(targets, tensor=not higher)
+    batch = perturb(model, x0, t, _noise(x0, None, checked, options, generator), checked, kwargs)
+    weights = _weights(weights, options, batch.dimensions)
+    order = needed_order(options.order, weights)
+    spread = ends_of(model.schedule)[1] if options.is_uniform else None
+    factors = time_factors(model, x0, t, options.weighting, spread, order=order)
+    bound = bind_model(model, len(x0), kwargs, t)
+    check_conditions(checked, bound.kwargs)
+    if options.antithetic:
+        bound = bound.repeat(2)
+    v = None if order == 1 else _probes(x0, rows, None, options, generator)
+    both = _both(rows, len(x0), options)
+    bound, batch = bound.rows(both), batch.at(both)
+    of_first, of_higher = (None if factor is None else factor[rows] for factor in factors)
+
+    def loss(index: Tensor) -> Tensor:
+        own = _both(index, len(rows), options)
+        of_own = bound.rows(own), batch.at(own)
+        if v is None:
+            residual = first_residual(of_own[0], of_own[1], of_own[0].native(of_own[1].x))
+            terms = _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options)
+        else:
+            second = is_used(weights[1])
+            terms = _higher_terms(*of_own, v[:, index], order, options, second=second)
+        first, higher = (None if f is None else f[index] for f in (of_first, of_higher))
+        return _reduce(terms, weights, (first, higher), None, "sum")
+
+    return RowLosses(model, loss)
+
+
+def _noise(
+    x0: Tensor,
     noise: object,
     targets: Targets,
+    options: LossOptions,
     generator: torch.Generator | None,
-    kwargs: dict[str, Any],
-) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε and its targets, which leave out q x, as in `terms`."""
+) -> Tensor:
+    """Return ε (B, *), drawn unless the caller passes it, or (2B, *) with +ε and −ε."""
+    if options.antithetic and isinstance(targets, Tensor):
+        raise ValueError(
+            "targets: expected None, AveragedTargets(...) or TargetScores(...) with "
+            "antithetic=True; got a tensor, which belongs to +ε alone. Set antithetic=False, and "
+            "pass x0, t, the noises and the targets of both halves."
+        )
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
         )
     else:
         eps = _like_data("noise", noise, x0)
-    alpha, sigma = model.coefficients(t, x0)
-    x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
-    target, moments = model.noise_without_x(t, x0, eps), None
+    return torch.cat([eps, -eps]) if options.antithetic else eps
+
+
+def perturb(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    targets: Targets,
+    kwargs: dict[str, Any],
+) -> NoisyBatch:
+    """Return x = α(t) x₀ + σ(t) ε and its targets, which leave out q x, as in `terms`.
+
+    If ε has more rows than x₀ and t, these are repeated, one batch after another.
+    """
+    data, moments = x0, None
+    if len(eps) != len(x0):
+        count = len(eps) // len(x0)
+        data, t = x0.repeat(count, *(1,) * (x0.ndim - 1)), t.repeat(count)
+    alpha, sigma = model.coefficients(t, data)
+    x = expand_right(alpha, data) * data + expand_right(sigma, data) * eps
+    target = model.noise_without_x(t, data, eps)
     if isinstance(targets, Tensor):
         instead = at_least_float32(_like_data("targets", targets, x0).detach())
         target = target + (instead - eps)
@@ -172,8 +261,44 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
     return check_weights(weights, options.order, dimensions)
 
 
+def _both(rows: Tensor, batch: int, options: LossOptions) -> Tensor:
+    """Return the rows of the noisy batch that belong to the given samples."""
+    return torch.cat([rows, batch + rows]) if options.antithetic else rows
+
+
+def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
+    """Return the terms of each sample: the means over its two rows if the rows are pairs."""
+    if not options.antithetic:
+        return terms
+    return DSMTerms._make(None if term is None else term.reshape(2, -1).mean(0) for term in terms)
+
+
+def _higher_terms(
+    bound: BoundModel,
+    batch: NoisyBatch,
+    v: Tensor,
+    order: int,
+    options: LossOptions,
+    *,
+    second: bool,
+) -> DSMTerms:
+    """Return the terms of each sample, for probes v (K, n, *)."""
+    if options.antithetic:
+        v = torch.cat([v, v], 1)
+    if isinstance(options.probes, Paired):
+        terms = paired_terms(bound, batch, v, order, options, second=second)
+    else:
+        terms = squared_terms(bound, batch, v, order, options)
+    return _of_samples(terms, options)
+
+
 def _first_of_all(
-    first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
+    first: Tensor,
+    bound: BoundModel,
+    batch: NoisyBatch,
+    rows: Tensor,
+    remaining: Tensor,
+    options: LossOptions,
 ) -> Tensor:
     """Return the first term for all samples, calling the network for the samples not in `rows`."""
     if not len(remaining):
@@ -181,8 +306,10 @@ def _first_of_all(
     graph = torch.is_grad_enabled() and not is_traced()
     trained = [p for p in bound.model.parameters() if p.requires_grad and graph]
     before = versions(trained)
-    bound, batch = bound.rows(remaining), batch.at(remaining)
+    both = _both(remaining, len(rows) + len(remaining), options)
+    bound, batch = bound.rows(both), batch.at(both)
     others = first_term(first_residual(bound, batch, bound.native(batch.x)), batch.dimensions)
+    others = _of_samples(DSMTerms(others), options).first
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "

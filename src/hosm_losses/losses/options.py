@@ -12,6 +12,7 @@ from hosm_losses._checks import (
     can_read_values,
     check_choice,
     check_finite,
+    check_flag,
     check_number,
     check_whole,
     error_message,
@@ -39,6 +40,7 @@ class LossOptions:
     fraction: float = 1.0
     weighting: Weighting = "noise"
     time_sampler: TimeSampler = None
+    antithetic: bool = False
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class LossOptions:
             if value is not getattr(self, name):  # torch.compile would trace a no-op write
                 object.__setattr__(self, name, value)
         check_weighting(self.weighting, self.time_sampler)
+        check_flag("antithetic", self.antithetic)
         check_choice("engine", self.engine, ENGINES)
         check_choice("reduction", self.reduction, get_args(Reduction))
         if part < 1 and self.reduction == "none":
@@ -59,6 +62,11 @@ class LossOptions:
                 "fraction: expected 1 with reduction='none': rows outside the fraction have no "
                 f"higher terms; got {part!r}."
             )
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the objective is uniform in log σ̂, rather than as the schedule draws t."""
+        return self.weighting == "likelihood"
 
 
 def _check_probes(probes: object) -> Any:

@@ -184,9 +184,13 @@ class AveragedTargets:
         sigma: Tensor,
         kwargs: dict[str, Any],
     ) -> "NoiseMoments":
-        """Return the posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,)."""
+        """Return the posterior moments of the noise in x = α x₀ + σ ε.
+
+        ε, α and σ have n rows for each sample x₀ (B, *), one batch after another: (nB, *), (nB,).
+        """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
+        count = len(eps) // len(data)
         if self.reference is not None:
             shape = (len(self.reference), *x0.shape[1:])
             reference = check_like(
@@ -195,7 +199,7 @@ class AveragedTargets:
             reference = reference.detach().flatten(1).to(dtype)
         # Only differences of data matter, and squaring data far from zero would lose digits.
         origin = reference.mean(0)
-        data, reference = data - origin, reference - origin
+        data, reference = (data - origin).repeat(count, 1), reference - origin
         # One matrix product gives ‖ε‖²/2 − ‖ε_j‖²/2; for the sample itself, this is zero.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
         itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
@@ -205,9 +209,9 @@ class AveragedTargets:
         if self.same is not None:
             like = (len(x0), len(reference)), torch.bool, x0.device, "batch and reference"
             mask = check_like("targets.same(model_kwargs)", self.same(kwargs), *like)
-            logits[:, :-1].masked_fill_(~mask, -torch.inf)
+            logits[:, :-1].masked_fill_(~mask.repeat(count, 1), -torch.inf)
         if self.reference is None:
-            logits.diagonal().fill_(-torch.inf)
+            logits.unflatten(0, (count, -1)).diagonal(0, 1, 2).fill_(-torch.inf)
         elif not self.own:
             if can_read_values(logits):
                 # x₀ itself has logit 0 up to rounding; −∞ means that `same` allows no reference.
@@ -216,8 +220,8 @@ class AveragedTargets:
                 if outside:
                     raise ValueError(
                         "targets: expected samples that the reference of "
-                        f"AveragedTargets(own=False) contains; got {outside} of {len(x0)} that it "
-                        "does not contain, for example after a flip or with added noise. Set "
+                        f"AveragedTargets(own=False) contains; got {outside} of {len(best)} that "
+                        "it does not contain, for example after a flip or with added noise. Set "
                         "own=True, or pass x0 unchanged from the reference."
                     )
             logits[:, -1] = torch.finfo(dtype).min  # only used if no reference is allowed
@@ -496,25 +500,28 @@ class TargetScores:
     ) -> ControlledMoments:
         """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        α and σ are (B,).
+        ε, α and σ have n rows for each sample x₀ (B, *), one batch after another: (nB, *), (nB,).
         """
-        g = self._scores_at(x0)
+        own = self._scores_at(x0)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
+        count = len(eps) // len(x0)
+        g = own.repeat(count, 1)
         if self.averaged is None:  # the average is only over the sample itself
-            own, zero = torch.ones_like(alpha), torch.zeros_like(g)
-            noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
+            weight, zero = torch.ones_like(alpha), torch.zeros_like(g)
+            noises = moments_of(weight, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
         else:
             noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs)
             reference = self.averaged.reference
-            others = g if reference is None else self._scores_at(reference)
+            others = own if reference is None else self._scores_at(reference)
         points = F.pad(F.pad(others, (0, 1), value=1.0), (0, 0, 0, 1))
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
-        information, basis = self._information_for(g, x0)
+        information, basis = self._information_for(own, x0)
         # Along a direction of zero information, the target is the paper's.
         information = torch.where(information > 0, information, math.inf)
-        control = 1 / (1 + sigma_hat.square() * information)
+        squares = sigma_hat.square().unflatten(0, (count, -1))
+        control = (1 / (1 + squares * information)).flatten(0, 1)
         c = times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean)
         return ControlledMoments(noises, scores, control, basis, c, noises.mean - c)
 

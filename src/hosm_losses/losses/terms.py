@@ -220,7 +220,7 @@ def squared_terms(
     return terms._replace(third=mean_over_probes(squares) / d**3)
 
 
-def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
+def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
     """Raise an error that names the terms or times at fault if a loss on the CPU is not finite."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
@@ -228,7 +228,7 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
     names = [name for name, term in present.items() if not bool(torch.isfinite(term).all())]
     if "first" in names:
         bad = ~torch.isfinite(terms.first)
-        times = batch.t[bad]
+        times = t[bad]
         raise ValueError(
             f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
             f"{len(bad)} samples, at t from {times.min().item():g} to {times.max().item():g}. "

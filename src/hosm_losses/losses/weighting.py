@@ -23,6 +23,8 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     entry of the table. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that
     integrals over u become trapezoidal sums.
 
+    `AdaptiveTimes` puts its own density of u in the place of 1/(u₁ − u₀); see `times`.
+
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
     theorem 1 and appendix B. Since g²/σ² = 2 d log σ̂/dt, the importance-sampling density is
@@ -46,8 +48,8 @@ from hosm_losses._checks import (
     error_message,
     generator_kwargs,
 )
+from hosm_losses.losses.times import AdaptiveTimes, ends_of, rate_of
 from hosm_losses.model import ScoreModel, check_time
-from hosm_losses.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ Weighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
 """Weights over t, as a name, `EDMWeighting()` or a callable t → (B,)."""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
-TimeSampler = Sampler | DrawTime | None
-"""How t is drawn, as a name or a callable (batch size, generator) → t of shape (B,)."""
+TimeSampler = Sampler | AdaptiveTimes | DrawTime | None
+"""How t is drawn: a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
@@ -94,15 +96,8 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
         expected = "weighting (or EDMWeighting(), or a callable of t)"
         check_choice(expected, weighting, get_args(Name))
     if time_sampler is not None and not callable(time_sampler):
-        expected = "time_sampler (or a callable of the batch size and a generator)"
-        check_choice(expected, time_sampler, get_args(Sampler))
-
-
-def _sampler(weighting: Weighting, time_sampler: TimeSampler) -> Sampler | DrawTime:
-    """Return the time sampler, for which None leaves the choice to the weighting."""
-    if time_sampler is None:
-        return "log_sigma_hat" if weighting == "likelihood" else "schedule"
-    return time_sampler
+        name = "time_sampler (or AdaptiveTimes(), or a callable of the batch size and a generator)"
+        check_choice(name, time_sampler, get_args(Sampler))
 
 
 def draw_time(
@@ -111,18 +106,25 @@ def draw_time(
     weighting: Weighting,
     generator: torch.Generator | None,
     time_sampler: TimeSampler = None,
-) -> Tensor:
-    """Draw a time for every sample of x0: t of shape (B,), on the device of x0."""
-    schedule = model.schedule
-    sampler = _sampler(weighting, time_sampler)
+) -> tuple[Tensor, Tensor | None]:
+    """Draw a time for every sample of x0: t of shape (B,), on the device of x0.
+
+    The second result is 1 over the density of log σ̂ at t, with which the terms are reweighted, as
+    (B,) or as a number; None if t is from the schedule or from a callable.
+    """
+    schedule, sampler = model.schedule, time_sampler
+    if sampler is None:
+        sampler = "log_sigma_hat" if weighting == "likelihood" else "schedule"
+    if isinstance(sampler, AdaptiveTimes):
+        return sampler.draw(schedule, x0, generator, uniform=weighting == "likelihood")
     if callable(sampler):
-        return check_time(model, x0, sampler(len(x0), generator))
+        return check_time(model, x0, sampler(len(x0), generator)), None
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if sampler == "schedule":
-        return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
-    low, span = _range(schedule)
+        return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype), None
+    low, span = ends_of(schedule)
     unit = torch.rand((len(x0),), device=x0.device, dtype=dtype, **generator_kwargs(generator))
-    return schedule._training_time(low + span * unit)
+    return schedule._training_time(low + span * unit), span
 
 
 def time_factors(
@@ -130,34 +132,25 @@ def time_factors(
     x0: Tensor,
     t: Tensor,
     weighting: Weighting,
-    time_sampler: TimeSampler = None,
+    spread: Tensor | None = None,
     *,
-    drawn: bool,
+    from_schedule: bool = False,
     order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t; if not, t is treated as uniformly distributed.
+    `spread` is the second result of `draw_time`. Without it, `from_schedule` says whether t was
+    drawn from the schedule's own distribution rather than uniformly.
     """
-    sampler = _sampler(weighting, time_sampler)
-    importance = drawn and sampler == "log_sigma_hat"
-    if weighting == "noise" and not importance:
+    if weighting == "noise" and spread is None:
         return None, None
     schedule, time = model.schedule, model.time_in(t, x0)
     elements, indices = x0[0].numel(), not t.is_floating_point()
-
-    def rate() -> Tensor:
-        """Return du/dt = g²/(2σ²), or w_i for an index i."""
-        if indices:
-            above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
-            return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
-        return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
-
-    span = _range(schedule)[1] if importance else None
     ratio = 1.0
     # The factor of the first term with "likelihood" needs no density.
-    if span is not None and not (weighting == "likelihood" and order == 1):
-        ratio = schedule.time_density(time) * span / rate()
+    if spread is not None and not (weighting == "likelihood" and order == 1):
+        rate = rate_of(schedule, time, indices=indices)
+        ratio = schedule.time_density(time) * spread / rate
 
     first = higher = ratio if isinstance(ratio, Tensor) else None
     if callable(weighting):
@@ -167,12 +160,13 @@ def time_factors(
         first = (1 + (sigma_hat / weighting.sigma_data).square()) * ratio
     elif weighting == "native":
         first = model.native_weight(t, x0) * ratio
-    elif weighting == "likelihood" and span is not None:
-        first = torch.ones_like(time) * (span * elements)
-    elif weighting == "likelihood" and drawn and sampler == "schedule":
-        first = rate() * elements / schedule.time_density(time)
+    elif weighting == "likelihood" and spread is not None:
+        first = torch.ones_like(time) * (spread * elements)
     elif weighting == "likelihood":
-        first = (schedule.t_max - schedule.t_min + indices) * rate() * elements
+        rate = rate_of(schedule, time, indices=indices)
+        first = (schedule.t_max - schedule.t_min + indices) * rate * elements
+        if from_schedule:
+            first = rate * elements / schedule.time_density(time)
     return first, higher
 
 
@@ -187,10 +181,3 @@ def _call_weighting(
         got = f"{factor.min().item():g}"
         raise ValueError(error_message("weighting(t)", "factors of 0 or more", factor, got=got))
     return factor
-
-
-def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Return u₀ and u₁ − u₀ as 0-dim tensors, so that torch.compile need not read their values."""
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
-    low, high = schedule.log_sigma_hat(ends).unbind()
-    return low, high - low

@@ -1,0 +1,389 @@
+r"""The times that a loss draws, and `AdaptiveTimes`, which learns where they are needed most.
+
+Formula:
+    Let u = log σ̂ range over [u₀, u₁], and let b(u) be the density that the objective gives it: the
+    schedule's own, or uniform if weighting="likelihood". `AdaptiveTimes` divides the range into 32
+    bins of equal width. Bin k, whose mass under b is M_k, is drawn with the probability
+        P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15,
+    and u is uniform within it. If every term is divided by the density P_k/width of u and
+    multiplied by b(u), its mean is what it was for any m, and any M that is positive where b is.
+
+    If the schedule is a table, each entry belongs to the bin of its own log σ̂. An entry is drawn
+    from its bin with probability b_i/M_k, where b_i is its probability under the base.
+
+    The variance of the gradient is least if m_k² is proportional to V_k, the mean square of the
+    gradient of the loss of one sample (of one pair of opposite noises) at a time in bin k. In
+    Adam's metric, in which each step is taken, the square is Σ_θ g_θ²/(√v̂_θ + eps).
+
+Source:
+    Importance sampling; for likelihoods, Song et al., arXiv 2101.09258, and learnt, Zheng et al.,
+    arXiv 2305.03935, appendix. Sampling in proportion to the root of a second moment is from
+    Nichol and Dhariwal, arXiv 2102.09672, who use that of the loss. Where gradients and losses
+    differ in their spread over noise levels, only the gradient's minimises its variance.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from hosm_losses._checks import (
+    check_generator,
+    check_sample_batch,
+    check_whole,
+    error_message,
+    generator_kwargs,
+    widest_dtype,
+)
+from hosm_losses._torch_internals import outside_inference_mode
+from hosm_losses.schedules import Schedule
+
+BINS, FLOOR, DECAY = 32, 0.15, 0.9  # the number of bins, φ, and what a call of `learn` keeps of m²
+NODES = 8  # of the quadrature for a bin's mass
+SMALL = 100_000  # parameters up to which vmap is the faster way to the gradients of single samples
+CHUNK = 2**25  # numbers in the gradients that vmap computes at once
+
+
+def ends_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Return u₀ and u₁ − u₀ as 0-dim tensors, so that torch.compile need not read their values."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
+    low, high = schedule.log_sigma_hat(ends).unbind()
+    return low, high - low
+
+
+def rate_of(schedule: Schedule, time: Tensor, *, indices: bool) -> Tensor:
+    """Return du/dt = g²/(2σ²) or, for the entries of a table, the width w_i around each entry."""
+    if indices:
+        above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
+        return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
+    return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
+
+
+class Bins(NamedTuple):
+    """The bins of log σ̂ for a schedule, with their masses under the base density."""
+
+    schedule: Schedule
+    low: Tensor  # u₀
+    width: Tensor  # of a bin
+    masses: Tensor  # M, (32,)
+    entries: tuple[Tensor, Tensor] | None  # of a table: Σ_{j<i} b_j, (N + 1,), and bounds (33,)
+
+    @classmethod
+    def of(cls, schedule: Schedule, like: Tensor, *, uniform: bool) -> "Bins":
+        """Return the bins, with tensors on the device of `like`."""
+        low, span = ends_of(schedule)
+        options = {"device": like.device, "dtype": widest_dtype(like)}
+        if not schedule.integer_time:
+            masses = torch.full((BINS,), 1 / BINS, **options)
+            if not uniform:
+                inside = torch.arange(0.5, BINS * NODES, **options) / (BINS * NODES)
+                t = schedule.time(low + span * inside)
+                density = schedule.time_density(t) / rate_of(schedule, t, indices=False)
+                masses = density.reshape(BINS, NODES).mean(1)
+                masses = masses / masses.sum()
+            return cls(schedule, low, span / BINS, masses, None)
+        index = torch.arange(schedule.t_max + 1, **options)
+        ends = (index - 0.5).clamp_min(0)
+        below = (schedule.log_sigma_hat(ends) - low) / span if uniform else index / len(index)
+        below = torch.cat([below, below.new_ones(1)])
+        edges = low + span * torch.arange(1, BINS, **options) / BINS
+        inner = torch.searchsorted(schedule.log_sigma_hat(index), edges)
+        bounds = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(index))])
+        return cls(schedule, low, span / BINS, below[bounds].diff(), (below, bounds))
+
+    def place(self, unit: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return times for uniform numbers, 1 over the density of log σ̂ there, and the bins.
+
+        Bin k has probability M_k ratios_k, up to a constant. All results are (B,). For a table,
+        the times are indices, and the density counts each entry over its own width w_i.
+        """
+        weights = self.masses * ratios
+        # A product with a triangular matrix, since PyTorch's cumsum is not deterministic on CUDA.
+        triangle = torch.ones(BINS, BINS, dtype=torch.bool, device=unit.device).tril()
+        above = (weights * triangle).sum(1)
+        total = above[-1]
+        bins = torch.searchsorted(above / total, unit, right=True)
+        inside = (1 - (above[bins] - total * unit) / weights[bins]).clamp(0, 1)
+        if self.entries is None:
+            t = self.schedule.time(self.low + self.width * (bins + inside))
+            return t, self.width * total / weights[bins], bins
+        below, bounds = self.entries
+        start, stop = bounds[bins], bounds[bins + 1]
+        index = torch.searchsorted(below, below[start] + inside * self.masses[bins], right=True)
+        index = torch.minimum(torch.maximum(index - 1, start), stop - 1)
+        width = rate_of(self.schedule, index.to(unit.dtype), indices=True)
+        return index, width * total / (ratios[bins] * (below[index + 1] - below[index])), bins
+
+
+class AdaptiveTimes(nn.Module):
+    """A time sampler that learns at which noise levels a sample's gradient is largest.
+
+    Pass it to a loss as `time_sampler`. Times are drawn more often where the gradients of single
+    samples are large, and the terms are reweighted, so that the mean of the loss stays that of
+    the schedule's own times (with weighting="likelihood", of times uniform in log σ̂) and its
+    gradient has less noise. Logged terms contain more of the difficult times than of others.
+
+    A loss only reads what was learnt, from the buffer `m`. At first it is 1 everywhere. Call
+    `learn` every 25 steps or so of the training.
+
+    Attributes:
+        m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
+            constant, (32,).
+
+    Example:
+        >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
+        >>> network = nn.Linear(2, 2)
+        >>> model = ScoreModel(lambda x, t: network(x), VPSchedule())
+        >>> objective = FirstOrderDSM(model, time_sampler=AdaptiveTimes())
+        >>> optimizer = torch.optim.Adam(network.parameters())
+        >>> objective.time_sampler.learn(objective, torch.randn(64, 2), optimizer)
+        >>> bool((objective.time_sampler.m != 1).any())
+        True
+    """
+
+    m: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("m", torch.ones(BINS, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """Return the range of m, and the bin in which it is largest."""
+        least, largest = (float(end) for end in self.m.detach().aminmax())
+        where = int(self.m.argmax()) + 1
+        return f"m from {least:.2g} to {largest:.2g}, largest in bin {where} of {BINS}"
+
+    def draw(
+        self, schedule: Schedule, like: Tensor, generator: torch.Generator | None, *, uniform: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Draw times, and return them with 1 over the density of log σ̂ there, both (B,).
+
+        `uniform` says whether the base is uniform in log σ̂ rather than the schedule's own.
+        """
+        bins = Bins.of(schedule, like, uniform=uniform)
+        options = {"device": like.device, "dtype": bins.masses.dtype}
+        unit = torch.rand((len(like),), **options, **generator_kwargs(generator))
+        t, spread, _ = bins.place(unit, self._ratios(bins.masses))
+        return as_times(t, like), as_times(spread, like)
+
+    def _ratios(self, masses: Tensor) -> Tensor:
+        """Return P_k/M_k, (32,)."""
+        m = self.m.to(masses)
+        return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
+
+    def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the middles of the bins in log σ̂ and the density of the draws, for a picture.
+
+        Both are (32,), in float64, or in float32 on devices without float64.
+
+        Raises:
+            TypeError: unless `objective` is the loss's module that uses this sampler.
+
+        Example:
+            >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
+            >>> model = ScoreModel(lambda x, t: 0 * x, VPSchedule())
+            >>> objective = FirstOrderDSM(model, time_sampler=AdaptiveTimes())
+            >>> log_sigma_hat, density = objective.time_sampler.density(objective)
+            >>> log_sigma_hat.shape, density.shape
+            (torch.Size([32]), torch.Size([32]))
+        """
+        loss = self._loss_of(objective)
+        bins = Bins.of(loss.model.schedule, self.m, uniform=loss.options.is_uniform)
+        with torch.no_grad():
+            middles = torch.arange(0.5, BINS).to(bins.masses)
+            weights = bins.masses * self._ratios(bins.masses)
+            return bins.low + bins.width * middles, weights / weights.sum() / bins.width
+
+    def learn(
+        self,
+        objective: nn.Module,
+        x0: Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        rows: int = 64,
+        targets: Any = None,
+        weights: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Update `m` from the gradients of single samples, at times spread over the bins.
+
+        The loss of each of min(rows, B) samples of x0 is differentiated alone, with the targets
+        that the whole batch gives. Gradients, parameters, modes, buffers of the network and the
+        random state stay as they are (a generator that is passed advances). Batch norm is in
+        evaluation mode meanwhile, and dropout is not. The cost is that of `rows` forward and
+        backward passes for one sample each: call `learn` more rarely once `m` stands still.
+
+        Under DDP, call it in every process; each forward then broadcasts `m` from the first
+        process, as it does for batch norm. With broadcast_buffers=False, pass the same x0 and
+        generators with the same seed everywhere.
+
+        Args:
+            objective: the loss's module with this sampler, possibly within DDP or torch.compile.
+            x0: data (B, *).
+            optimizer: if it has estimates of the squared gradient, as Adam has, then they are the
+                scale of each parameter, and only its parameters count. It is required if the
+                network is behind a plain function.
+            rows: how many samples are used.
+            targets: as in a call of the objective.
+            weights: as in a call of the objective, for orders two and three.
+            model_kwargs: as in a call of the objective.
+            generator: the random generator for times, noise and probes.
+
+        Raises:
+            TypeError: unless `objective` is the loss's module that uses this sampler, or if it is
+                sharded by FSDP.
+            ValueError: if no parameter is trained, or if a gradient is not finite.
+        """
+        loss = self._loss_of(objective)
+        x0, device = check_sample_batch("x0", x0), x0.device
+        count = min(check_whole("rows", rows, 1), len(x0))
+        trained = _trained(loss, optimizer)
+        devices = [] if device.type == "cpu" else [device]
+        kind = device.type if devices else "cuda"
+        counting = [m for m in loss.modules() if getattr(m, "track_running_stats", False)]
+        counting = [module for module in counting if module.training]
+        with (
+            torch.random.fork_rng(devices, device_type=kind),
+            outside_inference_mode(),
+            torch.enable_grad(),
+        ):
+            rng = check_generator(generator, device)
+            if rng is None:  # not the random numbers of the next step
+                seed = int(torch.randint(2**62, (), device="cpu"))
+                rng = torch.Generator(device).manual_seed(seed)
+            bins = Bins.of(loss.model.schedule, x0, uniform=loss.options.is_uniform)
+            # One of the strata for each of the chosen samples, over the bins that have mass.
+            order = torch.randperm(len(x0), device=device, generator=rng)
+            unit = torch.rand(len(x0), device=device, dtype=bins.masses.dtype, generator=rng)
+            unit[order[:count]] = (torch.arange(count, device=device) + unit[:count]) / count
+            evenly = torch.where(bins.masses > 0, 1 / bins.masses, 0.0)
+            times, _, places = bins.place(unit, evenly)
+            chosen = order[:count]
+            try:
+                for module in counting:
+                    module.training = False
+                losses = loss._row_losses(
+                    x0,
+                    as_times(times, x0),
+                    chosen,
+                    targets=targets,
+                    weights=weights,
+                    generator=rng,
+                    model_kwargs=model_kwargs,
+                )
+                squares = _squared_gradients(losses, trained, count, device)
+            finally:
+                for module in counting:
+                    module.training = True
+            self._update(places[chosen], squares)
+
+    @torch.no_grad()
+    def _update(self, places: Tensor, squares: Tensor) -> None:
+        """Update m from the squared gradients (n,) of samples in the given bins (n,)."""
+        if not bool(torch.isfinite(squares).all()):
+            bad = int((~torch.isfinite(squares)).sum())
+            raise ValueError(
+                f"learn: expected finite gradients; got NaN or infinite ones for {bad} of "
+                f"{len(squares)} samples, from which nothing is learnt. Check the parameters."
+            )
+        squares, places = squares.to(self.m), places.to(self.m.device)
+        rows = (torch.arange(BINS, device=places.device)[:, None] == places).to(squares)
+        counts = rows.sum(1)
+        means, seen = (rows * squares).sum(1) / counts.clamp_min(1), counts > 0
+        if not bool(means.any()):
+            return
+        updated = DECAY * self.m.square() + (1 - DECAY) * means / means[seen].mean()
+        self.m.copy_(torch.where(seen, updated.sqrt(), self.m))
+
+    def _loss_of(self, objective: nn.Module) -> Any:
+        """Return the loss's module, without the wrappers of DDP and torch.compile."""
+        loss: Any = objective
+        while type(loss).__name__ in ("DistributedDataParallel", "OptimizedModule"):
+            loss = loss.module if hasattr(loss, "module") else loss._orig_mod
+        expected = "the module of a loss whose time_sampler is this sampler"
+        if not isinstance(loss, nn.Module) or getattr(loss, "time_sampler", None) is not self:
+            raise TypeError(error_message("objective", expected, objective))
+        names = {base.__name__ for part in loss.modules() for base in type(part).__mro__}
+        if names & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise TypeError(
+                error_message(
+                    "objective",
+                    "whole parameters, of which the gradients of single samples are taken",
+                    objective,
+                    "Learn the times with a copy that is not sharded, and copy its buffer m.",
+                    got="a module sharded by FSDP",
+                )
+            )
+        return loss
+
+
+def as_times(t: Tensor, like: Tensor) -> Tensor:
+    """Return times in the dtype of losses, and indices unchanged."""
+    return t.to(torch.promote_types(like.dtype, torch.float32)) if t.is_floating_point() else t
+
+
+def _trained(
+    loss: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Return the trained parameters and the factors of their squared gradients; None is 1."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    own = [p for p in loss.parameters() if p.requires_grad]
+    eps = {p: group.get("eps", 1e-8) for group in groups for p in group["params"]}
+    trained = own if optimizer is None else [p for p in own or eps if p in eps]
+    trained = [p for p in trained if p.requires_grad]
+    if not trained:
+        expected = "parameters of the objective that are trained"
+        got = "none" if optimizer is None else "an optimizer that holds none of them"
+        remedy = "If the network is behind a plain function, pass the optimizer."
+        raise ValueError(error_message("optimizer", expected, optimizer, remedy, got=got))
+    state = {} if optimizer is None else optimizer.state
+    squares = {p: state[p]["exp_avg_sq"] for p in trained if "exp_avg_sq" in state.get(p, {})}
+    if not squares:
+        return [(p, None) for p in trained]
+    return [(p, 1 / (v.float().sqrt() + eps[p])) for p, v in squares.items()]
+
+
+def _squared_gradients(
+    losses: nn.Module,
+    trained: list[tuple[nn.Parameter, Tensor | None]],
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """Return Σ_θ g_θ² times the factors, for the gradient g of each sample's loss alone, (n,)."""
+    index = torch.arange(count, device=device)
+    buffers = {name: buffer.detach().clone() for name, buffer in losses.named_buffers()}
+    names = {p: name for name, p in losses.named_parameters()}
+    size = sum(p.numel() for p, _ in trained)
+
+    def square(gradients: Iterable[Tensor | None]) -> Tensor:
+        total = torch.zeros((), device=device)
+        for gradient, (_, factor) in zip(gradients, trained, strict=True):
+            if gradient is not None:
+                squares = gradient.float().square()
+                total = total + (squares if factor is None else squares * factor).sum()
+        return total
+
+    def of_one(parameters: dict[str, Tensor], i: Tensor) -> Tensor:
+        def loss(own: dict[str, Tensor]) -> Tensor:
+            return functional_call(losses, buffers | own, (i[None],))
+
+        gradients = grad(loss)(parameters)
+        return square(gradients[names[p]] for p, _ in trained)
+
+    if size <= SMALL and all(p in names for p, _ in trained):
+        parameters = {names[p]: p.detach() for p, _ in trained}
+        options = {"randomness": "different", "chunk_size": max(1, CHUNK // size)}
+        try:
+            return vmap(of_one, (None, 0), **options)(parameters, index)
+        except Exception:
+            pass  # a network that vmap cannot batch; its own errors come again below
+    squares: list[Tensor] = []
+    for i in index.split(1):
+        loss = functional_call(losses, buffers, (i,)) if buffers else losses(i)
+        squares.append(
+            square(torch.autograd.grad(loss, [p for p, _ in trained], allow_unused=True))
+        )
+    return torch.stack(squares)
