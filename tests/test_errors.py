@@ -494,6 +494,7 @@ SCHEDULES = {
     ValueError: [
         ("alpha, for", hosm.LinearFlowSchedule(t_max=1.0), hosm.CosineSchedule(t_max=1.0)),
         ("alpha, for", hosm.CosineSchedule(t_max=1.2), hosm.VPSchedule(t_max=999.0)),
+        ("alpha, for", own(lambda t: torch.cos(np.pi / 2 * t))),
         (
             "alpha, for",
             own(torch.clone, lambda t: 1 - t, (0, 1)),
@@ -515,9 +516,9 @@ SCHEDULES = {
             own(sigma=torch.square, log_sigma_hat=torch.log),
         ),
         ("time of", own(time=torch.exp)),
-        ("to grow", own(sigma=lambda t: (20_000 * t).round() / 20_000), HELD, INHERITS_RATES),
-        ("to grow", own(sigma=torch.inference_mode()(lambda t: 1 * t))),
-        ("to grow", own(squared_diffusion=torch.clone), own(rates=lambda t: (0 * t, 2 + 0 * t))),
+        ("its rates", own(sigma=lambda t: (20_000 * t).round() / 20_000), HELD, INHERITS_RATES),
+        ("its rates", own(sigma=torch.inference_mode()(lambda t: 1 * t))),
+        ("its rates", own(squared_diffusion=torch.clone), own(rates=lambda t: (0 * t, 2 + 0 * t))),
     ],
     TypeError: [
         ("t_min of", own(ends=(torch.tensor(0.1), 1.0)), own(ends=None)),
