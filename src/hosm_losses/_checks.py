@@ -55,13 +55,13 @@ def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
 
 
 def describe_value(value: object) -> str:
-    """Describe a tensor by its dtype, shape and device, and other objects by their type."""
+    """Describe a tensor by its dtype, shape and device, and most other objects by their type."""
     if isinstance(value, Tensor):
         shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor of {shape} on {value.device}"
     if isinstance(value, np.ndarray):
         return f"a NumPy array of {value.dtype}, shape {value.shape}"
-    if value is None or isinstance(value, str | Number):
+    if value is None or isinstance(value, str | Number | type):
         return repr(value)
     return f"an object of type {type(value).__name__}"
 

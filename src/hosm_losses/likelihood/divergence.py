@@ -44,7 +44,8 @@ class DivergenceEstimator(Protocol):
         >>> class ForwardMode:  # one Gaussian probe, by a Jacobian-vector product
         ...     products, is_random = 1, True
         ...     def draw(self, x, generator):
-        ...         return torch.randn((1, *x.shape), generator=generator, dtype=x.dtype)
+        ...         like = {"dtype": x.dtype, "device": x.device}
+        ...         return torch.randn((1, *x.shape), generator=generator, **like)
         ...     def estimate(self, model, x, probes):
         ...         f, product = torch.func.jvp(model.f, (x,), (probes[0],))
         ...         return f, (probes * product).flatten(2).sum(2)
@@ -80,8 +81,11 @@ class DivergenceEstimator(Protocol):
 
         `model.f` is f, bound to times and conditions. If n ≥ 2, the estimates have to be
         independent: their variance yields the standard error. If n = 1, the variance is estimated
-        from adjacent nodes of a fixed grid. None in place of the estimates means that none is
-        wanted.
+        from adjacent nodes of a fixed grid. `Adaptive` needs one estimate for each of the n
+        probes drawn. None in place of the estimates means that none is wanted.
+
+        The call runs under `torch.no_grad()`, unless `enable_grad` is True: differentiate with
+        `torch.func`, or under `torch.enable_grad()`.
         """
         ...
 
@@ -188,7 +192,8 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
     known = known and not isinstance(divergence, type)
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
-        expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
+        expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + ", a callable or an "
+        expected += "object with products, is_random, draw and estimate"
         kind = ValueError if isinstance(divergence, str) else TypeError
         raise kind(error_message("divergence", expected, divergence))
 
