@@ -230,10 +230,10 @@ def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
         bad = ~torch.isfinite(terms.first)
         times = t[bad]
         raise ValueError(
-            f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
-            f"{len(bad)} samples, at t from {times.min().item():g} to {times.max().item():g}. "
-            "Check the parameters and the range of x, and look for a division by zero or a "
-            "logarithm."
+            "network: expected finite outputs; got NaN, infinite or huge ones for "
+            f"{int(bad.sum())} of {len(bad)} samples, at t from {times.min().item():g} to "
+            f"{times.max().item():g}. Check the parameters, the learning rate and the range of x, "
+            "and look for a division by zero, a root or a logarithm."
         )
     if names:
         first = terms.first.max().item()  # float() warns of the graph
