@@ -187,7 +187,8 @@ def third_order_dsm(
             noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
             the noise from the choice of x₀ without using other data, but requires the score
             ∇log p₀ of the data. At order one, a tensor (B, *) passed to the call, such as a
-            teacher's prediction, replaces ε in the residual but not in x.
+            teacher's prediction, replaces ε in the residual but not in x; with it, pass the `t`
+            and `noise` of the x that it belongs to.
         weights: (first, second, trace, third), as nonnegative numbers or one-element tensors in a
             list, a tuple, an array or a tensor. "paper" means (1, 1, 1, 1), as in the paper's code
             for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's low-dimensional

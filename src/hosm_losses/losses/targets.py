@@ -51,6 +51,10 @@ Formula for targets from scores:
     Here p = Cov(ε, e·v) and q = Cov(e, ε·v). The variance, the covariances and the third cumulant
     κ₃ are computed with the weights w; without references, they are 0.
 
+Targets of another kind:
+    Subclass `AveragedTargets` and return from `posterior` an object with the `mean`, `at` and
+    `along` of `NoiseMoments`, and `weights` of B rows, of which only the size and the dtype count.
+
 Shapes:
     The weights are (B, R + 1), and ε̄ is (B, *). C₂v and C₃(v, v, ·) have the shape of the probes,
     (K, B, *).
