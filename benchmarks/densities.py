@@ -31,7 +31,7 @@ import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
 from benchmarks.experiment import clocked, environment, parser, train_once, training
-from benchmarks.peers.likelihoods import flow, signs
+from benchmarks.peers.likelihoods import follow, log_prior, signs
 
 FILE = results.DIRECTORY / "densities.json"
 RATE = 2e-3
@@ -171,8 +171,6 @@ def ours(model: hosm.ScoreModel, energy: Energy, size: Size, moments: Any) -> di
 
 def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[str, Any]:
     """A solve for each repetition from t_max to t_min, and the plain estimate of log Z."""
-    from torchdiffeq import odeint
-
     elements, schedule, calls = energy.data.shape[1], model.schedule, list[int]()
     space: Any = model.network
     hook = space.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -181,22 +179,12 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
     for repetition in range(size.repetitions):
         x = torch.randn(size.samples, elements, dtype=torch.float64)
         normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
-
-        def right_side(t: Tensor, state: Sequence[Tensor], probe=probe) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                point = state[0].detach().requires_grad_()
-                # The solver steps over the end before it interpolates.
-                moved = flow(model, point, schedule.clip(t).expand(len(point)))
-                (pulled,) = torch.autograd.grad((moved * probe).sum(), point)
-            return moved.detach(), -(pulled * probe).sum(1)
-
-        start = -normal.square().sum(1) / 2
-        start = start - space.dimensions * math.log(schedule.prior_std * math.sqrt(2 * math.pi))
-        with torch.no_grad():
-            states, log_q = odeint(right_side, (schedule.prior_std * normal, start), span)
-        x = space.expand(states[-1])
-        log_weights = energy.log_target(x) - log_q[-1]
-        weights.append(hosm.Weights(x, log_weights, zero, zero, energy.log_target))
+        latent = schedule.prior_std * normal
+        end, gain = follow(model, latent, span, probe[None])
+        x, log_q = space.expand(end), log_prior(model, latent) - gain
+        weights.append(
+            hosm.Weights(x, energy.log_target(x) - log_q, zero, zero, energy.log_target)
+        )
     hook.remove()
     return estimates(weights) | {"evaluations": len(calls) / size.repetitions}
 

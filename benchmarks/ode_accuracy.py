@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.experiment import environment, parser, train_once, training
-from benchmarks.peers.likelihoods import log_prior
+from benchmarks.peers.likelihoods import flow, follow, log_prior, units
 from benchmarks.worth_problems import Checkerboard
 
 FILE = results.DIRECTORY / "ode_accuracy.json"
@@ -109,38 +109,9 @@ def trained(data: str, schedule: str, steps: int, directory: Path | None) -> hos
     return model.double()
 
 
-def moved(model: hosm.ScoreModel, t: Tensor, x: Tensor) -> Tensor:
-    """dx/dt, which a velocity is."""
-    t = model.schedule.clip(t)  # by rounding
-    times = t.expand(len(x))
-    if model.prediction == "velocity":
-        return model.network(x, times)
-    (alpha, sigma), (da, ds) = model.schedule(t), model.schedule.rates(t)
-    return da / alpha * x + (ds - da / alpha * sigma) * model.noise(x, times)
-
-
-def value_and_divergence(model: hosm.ScoreModel, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """dx/dt and its divergence, by a pass back for each element."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        value = moved(model, t, point)
-        rows = [
-            torch.autograd.grad(part.sum(), point, retain_graph=True)[0]
-            for part in value.unbind(1)
-        ]
-    return value.detach(), rows[0][:, 0] + rows[1][:, 1]
-
-
 def by_torchdiffeq(model: hosm.ScoreModel, x: Tensor, span: Tensor, **options: Any) -> Tensor:
-    """As continuous normalising flows use it, for state and density of the whole batch."""
-    from torchdiffeq import odeint
-
-    def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return value_and_divergence(model, t, state[0])
-
-    with torch.no_grad():
-        states, gains = odeint(right_side, (x, x.new_zeros(len(x))), span, **options)
-    return -(log_prior(model, states[-1]) + gains[-1])
+    latent, gain = follow(model, x, span, units(x), **options)
+    return -(log_prior(model, latent) + gain)
 
 
 def by_dopri5(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
@@ -168,7 +139,7 @@ def by_zuko(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
     ends = model.schedule.t_min, model.schedule.t_max
     options = {"atol": tolerance, "rtol": tolerance}
     with torch.no_grad():
-        transform = FreeFormJacobianTransform(partial(moved, model), *ends, **options)
+        transform = FreeFormJacobianTransform(lambda t, x: flow(model, x, t), *ends, **options)
         latent, gain = transform.call_and_ladj(x)
     return -(log_prior(model, latent) + gain)
 

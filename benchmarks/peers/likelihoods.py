@@ -6,6 +6,7 @@ data alone. What a function imports is what it needs.
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,48 @@ def signs(x: Tensor, seed: int) -> Tensor:
 
 
 def flow(model: hosm.ScoreModel, x: Tensor, t: Tensor) -> Tensor:
-    """dx/dt = f x − ½ g² s of the probability-flow ODE, at times (B,)."""
+    """dx/dt = f x − ½ g² s of the probability-flow ODE, at a time or at times (B,).
+
+    A velocity is dx/dt itself. Solvers step over the end before they interpolate, and times are
+    clipped for that.
+    """
     schedule, each = model.schedule, (-1, *(1,) * (x.ndim - 1))
+    t = schedule.clip(t).expand(len(x))
+    if model.prediction == "velocity":
+        return model.network(x, t)
     f, g2 = schedule.drift(t).reshape(each), schedule.squared_diffusion(t).reshape(each)
     return f * x - 0.5 * g2 * model.score(x, t)
+
+
+def follow(
+    model: hosm.ScoreModel, x: Tensor, span: Tensor, probes: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The end of the path by torchdiffeq, (B, *), and the integral of the divergence, (B,).
+
+    As continuous normalising flows use it (FFJORD, arXiv 1810.01367): state and log-density go
+    through one call of `odeint` for the whole batch, value and divergence share a forward pass,
+    and each of the probes (K, B, *) has a pass back. Along the unit vectors that is exact.
+    """
+    from torchdiffeq import odeint
+
+    def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(state[1])
+        with torch.enable_grad():
+            point = state[0].detach().requires_grad_()
+            moved = flow(model, point, t)
+            for probe in probes:
+                (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
+                total += (pulled * probe).flatten(1).sum(1)
+        return moved.detach(), total
+
+    with torch.no_grad():
+        states, gains = odeint(right_side, (x, x.new_zeros(len(x))), span, **options)
+    return states[-1], gains[-1]
+
+
+def units(x: Tensor) -> Tensor:
+    """The unit vectors, as probes (d, 1, d) of flat data."""
+    return torch.eye(x.shape[1], dtype=x.dtype)[:, None]
 
 
 def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
@@ -65,33 +104,13 @@ def by_scipy(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor
 def by_torchdiffeq(
     problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
 ) -> Tensor:
-    """As continuous normalising flows use torchdiffeq: the method of FFJORD, arXiv 1810.01367.
-
-    State and log-density go through one call of `odeint` for the whole batch, with dopri5 in t;
-    value and divergence share a forward pass, and the exact trace is taken one dimension after the
-    other.
-    """
-    from torchdiffeq import odeint
-
+    """By `follow`, with dopri5 in t."""
     model = problem.model
-    units = torch.eye(x.shape[1], dtype=x.dtype)[:, None] if exact else signs(x, seed)[None]
-
-    def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(state[1])
-        with torch.enable_grad():
-            point = state[0].detach().requires_grad_()
-            # The solver steps over the end before it interpolates.
-            moved = flow(model, point, model.schedule.clip(t).expand(len(x)))
-            for probe in units:
-                (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
-                total += (pulled * probe).flatten(1).sum(1)
-        return moved.detach(), total
-
     span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
+    probes = units(x) if exact else signs(x, seed)[None]
     given = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
-    with torch.no_grad():
-        states, gains = odeint(right_side, (x, x.new_zeros(len(x))), span, **given)
-    return -(log_prior(model, states[-1]) + gains[-1])
+    latent, gain = follow(model, x, span, probes, **given)
+    return -(log_prior(model, latent) + gain)
 
 
 def by_k_diffusion(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
