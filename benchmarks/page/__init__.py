@@ -20,46 +20,31 @@ from benchmarks.worth_quantities import dependence
 
 
 def tree(file: Path) -> Found:
-    """What was found by question, where it was measured, and what other commands found.
+    """What was found by question, where it was measured, and what the files beside it hold.
 
-    "gpu" is by card, batch and precision, "keeping" the question of speed with a C library that
-    keeps freed memory. "divergence_mode" and "exact_up_to" are answered: nothing measures them
-    again.
+    Those have their names: "keeping" is the question of speed with a C library that keeps freed
+    memory. "divergence_mode" and "exact_up_to" are answered: nothing measures them again.
     """
-    found: Found = {"measured": {}, "gpu": {}}
-    for question, report in results.read(file).items():
-        found[question] = report["found"]
+    found: Found = {each.stem: below(results.read(each)) for each in file.parent.glob("*.json")}
+    questions = results.read(file)
+    found |= below(questions) | {"measured": {}}
+    for question, report in questions.items():
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    for name in ("compiled", "operators", "upstream"):
-        found[name] = results.read(file.parent / f"{name}.json")
-    answers = (
-        "calibration",
-        "coverage",
-        "divergence_mode",
-        "exact_up_to",
-        "ode_accuracy",
-        "weights",
-    )
-    for name in answers:
-        found[name] = results.read(file.parent / f"{name}.json").get("found", {})
-    for name in ("densities", "examples"):
-        parts = results.read(file.parent / f"{name}.json")
-        found[name] = {part: report["found"] for part, report in parts.items()}
-    found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     study = results.read_all(file.parent / "orders")
     found["orders"], found["dependence"] = orders.cells(study), dependence(study)
     found["sources"] = results.sources(file.parent)
     found["recipe"] = orders.settings(results.read_all(file.parent / "recipe"))
-    found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
-    for gpu in sorted(file.parent.glob("gpu*.json")):
-        report = results.read(gpu)
-        where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
-        for each in report["tables"]:
-            key = f"{where}: batch {each['batch']}, {each['precision']}"
-            found["gpu"][key] = each["variants"]
     return found
+
+
+def below(report: Found) -> Found:
+    """What a report holds beside where it was measured, or each of its parts does."""
+    if "environment" not in report:
+        return {part: below(each) for part, each in report.items()}
+    held = {key: each for key, each in report.items() if key not in ("environment", "size")}
+    return held if len(held) > 1 else next(iter(held.values()))
 
 
 def value(found: Found, name: str) -> str:

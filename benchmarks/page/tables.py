@@ -55,7 +55,7 @@ def upstream(found: Found) -> str:
     versions = sorted(found["upstream"], key=lambda each: [*map(int, each.split("."))])
     reports = {each.rpartition(".")[0]: found["upstream"][each]["found"] for each in versions}
     lines = []
-    for name in next(iter(reports.values()), {}):  # none in a smoke run
+    for name in next(iter(reports.values())):
         cells = []
         for way, *ordinals in columns.values():
             groups: dict[str, list[str]] = {}
