@@ -25,7 +25,7 @@ PROBLEMS = {
 
 def measure(name: str, key: str, samples: int, finest: int) -> dict[str, list[float]]:
     """The ratios of one network."""
-    model, x, moments = models(name, key, STEPS, None, None, samples)
+    model, x, moments = models(name, key, STEPS, samples=samples)
     generator = torch.Generator().manual_seed(0)
 
     def solve(steps: int, companion: bool = False, divergence: object = "exact") -> hosm.NLLResult:

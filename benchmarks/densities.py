@@ -1,7 +1,6 @@
 """Is log Z within what it claims, of energies with a known one, and are posteriors right?
 
-    python -m benchmarks.densities [--cells REGEX] [--out DIRECTORY] [--sbibm WHEEL]
-        [--dirty | --smoke]
+    python -m benchmarks.densities [--cells REGEX] [--sbibm WHEEL] [--dirty | --smoke]
 
 Networks learn an energy from its samples, with averaged targets alone and with the score of the
 energy beside them. Then log Z is estimated twenty times, from 500 samples each: `ratio` is the
@@ -11,8 +10,8 @@ sample and its default tolerance, in float64, which that needs.
 
 Posteriors are those of sbibm: a network for 10,000 simulations, and how well a classifier tells
 its samples from the reference (C2ST, 0.5 is best). The files are in the wheel of sbibm (pip
-download --no-deps sbibm), which is read and not installed; without it they are left out. `--out`
-keeps the networks. It takes half an hour of a core.
+download --no-deps sbibm), which is read and not installed; without it they are left out. It takes
+half an hour of a core.
 """
 
 import math
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
-from benchmarks.experiment import clocked, environment, parser, train_once, training
+from benchmarks.experiment import clocked, environment, parser, train
 from benchmarks.peers.likelihoods import follow, log_prior, signs
 
 FILE = results.DIRECTORY / "densities.json"
@@ -189,7 +188,7 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
     return estimates(weights) | {"evaluations": len(calls) / size.repetitions}
 
 
-def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
+def of_energy(name: str, size: Size) -> dict[str, Any]:
     """log Z by each solver on a network of each kind of targets."""
     torch.manual_seed(0)
     energy = ENERGIES[name](size.annealing)
@@ -220,9 +219,7 @@ def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
         def loss(objective=objective) -> Tensor:
             return objective(rows_of(data, size.batch))
 
-        file = directory / f"{name}, {variant}.pt" if directory else None
-        steps = training(network, loss, size.steps, RATE)
-        _, spent = clocked(partial(train_once, network, steps, file))
+        train(network, loss, size.steps, f"{name}, {variant}", rate=RATE)
         solvers: dict[str, Callable[[], dict[str, Any]]] = {
             "ours": partial(ours, model, energy, size, moments)
         }
@@ -234,7 +231,7 @@ def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
         for solver, solve in solvers.items():
             row, time = clocked(solve)
             rows[solver] = row | summary(row["log_z"], row["claims"], *truth.values())
-            rows[solver] |= {"training": spent, "sampling": time}  # seconds of a core
+            rows[solver]["sampling"] = time  # seconds of a core
     return found
 
 
@@ -255,7 +252,7 @@ def c2st(reference: Tensor, samples: Tensor) -> float:
     return float(cross_val_score(classifier, both.numpy(), label.numpy(), cv=folds).mean())
 
 
-def of_posterior(task: str, size: Size, directory: Path | None, wheel: Path) -> dict[str, Any]:
+def of_posterior(task: str, size: Size, wheel: Path) -> dict[str, Any]:
     """C2ST for the first observations, and log q of their true parameters in nats."""
     torch.manual_seed(0)
     theta, y = SIMULATORS[task](size.simulations)
@@ -270,12 +267,9 @@ def of_posterior(task: str, size: Size, directory: Path | None, wheel: Path) -> 
         rows = torch.randint(len(theta), (size.batch,))
         return objective(theta[rows], model_kwargs={"y": (y[rows] - low) / spread})
 
-    file = directory / f"{task}.pt" if directory else None
-    _, spent = clocked(
-        partial(train_once, network, training(network, loss, size.steps, RATE), file)
-    )
+    train(network, loss, size.steps, task, rate=RATE)
     solver = hosm.FixedGrid(size.solver, data_mean=theta.mean(0), data_std=theta.std(0))
-    found: dict[str, Any] = {"training": spent, "observations": {}}
+    found: dict[str, Any] = {"observations": {}}
     for number in range(1, size.observations + 1):
         observation, parameters, reference = posed(wheel, task, number)
         condition = {"y": (observation - low) / spread}
@@ -291,18 +285,17 @@ def of_posterior(task: str, size: Size, directory: Path | None, wheel: Path) -> 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--cells", default="", metavar="REGEX", help="problems; default: all")
-    arguments.add_argument("--out", type=Path, metavar="DIRECTORY", help="where networks are kept")
     arguments.add_argument("--sbibm", type=Path, metavar="WHEEL", help="for the posteriors")
     options = arguments.parse_args()
     where = environment(options)
     torch.set_num_threads(1)
     size = SMOKE if options.smoke else Size()
     cells: dict[str, Callable[[], dict[str, Any]]] = {
-        name: partial(of_energy, name, size, options.out) for name in ENERGIES
+        name: partial(of_energy, name, size) for name in ENERGIES
     }
     if options.sbibm:
         for task in SIMULATORS:
-            cells[task] = partial(of_posterior, task, size, options.out, options.sbibm)
+            cells[task] = partial(of_posterior, task, size, options.sbibm)
     for name, measure in cells.items():
         if re.search(options.cells, name):
             found = measure()

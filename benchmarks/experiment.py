@@ -6,7 +6,7 @@ import time
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -75,16 +75,12 @@ def training(
         yield
 
 
-def train_once(network: nn.Module, steps: Iterable[object], file: Path | None) -> None:
-    """Take the steps of a training, or the weights that a file has kept of it."""
-    if file and file.exists():
-        network.load_state_dict(torch.load(file, weights_only=True))
-        return
-    for _ in steps:
+def train(
+    model: nn.Module, loss: Callable[[], Tensor], steps: int, bar="training", **options: Any
+) -> None:
+    """Take all steps of a training; `bar` names its progress bar."""
+    for _ in tqdm(training(model, loss, steps, **options), bar, steps, leave=False):
         pass
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), file)
 
 
 def clocked(route: Callable[[], T]) -> tuple[T, float]:

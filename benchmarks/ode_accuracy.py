@@ -1,6 +1,6 @@
 """What error does a likelihood have after so many calls of the network: ours, and others'?
 
-    python -m benchmarks.ode_accuracy [--out DIRECTORY] [--dirty | --smoke]
+    python -m benchmarks.ode_accuracy [--dirty | --smoke]
 
 Networks of width 96 learn three densities in two dimensions under five schedules. All divergences
 are exact, all in float64, calls are counted at the network. Errors are root mean squares over 200
@@ -8,23 +8,22 @@ samples, against 1024 steps of ours; `doubt` is how far torchdiffeq at its fines
 
 Every solver has a curve: ours by steps, adaptive ones by tolerance, RK4 by steps, which are even
 in t or in log σ̂, whichever errs less. "within" has the least error of each in at most so many
-calls. `--out` keeps the networks. It takes five minutes on a core.
+calls. It takes five minutes on a core.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import environment, parser, train_once, training
+from benchmarks.experiment import environment, parser, train
 from benchmarks.peers.likelihoods import flow, follow, log_prior, units
+from benchmarks.trained import Plane
 from benchmarks.worth_problems import Checkerboard
 
 FILE = results.DIRECTORY / "ode_accuracy.json"
@@ -35,7 +34,7 @@ SCHEDULES = {
     "EDM": hosm.EDMSchedule(),
     "cosine": hosm.CosineSchedule(),
 }
-WIDTH, TRAINING, BATCH, SAMPLES = 96, 3000, 256, 200
+TRAINING, BATCH, SAMPLES = 3000, 256, 200
 STEPS, FINEST = (20, 32, 40, 64, 128), 1024
 WITHIN = (22, 66, 130)  # calls of 20, 64 and 128 steps of ours
 TOLERANCES = tuple(10 ** (-power / 2) for power in range(2, 19))
@@ -69,43 +68,27 @@ def checkerboard(count: int, generator: torch.Generator) -> Tensor:
 DATA = {"moons": moons, "pinwheel": pinwheel, "checkerboard": checkerboard}
 
 
-class Network(nn.Module):
-    """Three hidden layers; x is scaled to unit size and t is log σ̂, but for a velocity."""
-
-    def __init__(self, schedule: hosm.Schedule, std: float) -> None:
-        super().__init__()
-        self.schedule, self.std, sizes = schedule, std, [3, WIDTH, WIDTH, WIDTH]
-        layers = []
-        for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(WIDTH, 2))
+class Velocity(Plane):
+    """The same layers, of x and t as they are."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if isinstance(self.schedule, hosm.LinearFlowSchedule):
-            return self.layers(torch.cat([x, t[:, None]], 1))
-        alpha, sigma = (each[:, None] for each in self.schedule(t))
-        size = torch.sqrt(alpha**2 * self.std**2 + sigma**2)
-        level = self.schedule.log_sigma_hat(t)[:, None] / 4
-        # The exact predictor for Gaussian data, and what the network adds.
-        return sigma / size**2 * x + self.layers(torch.cat([x / size, level], 1))
+        return self.layers(torch.cat([x, t[:, None]], 1))
 
 
-def trained(data: str, schedule: str, steps: int, directory: Path | None) -> hosm.ScoreModel:
-    """A network after training, in float64; from the directory if it is there."""
+def trained(data: str, schedule: str, steps: int) -> hosm.ScoreModel:
+    """The network of a schedule after so many steps on data that are drawn anew, in float64."""
     generator, chosen = torch.Generator().manual_seed(0), SCHEDULES[schedule]
-    std = float(DATA[data](4096, generator).std())
+    std, flows = float(DATA[data](4096, generator).std()), schedule == "flow"
     torch.manual_seed(0)
-    network = Network(chosen, std)
-    prediction = "velocity" if schedule == "flow" else "epsilon"
-    model = hosm.ScoreModel(network, chosen, prediction)
-    file = directory / f"{data}-{schedule}-{steps}.pt" if directory else None
+    network = (Velocity if flows else Plane)(chosen, std)
+    model = hosm.ScoreModel(network, chosen, "velocity" if flows else "epsilon")
 
     def loss() -> Tensor:
         x0 = DATA[data](BATCH, generator)
-        weighting = "native" if schedule == "flow" else "noise"
+        weighting = "native" if flows else "noise"
         return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
 
-    train_once(network, training(network, loss, steps, 2e-3), file)
+    train(network, loss, steps, rate=2e-3)
     return model.double()
 
 
@@ -202,9 +185,9 @@ def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dic
     return answer
 
 
-def measure(data: str, schedule: str, steps: int, directory: Path | None) -> dict[str, Any]:
+def measure(data: str, schedule: str, steps: int) -> dict[str, Any]:
     """The curves on samples of the data, noised to t_min."""
-    model = trained(data, schedule, steps, directory)
+    model = trained(data, schedule, steps)
     generator, chosen = torch.Generator().manual_seed(1), SCHEDULES[schedule]
     drawn = DATA[data](SAMPLES, generator).double()
     alpha, sigma = chosen(torch.tensor(chosen.t_min, dtype=torch.float64))
@@ -213,9 +196,7 @@ def measure(data: str, schedule: str, steps: int, directory: Path | None) -> dic
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--out", type=Path, metavar="DIRECTORY", help="where networks are kept")
-    options = arguments.parse_args()
+    options = parser(__doc__).parse_args()
     where = environment(options)
     torch.set_num_threads(1)
     peers = {name: results.installed(name) for name in ("torchdiffeq", "zuko")}
@@ -223,9 +204,7 @@ def main() -> None:
     for data in [*DATA][: 1 if options.smoke else None]:
         for schedule in [*SCHEDULES][: 1 if options.smoke else None]:
             steps = 10 if options.smoke else TRAINING
-            report["found"][f"{data}, {schedule}"] = row = measure(
-                data, schedule, steps, options.out
-            )
+            report["found"][f"{data}, {schedule}"] = row = measure(data, schedule, steps)
             results.show(f"{data}, {schedule}", row["within"] | {"doubt": row.get("doubt")})
     if not options.smoke:
         results.write(FILE, report)

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.oracles import GaussianMixture, mixture_noise, paper_mixture
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import networks
-from benchmarks.experiment import training
+from benchmarks.experiment import train
 
 HELD_OUT = 64
 KEPT = "HOSM_BENCHMARKS_WEIGHTS"
@@ -104,6 +103,32 @@ class Dense(nn.Module):
         return self.outer(F.silu(hidden))
 
 
+class Plane(nn.Module):
+    """Three hidden layers of width 96 on points of the plane, beside the noise of Gaussian data.
+
+    x is scaled to unit size, and t is log σ̂. What the layers add is scaled as in EDM, if at all.
+    """
+
+    scaled = False
+
+    def __init__(self, schedule, std, activation=nn.SiLU):
+        super().__init__()
+        self.schedule, self.std = schedule, std
+        layers = []
+        for inner in (3, 96, 96):
+            layers += [nn.Linear(inner, 96), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(96, 2))
+
+    def forward(self, x, t):
+        alpha, sigma = (each[:, None] for each in self.schedule(t))
+        size = torch.sqrt(alpha**2 * self.std**2 + sigma**2)
+        level = self.schedule.log_sigma_hat(t)[:, None] / 4
+        added = self.layers(torch.cat([x / size, level], 1))
+        if self.scaled:
+            added = -alpha * self.std / size * added
+        return sigma / size**2 * x + added
+
+
 def _seen(x, t, schedule, std):
     """What a network sees of x and t: unit size, and log σ̂ with a wave of it."""
     alpha, sigma = schedule(t)
@@ -162,7 +187,7 @@ def trained(name: str, steps: int | None = None) -> Problem:
     if file and file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
-        list(tqdm(training(model, loss, steps, 2e-3), name, steps, leave=False))
+        train(model, loss, steps, name, rate=2e-3)
         if file:
             torch.save(network.state_dict(), file)
     network.eval()
