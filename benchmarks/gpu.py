@@ -1,7 +1,6 @@
 """What a training step of each order costs on a CUDA GPU, eager and compiled.
 
-    python -m benchmarks.gpu [--batch 128 48] [--variants REGEX] [--compile] [--out FILE.json]
-        [--dirty | --smoke]
+    python -m benchmarks.gpu [--batch 128 48] [--compile] [--out FILE.json] [--dirty | --smoke]
 
 A U-Net of 54 million parameters, about the size of DDPM++, on 3×32×32, with new weights. A step is
 loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast.
@@ -14,14 +13,12 @@ loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
 What fails is recorded as "failed". --smoke takes a tiny network and no TF32, and exits with an
-error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It works on a CPU, where
-what needs CUDA is null.
+error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It works on a CPU, without
+what needs CUDA.
 """
 
 import gc
-import json
 import math
-import re
 import statistics
 import time
 from argparse import Namespace
@@ -34,21 +31,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks import results
 from benchmarks.experiment import Row, parser, reason
 from benchmarks.networks import UNet
-from benchmarks.results import environment, said
-from benchmarks.steps import BASE, VARIANTS, loss_of
+from benchmarks.results import said
+from benchmarks.steps import VARIANTS, loss_of
 
 Step = Callable[[], object]
 # Four probes would take four times the memory.
 MEASURED = {key: variant for key, variant in VARIANTS.items() if "probes" not in variant}
-PARTS = ("gradient", "step", "compiled")
-COLUMNS = {
-    "GiB": ("step", "memory", 2**30),
-    "step ms": ("step", "ms", 1),
-    "compiled ms": ("compiled", "ms", 1),
-    "gradient": ("gradient", "error", 1),
-}
 WARM_UP, ROUNDS = 3, 7
 LARGE, SMALL = (128, (1, 2, 2, 2), 5), (8, (1, 2), 1)
 
@@ -158,57 +149,36 @@ def compiled(job: Job, variant: Row) -> Row:
     return found | timed({"ms": step})
 
 
-def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
+def measure_all(setting: Namespace) -> dict[str, Row]:
     """Everything about every variant."""
-    rows = {key: dict.fromkeys(PARTS) for key in variants}
     small = Job(Namespace(**vars(setting) | {"batch": min(8, setting.batch)}))
-    for key, variant in tqdm(variants.items(), "gradients", leave=False):
-        rows[key]["gradient"] = small.attempt(checked, variant)
+    rows = {
+        key: {"gradient": small.attempt(checked, variant)}
+        for key, variant in tqdm(MEASURED.items(), "gradients", leave=False)
+    }
     if small.device.type != "cuda":
         return rows
     job = Job(setting)
-    for key, variant in tqdm(variants.items(), "memory", leave=False):
+    for key, variant in tqdm(MEASURED.items(), "memory", leave=False):
         rows[key]["step"] = job.attempt(measured, variant)
-    steps = {key: job.step(v) for key, v in variants.items() if "memory" in rows[key]["step"]}
+    steps = {key: job.step(v) for key, v in MEASURED.items() if "memory" in rows[key]["step"]}
     found = job.attempt(lambda _: timed(steps))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
-    for key, variant in tqdm(variants.items(), "compiled") if setting.compile else ():
+    for key, variant in tqdm(MEASURED.items(), "compiled") if setting.compile else ():
         rows[key]["compiled"] = job.attempt(compiled, variant)
     return rows
-
-
-def printed(title: str, rows: dict[str, Row]) -> None:
-    """Print a table, in brackets the ratios to order one, and what failed."""
-    lines = []
-    for key, row in rows.items():
-        lines.append([key])
-        for part, name, unit in COLUMNS.values():
-            number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
-            ratio = f" ({number / base:.2f})" if number and base else ""
-            lines[-1].append(None if number is None else f"{number / unit:.4g}{ratio}")
-    shown = [["", *COLUMNS], *([cell or "-" for cell in line] for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    print(f"\n{title}")
-    for first, *cells in shown:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-    for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
-        if (row[part] or {}).get(word):
-            print(f"{key}, {part}: {word}: {row[part][word]}")
 
 
 def main() -> None:
     given = parser(__doc__)
     given.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
-    given.add_argument("--variants", default="", metavar="REGEX")
     given.add_argument("--compile", action="store_true")
     given.add_argument("--out", type=Path, metavar="FILE.json")
     options = given.parse_args()
     cpu = options.smoke and not torch.cuda.is_available()
     device = options.device = "cpu" if cpu else "cuda"
-    chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
-    where = environment(dirty=options.dirty or options.smoke or options.out is None) | {
+    where = results.environment(dirty=options.dirty or options.smoke or options.out is None) | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
@@ -217,11 +187,11 @@ def main() -> None:
     batches = options.batch or ([4] if options.smoke else [128, 48])
     for batch, precision in product(batches, ("fp32", "bf16")):
         shared = {"batch": batch, "precision": precision}
-        rows = measure_all(Namespace(**vars(options) | shared), chosen)
-        printed(f"batch {batch}, {precision}", rows)
+        rows = measure_all(Namespace(**vars(options) | shared))
+        results.show(f"batch {batch}, {precision}", rows)
         report["tables"].append(shared | {"smoke": options.smoke, "variants": rows})
         if options.out:
-            options.out.write_text(json.dumps(report, indent=2))
+            results.write(options.out, report)
         limit = 1e-4 if precision == "fp32" else math.inf
         for key, found in ((key, row["gradient"]) for key, row in rows.items()):
             right = math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
