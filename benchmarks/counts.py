@@ -1,14 +1,13 @@
 """What our work costs, counted: FLOPs of matrix products and convolutions, and network calls.
 
-    python -m benchmarks.counts           compares with benchmarks/counts.json
-    python -m benchmarks.counts --write   replaces it
+    python -m benchmarks.counts
 
-Counts are exact, so that they can be held without a clock. A count above the committed one is a
-regression. One below it is a gain, which has to be written down or it could be lost unseen.
+replaces benchmarks/counts.json, with which a test compares. Counts are exact, so that they can be
+held without a clock. A count above the committed one is a regression. One below it is a gain,
+which has to be written down or it could be lost unseen.
 """
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -65,35 +64,9 @@ def measure(names: Iterable[str] = NAMES) -> Counts:
     return found
 
 
-def differences(found: Counts, held: Counts) -> list[str]:
-    """A line for every count that is not the one held."""
-    lines = [f"{key}: not counted" for key in held if key not in found]
-    lines += [f"{key}: not held" for key in found if key not in held]
-    for key in found.keys() & held.keys():
-        for field, new in found[key].items():
-            if new != (old := held[key][field]):
-                lines.append(f"{key}: {field} {new:,}, held {old:,} ({new / max(old, 1):.4f})")
-    return sorted(lines)
-
-
-def read() -> tuple[Counts, str]:
-    """The counts that are held, and the PyTorch they were counted with."""
-    held = json.loads(PATH.read_text())
-    return held["counts"], held["torch"]
-
-
 def main() -> None:
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true")
-    options, found = parser.parse_args(), measure()
-    if options.write:
-        report = {"torch": torch.__version__, "batch": BATCH, "counts": found}
-        PATH.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{len(found)} rows written to {PATH.name}.")
-        return
-    lines = differences(found, read()[0])
-    print("\n".join(lines) or f"{len(found)} rows, all as held.")
-    raise SystemExit(bool(lines))
+    report = {"torch": torch.__version__, "batch": BATCH, "counts": measure()}
+    PATH.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ Ratios are to order one; those of times come with intervals.
 
 import gc
 import importlib.util
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -45,6 +43,7 @@ MEMORY = (
     dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
     | results.ONE_THREAD
 )
+MARK = Path("/proc/self/clear_refs")  # Linux's; elsewhere no memory is measured
 
 
 def resident(field: str) -> int:
@@ -53,33 +52,19 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def highest() -> int:
-    """The most this process ever held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def peak_memory(name: str, batch: int, **variant: Any) -> int:
     """Peak resident memory of a step of a variant above that before, in bytes.
 
     Run it in a new process with the environment MEMORY. The steps before load what is not the last
     one's; one of them has as many samples, since two may take other operators. The result is
     within 2 % of what PyTorch's profiler counts as allocated, and repeats within 1 %, on Linux and
-    glibc. Where the kernel's high-water mark cannot be reset, the peak is taken above the highest
-    before, that of a step on two samples.
+    glibc.
     """
-    step, mark = step_of(name, **variant), Path("/proc/self/clear_refs")
-    step(batch if "compiled" in variant else 2)
-    gc.collect()
-    try:
-        mark.write_text("5")
-    except OSError:
-        before = highest()
-        step(batch)
-        return highest() - before
+    step = step_of(name, **variant)
+    step(2)
     step(batch)
     gc.collect()
-    mark.write_text("5")
+    MARK.write_text("5")  # from here on the peak counts anew
     before = resident("VmRSS")
     step(batch)
     return resident("VmHWM") - before
@@ -140,7 +125,7 @@ def measure(
         row["time_ratio"] = ratio_of_medians(found[key], found[BASE])
         if (peer := peer_of(variants[key])) in found:
             row["jax_ratio"] = ratio_of_medians(found[key], found[peer])
-        if key in weighed:
+        if key in weighed and MARK.exists():
             row["memory"] = alone(peak_memory, name, batch, variables=MEMORY, **variants[key])
         for field in {"flops", "memory"} & row.keys() & rows[BASE].keys():
             row[f"{field}_ratio"] = row[field] / rows[BASE][field]
