@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.experiment import calls_of
 from benchmarks.steps import MAIN, NAMES, NETWORKS, TWINS, VARIANTS, model_of, step_of
 
 PATH = Path(__file__).with_name("counts.json")
@@ -41,10 +42,8 @@ def count_of(work: Callable[[], object]) -> CountFlops:
 
 def counted(network: torch.nn.Module, work: Callable[[], object]) -> dict[str, int]:
     """FLOPs of some work, how often it calls the network, and with how many samples in all."""
-    batches: list[int] = []
-    handle = network.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    flops = count_of(work).total
-    handle.remove()
+    with calls_of(network) as batches:
+        flops = count_of(work).total
     return {"flops": flops, "calls": len(batches), "samples": sum(batches)}
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
-from benchmarks.experiment import clocked, environment, parser, train
+from benchmarks.experiment import calls_of, clocked, environment, parser, train
 from benchmarks.peers.likelihoods import follow, log_prior, signs
 
 FILE = results.DIRECTORY / "densities.json"
@@ -170,21 +170,19 @@ def ours(model: hosm.ScoreModel, energy: Energy, size: Size, moments: Any) -> di
 
 def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[str, Any]:
     """A solve for each repetition from t_max to t_min, and the plain estimate of log Z."""
-    elements, schedule, calls = energy.data.shape[1], model.schedule, list[int]()
+    elements, schedule = energy.data.shape[1], model.schedule
     space: Any = model.network
-    hook = space.register_forward_pre_hook(lambda *_: calls.append(1))
     span = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     zero, weights = torch.zeros(size.samples, dtype=torch.float64), []
-    for repetition in range(size.repetitions):
-        x = torch.randn(size.samples, elements, dtype=torch.float64)
-        normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
-        latent = schedule.prior_std * normal
-        end, gain = follow(model, latent, span, probe[None])
-        x, log_q = space.expand(end), log_prior(model, latent) - gain
-        weights.append(
-            hosm.Weights(x, energy.log_target(x) - log_q, zero, zero, energy.log_target)
-        )
-    hook.remove()
+    with calls_of(space) as calls:
+        for repetition in range(size.repetitions):
+            x = torch.randn(size.samples, elements, dtype=torch.float64)
+            normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
+            latent = schedule.prior_std * normal
+            end, gain = follow(model, latent, span, probe[None])
+            x, log_q = space.expand(end), log_prior(model, latent) - gain
+            log_weights = energy.log_target(x) - log_q
+            weights.append(hosm.Weights(x, log_weights, zero, zero, energy.log_target))
     return estimates(weights) | {"evaluations": len(calls) / size.repetitions}
 
 

@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -81,6 +82,17 @@ def train(
     """Take all steps of a training; `bar` names its progress bar."""
     for _ in tqdm(training(model, loss, steps, **options), bar, steps, leave=False):
         pass
+
+
+@contextmanager
+def calls_of(network: nn.Module) -> Iterator[list[int]]:
+    """The sizes of the batches that a network is called with inside of it."""
+    sizes: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 def clocked(route: Callable[[], T]) -> tuple[T, float]:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import intervals
-from benchmarks.experiment import Choose, Row, clocked
+from benchmarks.experiment import Choose, Row, calls_of, clocked
 from benchmarks.peers import likelihoods as others
 from benchmarks.trained import Problem, trained
 from benchmarks.trained import exact as exact_score
@@ -135,16 +135,12 @@ class Runs:
         self.bias = 0.0  # root mean square of the solver's error, of a random method
 
     def run(self, problem: Problem, x: Tensor, seed: int, *, warm_up: bool) -> None:
-        calls: list[int] = []
-        counting = problem.model.network.register_forward_pre_hook(
-            lambda _, given: calls.append(len(given[0]))
-        )
-        found, seconds = clocked(lambda: self.method.solve(problem, x, self.setting, seed))
-        counting.remove()
+        with calls_of(problem.model.network) as sizes:
+            found, seconds = clocked(lambda: self.method.solve(problem, x, self.setting, seed))
         if not warm_up:
             self.nll.append(found.double())
             self.seconds.append(seconds)
-            self.evaluations.append(sum(calls) / len(x))
+            self.evaluations.append(sum(sizes) / len(x))
 
     def values(self) -> np.ndarray:
         """What it returned, (B, n)."""
@@ -217,7 +213,6 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
             "seconds": time(runs),
             "over_ours": over,
             "evaluations": fewest[name],
-            "ahead": peer and over.high < 1,
             "fewer_evaluations": peer and fewest[name] < min(fewest[each] for each in own),
         }
     return found

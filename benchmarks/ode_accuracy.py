@@ -14,6 +14,7 @@ calls. It takes five minutes on a core.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import environment, parser, train
+from benchmarks.experiment import Row, calls_of, environment, parser, train
 from benchmarks.peers.likelihoods import flow, follow, log_prior, units
 from benchmarks.trained import Plane
 from benchmarks.worth_problems import Checkerboard
@@ -142,8 +143,6 @@ PEERS: dict[str, tuple[str, tuple[float, ...], tuple[Solve, ...]]] = {
 
 def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dict[str, Any]:
     """Calls and error of every solver at every setting, the least error within so many calls."""
-    calls: list[int] = []
-    hook = model.network.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def ours(model: hosm.ScoreModel, x: Tensor, steps: int) -> Tensor:
         solver = hosm.FixedGrid(steps, **moments)
@@ -151,8 +150,10 @@ def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dic
 
     truth = ours(model, x, FINEST)
 
-    def error(nll: Tensor) -> float:
-        return float((nll - truth).square().mean().sqrt())
+    def attempt(solve: Solve, setting: float) -> dict[str, float]:
+        with calls_of(model.network) as calls:
+            nll = solve(model, x, setting)
+        return {"calls": len(calls), "error": float((nll - truth).square().mean().sqrt())}
 
     solvers = {"ours": ("torch", STEPS, (ours,))} | PEERS
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -161,27 +162,18 @@ def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dic
             continue
         found[name] = {}
         for setting in settings:
-            rows = []
-            for solve in ways:
-                calls.clear()
-                reached = error(solve(model, x, setting))
-                rows.append({"calls": len(calls), "error": reached})
-            row = min(rows, key=lambda row: row["error"])
+            row = min((attempt(solve, setting) for solve in ways), key=lambda row: row["error"])
             found[name][f"{setting:.3g}"] = row
             if row["calls"] > 1.2 * WITHIN[-1]:
                 break
-    within: dict[str, dict[str, float]] = {}
-    for most in WITHIN:
-        best = {
-            name: min(row["error"] for row in rows.values() if row["calls"] <= most)
-            for name, rows in found.items()
-            if min(row["calls"] for row in rows.values()) <= most
-        }
-        within[f"{most}"] = best
+    within: dict[str, dict[str, float]] = {f"{most}": {} for most in WITHIN}
+    for (most, best), (name, rows) in product(within.items(), found.items()):
+        errors = [row["error"] for row in rows.values() if row["calls"] <= int(most)]
+        if errors:
+            best[name] = min(errors)
     answer: dict[str, Any] = {"curves": found, "within": within}
     if results.installed("torchdiffeq"):
-        answer["doubt"] = error(by_dopri5(model, x, LEAST))
-    hook.remove()
+        answer["doubt"] = attempt(by_dopri5, LEAST)["error"]
     return answer
 
 
@@ -199,8 +191,7 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     where = environment(options)
     torch.set_num_threads(1)
-    peers = {name: results.installed(name) for name in ("torchdiffeq", "zuko")}
-    report = {"environment": where | {"peers": peers}, "found": {}}
+    report: Row = {"environment": where, "found": {}}
     for data in [*DATA][: 1 if options.smoke else None]:
         for schedule in [*SCHEDULES][: 1 if options.smoke else None]:
             steps = 10 if options.smoke else TRAINING

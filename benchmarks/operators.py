@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from tests.cases import CountCalls
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hosm_losses as hosm
 from benchmarks import results
@@ -29,20 +29,10 @@ CHOSEN = {name: NETWORKS[name] for name in ("mlp, small", "dit, small", "edm", "
 CHOSEN["diffusion policy"] = PolicyUNet, (64, 2, 16)
 
 
-class Count(TorchDispatchMode):
-    """The operators that are dispatched inside of it."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.total += 1
-        return func(*args, **(kwargs or {}))
-
-
 def count(work: Callable[[], object]) -> int:
-    with Count() as found:
+    with CountCalls() as found:
         work()
-    return found.total
+    return found.number
 
 
 def plain(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Lines are labelled where they end and told apart by marker and dash as well as b
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -112,7 +113,7 @@ def panels(
     return figure
 
 
-def below(found: Found, path: str) -> dict[str, Points]:
+def below(path: str, found: Found) -> dict[str, Points]:
     """The curves of a path whose two wild parts are a name and x, as in `0.1 std`."""
     points: dict[str, dict[float, Sequence[float]]] = {}
     for (name, x), interval in walk(found, path):
@@ -122,10 +123,7 @@ def below(found: Found, path: str) -> dict[str, Points]:
 
 def estimator_variance(problems: Found) -> Figure:
     """The variance of estimates of the trace over that of Rademacher probes."""
-
-    def curves(found: Found) -> dict[str, Points]:
-        return below(found, f"over signs > {' or '.join(PROBES)} > trace > * std")
-
+    curves = partial(below, f"over signs > {' or '.join(PROBES)} > trace > * std")
     texts = {
         "verdict": "Gaussian probes and unit vectors cost ten to hundreds of Rademacher probes",
         "x": "σ̂ [std of the data]",
@@ -136,10 +134,7 @@ def estimator_variance(problems: Found) -> Figure:
 
 def gradient_variance(problems: Found) -> Figure:
     """The noise of the gradient of each term."""
-
-    def curves(found: Found) -> dict[str, Points]:
-        return below(found, f"noise > {' or '.join(TERMS)} > *")
-
+    curves = partial(below, f"noise > {' or '.join(TERMS)} > *")
     texts = {
         "verdict": "Of the higher terms only the trace is as noisy as the first",
         "x": "σ̂ [std of the data]",

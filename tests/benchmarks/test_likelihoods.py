@@ -50,7 +50,6 @@ def test_a_noisy_peer_pays_for_its_noise_and_a_biased_one_is_out_of_reach():
     assert found["we"]["seconds"] == pytest.approx(4.0, rel=0.1)
     assert found["they"]["over_ours"][0] == pytest.approx(8.0, rel=0.1)
     assert found["they"]["evaluations"] == pytest.approx(640, rel=0.1)
-    assert not found["they"]["ahead"]
 
 
 def test_an_exact_result_reaches_the_target_or_does_not():
@@ -58,5 +57,4 @@ def test_an_exact_result_reaches_the_target_or_does_not():
     every = [runs(name, s, bias=bias, random=False) for name, (s, bias) in errors.items()]
     found = at_target(every, 0.1, random=False)
     assert found.keys() == {"we", "others"}
-    assert found["others"]["ahead"]
     assert found["others"]["over_ours"][0] == pytest.approx(0.3)
