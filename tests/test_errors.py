@@ -157,7 +157,7 @@ BAD = {
     "sigma_data": POSITIVE,
     "time_sampler": bad(ValueError, "uniform") + bad(TypeError, 1),
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
-    **dict.fromkeys(("own", "is_random"), FLAG),
+    **dict.fromkeys(("own", "is_random", "antithetic"), FLAG),
     "function": bad(TypeError, None, 1, "exact"),
     "same": bad(TypeError, 1, "y"),
     "scores": bad(TypeError, None, 1.0, X.numpy(), X.long(), *NOT_DENSE)
@@ -517,6 +517,7 @@ SCHEDULES = {
         ),
         ("time of", own(time=torch.exp)),
         ("its rates", own(sigma=lambda t: (20_000 * t).round() / 20_000), HELD, INHERITS_RATES),
+        ("its rates", own(lambda t: torch.exp(-t).detach())),
         ("its rates", own(sigma=torch.inference_mode()(lambda t: 1 * t))),
         ("its rates", own(squared_diffusion=torch.clone), own(rates=lambda t: (0 * t, 2 + 0 * t))),
     ],
@@ -552,7 +553,7 @@ def test_times_are_checked_by_models_and_schedules():
 
 # Public names that refuse nothing themselves, or are in tables of their own.
 WITHOUT_ROWS = {
-    *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule"),
+    *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule", "AdaptiveTimes"),
     *("NLLSummary", "SampleResult", "Shared", "checkpoint", "DivergenceEstimator"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),

@@ -88,7 +88,9 @@ def dsm(
             time, spread = draw_time(score_model, x0, weighting, rng, sampler)
         else:
             time = check_time(score_model, x0, t)
-        eps = _noise(x0, noise, targets, options, rng)
+        if isinstance(targets, Tensor):
+            targets = _check_tensor_targets(targets, x0, t, noise, options)
+        eps = _noise(x0, noise, options, rng)
         batch = perturb(score_model, x0, time, eps, targets, kwargs)
         weights = _weights(weights, options, batch.dimensions)
         order, v = needed_order(options.order, weights), None
@@ -160,9 +162,10 @@ def row_losses(
     The targets are those of the whole batch. The factor of the time sampler is left out, and all
     samples have the higher terms.
     """
-    kwargs, higher = check_model_kwargs(model_kwargs), options.order > 1
-    checked = check_targets(targets, tensor=not higher)
-    batch = perturb(model, x0, t, _noise(x0, None, checked, options, generator), checked, kwargs)
+    kwargs = check_model_kwargs(model_kwargs)
+    checked = check_targets(targets, tensor=False)
+    eps = _noise(x0, None, options, generator)
+    batch = perturb(model, x0, t, eps, checked, kwargs)
     weights = _weights(weights, options, batch.dimensions)
     order = needed_order(options.order, weights)
     spread = ends_of(model.schedule)[1] if options.is_uniform else None
@@ -191,20 +194,29 @@ def row_losses(
     return RowLosses(model, loss)
 
 
-def _noise(
-    x0: Tensor,
-    noise: object,
-    targets: Targets,
-    options: LossOptions,
-    generator: torch.Generator | None,
+def _check_tensor_targets(
+    targets: Tensor, x0: Tensor, t: object, noise: object, options: LossOptions
 ) -> Tensor:
-    """Return ε (B, *), drawn unless the caller passes it, or (2B, *) with +ε and −ε."""
-    if options.antithetic and isinstance(targets, Tensor):
+    """Return a tensor of targets without a graph, if it belongs to the x at which it is used."""
+    targets = _like_data("targets", targets, x0).detach()
+    if t is None or noise is None:
+        raise ValueError(
+            "targets: expected t and noise beside a tensor, which belongs to one x = α x0 + σ ε; "
+            "got None for one of them, which would be drawn. Pass those of the tensor."
+        )
+    if options.antithetic:
         raise ValueError(
             "targets: expected None, AveragedTargets(...) or TargetScores(...) with "
             "antithetic=True; got a tensor, which belongs to +ε alone. Set antithetic=False, and "
             "pass x0, t, the noises and the targets of both halves."
         )
+    return targets
+
+
+def _noise(
+    x0: Tensor, noise: object, options: LossOptions, generator: torch.Generator | None
+) -> Tensor:
+    """Return ε (B, *), drawn unless the caller passes it, or (2B, *) with +ε and −ε."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -234,8 +246,7 @@ def perturb(
     x = expand_right(alpha, data) * data + expand_right(sigma, data) * eps
     target = model.noise_without_x(t, data, eps)
     if isinstance(targets, Tensor):
-        instead = at_least_float32(_like_data("targets", targets, x0).detach())
-        target = target + (instead - eps)
+        target = target + (at_least_float32(targets) - eps)
     elif targets is not None:  # the mean of the targets replaces ε, without a gradient
         moments = targets.posterior(x0, eps, alpha, sigma, kwargs)
         # Added in the dtype of the moments, because the sum may cancel nearly all of ε.

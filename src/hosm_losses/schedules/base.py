@@ -287,6 +287,11 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     inner = t[0] + (t[-1] - t[0]) * torch.tensor(INNER, dtype=t.dtype, device=t.device)
     diffusion = _values(schedule, "squared_diffusion", inner)
     (alpha, sigma), (alpha_rate, sigma_rate) = schedule(inner), schedule.rates(inner)
+    for part, values, rate in (("alpha", alpha, alpha_rate), ("sigma", sigma, sigma_rate)):
+        if not rate.any() and values.amax() > values.amin():  # detached, or computed in NumPy
+            expected = f"{part} of {name}, which varies with t, to agree with its rates"
+            got = "rates of 0"
+            raise ValueError(error_message("schedule", expected, schedule, FOLLOW, got=got))
     by_rates = 2 * sigma.square() * (sigma_rate / sigma - alpha_rate / alpha)
     holds = (by_rates > 0) & torch.isclose(diffusion, by_rates, rtol=TOLERANCE)
     if (i := _first_broken(holds)) is not None:
