@@ -391,8 +391,8 @@ class _DSM(nn.Module):
         If `targets` or `weights` is None, the argument of the constructor is used.
         """
         check_flag("return_terms", return_terms)
-        inputs |= self._or_own(targets, weights)
-        evaluated = dsm(self.model, x0, self.options, **inputs)
+        own = self._or_own(targets, weights)
+        evaluated = dsm(self.model, x0, self.options, **inputs, **own)
         if not return_terms:
             return evaluated.loss
         first: Any = evaluated.terms.first.detach()
@@ -414,8 +414,8 @@ class _DSM(nn.Module):
         self, x0: Tensor, t: Tensor, rows: Tensor, *, targets: Any, weights: Any, **inputs: Any
     ) -> nn.Module:
         """Return the losses of single samples, from which `AdaptiveTimes` learns."""
-        inputs |= self._or_own(targets, weights)
-        return row_losses(self.model, x0, self.options, t, rows, **inputs)
+        own = self._or_own(targets, weights)
+        return row_losses(self.model, x0, self.options, t, rows, **inputs, **own)
 
     if TYPE_CHECKING:  # nn.Module does not annotate __call__
 

@@ -92,7 +92,9 @@ def dsm(
             targets = _check_tensor_targets(targets, x0, t, noise, options)
         eps = _noise(x0, noise, options, rng)
         batch = perturb(score_model, x0, time, eps, targets, kwargs)
-        weights = _weights(weights, options, batch.dimensions)
+        # torch.compile of PyTorch 2.6 knows no property of a named tuple, as batch.dimensions is.
+        d = x0[0].numel()
+        weights = _weights(weights, options, d)
         order, v = needed_order(options.order, weights), None
         if higher and probe is not None:
             v = _check_probe(x0, probe, options)
@@ -109,7 +111,7 @@ def dsm(
             # A single call of the network without primitives or copies, as in any trainer.
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            terms = DSMTerms(first_term(residual, batch.dimensions))
+            terms = DSMTerms(first_term(residual, d))
             reduced = terms = _of_samples(terms, options)
             if factors[0] is None and options.reduction == "mean":
                 reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
