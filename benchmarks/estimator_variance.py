@@ -42,7 +42,7 @@ from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_varian
 from benchmarks.trained import exact, trained
 from hosm_losses.losses.terms import higher_residuals
 from hosm_losses.model import bind_model
-from hosm_losses.probes import DISTRIBUTIONS, draw_probes
+from hosm_losses.probes import DISTRIBUTIONS, Hutchinson
 
 CASES = ("ring", "mixture", "digits", "images", "large images")
 TERMS = ("trace", "Frobenius", "third")
@@ -147,7 +147,7 @@ def along(forms: Tensor) -> Callable[[Tensor], Tensor]:
 def draw(name: str, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Independent probes (count, d) of a sampler, in float32."""
     if name in DISTRIBUTIONS:
-        return draw_probes(torch.empty(count, *shape), 1, name, generator)[0].flatten(1)
+        return Hutchinson(1, name).draw(torch.empty(count, *shape), generator)[0].flatten(1)
     elements = torch.Size(shape).numel()
     chosen = torch.randint(elements, (count,), generator=generator)
     return torch.nn.functional.one_hot(chosen, elements).float() * elements**0.5

@@ -47,7 +47,7 @@ def test_indices_of_a_table_and_numbers_of_numpy_are_taken():
 def test_a_network_that_cannot_be_copied_is_an_error_that_says_so():
     network = MLP(3)
     network.kept = network.inner.weight * 2
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError, match="deepcopy"):
         hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
 
 

@@ -8,7 +8,6 @@ start of its message, not the wording, but for the messages in `TOLD` by which u
 import inspect
 import math
 import re
-import warnings
 from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
@@ -25,8 +24,6 @@ from tests.cases import MLP, Detaches
 from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf
-NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
-ROWS = torch.distributions.Normal(torch.zeros(2), 1.0)  # of as many as a sample has
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
 PROBES = torch.stack([X, -X])
@@ -82,15 +79,11 @@ OTHERS = [EIGHT_BITS, result(latent=torch.zeros(2, 4)), result(standard_error=No
 OTHERS += [result(widening=2.0), result(steps=64)]
 SDE = SimpleNamespace(beta_0=0.1, beta_1=20.0, discrete_betas=0)
 OTHER_SDE = SimpleNamespace(beta_0=0.1, beta_1=20.0, marginal_prob=lambda x, t: (x, t))
-VALUES, ZERO = result().to_dict(), (0.9, 0.5, 0.0)
+ZERO = (0.9, 0.5, 0.0)
 
 # Kinds of arguments.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # nested tensors are a prototype
-    NOT_DENSE = [torch.nested.nested_tensor(list(X), layout=torch.jagged), X.to_sparse()]
-    NOT_DENSE.append(torch.nested.nested_tensor(list(X)))
 TENSORS = [
-    *bad(TypeError, X.byte(), X.long(), X + 0j, X.numpy(), None, *NOT_DENSE),
+    *bad(TypeError, X.byte(), X.long(), X + 0j, X.numpy(), None),
     *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0),
 ]
 # Tensors that are none of a sample of X.
@@ -100,33 +93,29 @@ NO_WHOLE = True, 2.0, "2", np.array([1, 2])
 WHOLE = bad(ValueError, 0, -1) + bad(TypeError, *NO_WHOLE)
 NO_NUMBER = None, "1", True, torch.tensor(0.5)
 NUMBER = bad(TypeError, *NO_NUMBER) + bad(ValueError, NAN, INF, -INF)
-BETA = bad(TypeError, *NO_NUMBER) + bad(ValueError, NAN, 0.0, 1.0, -0.1)
 POSITIVE = NUMBER + bad(ValueError, 0.0, -1.0)
 NAME = bad(ValueError, "other") + bad(TypeError, 1, ["exact"])
 FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
-MOMENT = [
-    *bad(TypeError, "0", True, X[0] * 1j, X[0] > 0, X[0].to_sparse()),
-    *bad(ValueError, NAN, X / 0),
-]
-NUMBERS = [
-    *bad(TypeError, torch.tensor([0.9j, 0.5]), ["a", "b"], object(), [[0.9], 0.5]),
-    *bad(TypeError, torch.ones(3, device="meta"), None, [None, 0.5], ["0.9", "0.5"]),
-    *bad(ValueError, 0.5, [[0.9, 0.5], [0.4, 0.1]], torch.ones(2, 2), np.ones((2, 2))),
-    *bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF]),
-]
+MOMENT = bad(ValueError, NAN, X / 0)
+NUMBERS = bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF])
+# What nothing is checked of: Python, PyTorch or a type checker names what is wrong.
+UNCHECKED = {
+    *("companion", "clean", "progress", "enable_grad", "primitives", "scaled", "time_first"),
+    *("function", "is_random", "network", "time", "output", "call", "solver", "group"),
+    *("generator", "model_kwargs", "dequantization", "values", "levels", "low", "high"),
+    *("log_prior", "steps", "offset", "model"),
+}
 BAD = {
-    **dict.fromkeys(("return_terms", "companion", "clean", "progress", "enable_grad"), FLAG),
-    **dict.fromkeys(("primitives", "scaled"), FLAG),
     # Of the losses.
+    "return_terms": FLAG,
     "model": bad(TypeError, None, NETWORK, lambda x, t: x),
     **dict.fromkeys(("x0", "x", "data"), TENSORS + bad(TypeError, [1.0])),
     "noise": [
-        *bad(TypeError, 0.0, X.numpy(), X.float(), X.long(), X + 0j, *NOT_DENSE),
+        *bad(TypeError, 0.0, X.numpy(), X.float(), X.long(), X + 0j),
         *bad(ValueError, X[:3], X[:1], X[:, :1], X[None], X * NAN, X * INF, X.to("meta")),
     ],
     "probe": [
         *bad(TypeError, 0.0, "rademacher", PROBES.numpy(), PROBES.float(), PROBES + 0j),
-        *bad(TypeError, *NOT_DENSE),
         *bad(ValueError, PROBES[:, :3], PROBES[..., :1], PROBES[:0], PROBES[:, :, None]),
         *bad(ValueError, PROBES * NAN, PROBES.to("meta")),
     ],
@@ -134,12 +123,7 @@ BAD = {
         *bad(TypeError, 0.5, T.numpy(), T.float(), T.half(), T.long(), T > 0),
         *bad(ValueError, T[:, None], T[:1], T * 0, T + 0.500001, T * NAN, T.to("meta")),
     ],
-    "generator": bad(TypeError, 0, torch.manual_seed) + bad(ValueError, Elsewhere()),
-    "model_kwargs": [
-        *bad(TypeError, [1], "y"),
-        *bad(ValueError, {"x": X}, {"t": T}, {"self": T}),
-    ],
-    "order": WHOLE + bad(ValueError, 4) + bad(TypeError, None),
+    "order": bad(ValueError, 0, 4),
     "weights": [
         *bad(TypeError, b"1111", 1.0, torch.tensor(1.0), np.array(1.0), iter([1] * 4)),
         *bad(TypeError, dict.fromkeys(range(4), 1), MappingProxyType({0: 1}), {1.0, 0.5, 0.1, 2}),
@@ -157,11 +141,9 @@ BAD = {
     "sigma_data": POSITIVE,
     "time_sampler": bad(ValueError, "uniform") + bad(TypeError, 1),
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
-    **dict.fromkeys(("own", "is_random", "antithetic"), FLAG),
-    "function": bad(TypeError, None, 1, "exact"),
+    **dict.fromkeys(("own", "antithetic"), FLAG),
     "same": bad(TypeError, 1, "y"),
-    "scores": bad(TypeError, None, 1.0, X.numpy(), X.long(), *NOT_DENSE)
-    + bad(ValueError, X[:0], X * NAN),
+    "scores": bad(TypeError, None, 1.0, X.numpy(), X.long()) + bad(ValueError, X[:0], X * NAN),
     "information": [
         *bad(TypeError, "all", True, 1j, X.long(), [1.0, 2.0], torch.tensor(1j), X[0, 0] > 0),
         *bad(ValueError, NAN, -1.0, -INF, X / 0, X[:0], torch.tensor(-1.0), torch.tensor(NAN)),
@@ -179,58 +161,45 @@ BAD = {
     **dict.fromkeys(("distribution", "engine"), NAME + bad(TypeError, None)),
     **dict.fromkeys(("reduction", "method"), NAME + bad(TypeError, None)),
     # Of the likelihoods.
-    "latent": TENSORS
-    + bad(TypeError, "noise", [1.0], (True, 2))
-    + bad(ValueError, (5, 0), (), []),
-    "steps": WHOLE + bad(ValueError, 1),
-    "samples": WHOLE + bad(ValueError, 7),
-    "solver": bad(TypeError, None, 64, "fixed", hosm.FixedGrid),
-    "divergence": [
-        *bad(TypeError, 4, ["exact"], hosm.Hutchinson, hosm.Paired()),
-        *bad(ValueError, "hutchinson"),
+    "latent": [
+        *bad(TypeError, X.byte(), X.long(), X + 0j),
+        *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0, (5, 0), (), []),
     ],
+    "samples": WHOLE + bad(ValueError, 7),
+    "divergence": bad(ValueError, "hutchinson"),
     "draws": WHOLE,
     "first": NUMBER,
     "last": NUMBER + bad(ValueError, -1.0),
     **dict.fromkeys(("tolerance", "step_tolerance", "nats"), POSITIVE),
-    "group": bad(TypeError, "world", 1),
     "data_mean": MOMENT,
     "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
-    "log_prior": bad(TypeError, 5, "normal", X) + bad(ValueError, NORMAL, ROWS),
-    "dequantization": bad(TypeError, "uniform", 1, hosm.Uniform),
     "result": [
-        *bad(TypeError, None, X, result()),
-        *bad(ValueError, *(replace(DRAWN, **{name: None}) for name in ("nll", "standard_error"))),
+        *bad(ValueError, replace(DRAWN, nll=None), named="nll"),
+        *bad(ValueError, replace(DRAWN, standard_error=None)),
     ],
     "log_target": [
-        *bad(TypeError, None, "normal", X, lambda x: 0.0),
+        *bad(TypeError, lambda x: 0.0),
         *bad(ValueError, lambda x: x, lambda x: NAN * x[:, 0], lambda x: INF * x[:, 0] ** 2),
         *bad(ValueError, lambda x: -INF * x[:, 0] ** 2),
     ],
     "reference": [
-        *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
+        *bad(TypeError, "truth", X.byte(), X + 0j),
         *bad(ValueError, torch.tensor(1.0), X[:0], X * NAN),
     ],
-    "results": [
-        *bad(TypeError, result(), [torch.zeros(2)], named="cat"),
-        *bad(ValueError, [], *([result(), other] for other in OTHERS), named="cat"),
-    ],
-    "values": bad(ValueError, VALUES | {"calls": 1}, {"nll": X[:, 0]}, named="from_dict"),
-    **dict.fromkeys(("batch_size", "levels"), WHOLE),
-    **dict.fromkeys(("low", "high"), bad(ValueError, -1.0, np.float64(1), named="bits_per_dim")),
+    "results": bad(ValueError, [], *([result(), other] for other in OTHERS), named="cat"),
+    "batch_size": WHOLE,
     # Of models and schedules.
-    "network": bad(TypeError, None, 3, X),
     "schedule": bad(TypeError, None, "vp", object(), hosm.VPSchedule),
     "prediction": bad(TypeError, None, 1) + bad(ValueError, "noise"),
-    "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
-    **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
-    "project": bad(TypeError, None, "centred", lambda x: None) + bad(ValueError, abs, torch.neg),
-    "shape": bad(TypeError, None, 2, (2.0,), "2") + bad(ValueError, (0,), (2, -1), (5000,)),
+    "project": bad(ValueError, abs, torch.neg),
+    "shape": bad(TypeError, (2.0,)) + bad(ValueError, (0,), (2, -1), (5000,)),
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
-    "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),
-    "beta_start": BETA + bad(ValueError, 0.021),
-    **dict.fromkeys(("beta_end", "max_beta"), BETA),
-    "offset": bad(ValueError, NAN, INF, -0.1),
+    "betas": bad(
+        ValueError, [], [0.9], [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], named="alphas_cumprod"
+    ),
+    **dict.fromkeys(
+        ("beta_start", "beta_end", "max_beta"), bad(ValueError, 0.0, 1.0, named="alphas_cumprod")
+    ),
     **dict.fromkeys(("t_min", "t_max", "beta_min", "beta_max", "sigma_min", "sigma_max"), NUMBER),
     **dict.fromkeys(("log_mean", "log_std"), NUMBER),
 }
@@ -259,7 +228,7 @@ CALLS = {
     hosm.check_derivatives: {"model": MODEL, "x0": X},
     hosm.check_wrapping: {"model": MODEL, "x0": X.repeat(4, 1)},
     hosm.NLLResult.cat: {"results": [result(), result()]},
-    hosm.NLLResult.from_dict: {"values": VALUES},
+    hosm.NLLResult.from_dict: {"values": result().to_dict()},
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
     **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
     hosm.TargetScores: {"scores": -X},
@@ -299,20 +268,21 @@ MORE = {
     },
     **{(call, "targets"): bad(TypeError, X, hosm.TargetScores(X)) for call in MODULES},
     (hosm.Paired, "count"): bad(ValueError, 1),
-    (hosm.FixedGrid, "steps"): bad(TypeError, None) + bad(ValueError, 3),
+    (hosm.FixedGrid, "steps"): WHOLE + bad(ValueError, 3) + bad(TypeError, None),
+    **{
+        (call, "generator"): bad(TypeError, 0) + bad(ValueError, Elsewhere())
+        for call in (*LOSSES, hosm.dsm_terms, FORWARD, OF_FIRST)
+    },
+    (hosm.ode_nll, "divergence"): bad(ValueError, None),
     **{(call, "weights"): bad(TypeError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced"),
-    (hosm.ode_nll, "divergence"): bad(TypeError, None),
     **{
         (hosm.variational_nll, name): bad(ValueError, torch.ones(3))
         for name in ("data_mean", "data_std")
     },
-    (hosm.check_derivatives, "x0"): bad(TypeError, X.bfloat16(), X.half()),
     (hosm.check_derivatives, "order"): bad(ValueError, 1),
     (hosm.check_wrapping, "x0"): bad(ValueError, X, X.repeat(4, 1) * 0, X.repeat(4, 1) * 1e-9),
-    (TABLE.linear, "steps"): bad(TypeError, None),
-    (TABLE.cosine, "offset"): NUMBER,
     (hosm.CosineSchedule, "offset"): NUMBER,
     **{(kind, "beta_min"): bad(ValueError, -0.1, 21.0) for kind in PARAMETRIC[:2]},
     (hosm.VPSchedule, "beta_max"): bad(ValueError, 0.0, 0.05),
@@ -321,12 +291,11 @@ MORE = {
     **{(kind, "t_min"): bad(ValueError, 100.0) for kind in PARAMETRIC},
     (interop.from_diffusers, "model"): bad(TypeError, SimpleNamespace(scheduler=0)),
     (interop.from_diffusers, "scheduler"): [
-        *bad(TypeError, object(), scheduler(None), flow(steps=None)),
-        *bad(ValueError, scheduler("other"), scheduler(use_flow_sigmas=True)),
-        *bad(ValueError, scheduler(table=ZERO), flow(steps=0)),
+        *bad(TypeError, object()),
+        *bad(ValueError, scheduler(None), scheduler("other"), scheduler(use_flow_sigmas=True)),
+        *bad(ValueError, scheduler(table=ZERO)),
         *bad(ValueError, flow(invert_sigmas=True), named="model"),
     ],
-    (interop.from_guided_diffusion, "model"): bad(TypeError, None, named="network"),
     (interop.from_guided_diffusion, "diffusion"): [
         *bad(TypeError, object()) + bad(ValueError, diffusion(ZERO), diffusion(mean="PREVIOUS_X")),
     ],
@@ -336,13 +305,10 @@ MORE = {
     ],
     (interop.from_score_sde, "model"): bad(ValueError, STEPS, named="continuous"),
     (interop.from_score_sde, "sde"): bad(TypeError, object(), OTHER_SDE),
-    (interop.from_score_sde, "continuous"): FLAG + bad(ValueError, False),
+    (interop.from_score_sde, "continuous"): bad(ValueError, False),
     (interop.from_edm, "net"): bad(TypeError, object()),
-    (interop.from_flow_matching, "network"): bad(TypeError, None),
     (interop.from_flow_matching, "schedule"): bad(TypeError, 1),
-    (interop.from_flow_matching, "data_at"): bad(TypeError, "1") + bad(ValueError, 0.5, -1),
-    (interop.from_flow_matching, "time"): bad(TypeError, torch.neg) + bad(ValueError, NAN),
-    (interop.from_flow_matching, "time_first"): FLAG,
+    (interop.from_flow_matching, "data_at"): bad(ValueError, 0.5, -1, "1"),
 }
 BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
 IMAGES = {"x": X.byte(), "dequantization": hosm.Uniform()}
@@ -374,8 +340,6 @@ TOGETHER = [
     ],
     ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
-    ([NLL], TypeError, "x", IMAGES | {"x": X.byte().to_sparse()}),
-    ([NLL], ValueError, "x", IMAGES | {"x": X[:0].byte()}),
     (
         [NLL],
         ValueError,
@@ -390,10 +354,7 @@ TOGETHER = [
     (MODULES[1:2], TypeError, "SecondOrderDSM", {"n_probes": 2}),
     ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
     ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
-    ([BITS], TypeError, "low", {"levels": 256, "low": "0"}),
-    ([BITS], ValueError, "high", {"levels": 256, "high": INF}),
-    ([BITS], ValueError, "bits_per_dim", {"levels": 256, "low": 1}),
-    ([BITS], ValueError, "bits_per_dim", {"levels": 256, "high": -2}),
+    ([BITS], ValueError, "bits_per_dim", {"low": -1.0}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 16}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 256, "high": 255}),
     ([interop.from_diffusers], ValueError, "model", TURNED),
@@ -442,11 +403,12 @@ def test_the_call_without_a_bad_argument_passes(call):
 def test_every_bad_argument_is_named(call):
     found = []
     for name in arguments(call):
-        rows = MORE.get((call, name), []) + ([] if CALL(call).startswith("from_") else BAD[name])
+        rows = [*MORE.get((call, name), [])]
+        rows += [] if CALL(call).startswith("from_") else BAD.get(name, [])
         for value, error, named in rows:
             got = wrong(call, {**CALLS[call], name: value}, error, named or name)
             found += [] if got is None else [(name, value, error, got)]
-        assert rows, name
+        assert rows or name in UNCHECKED, name
     assert not found
 
 
@@ -545,10 +507,6 @@ def test_times_are_checked_by_models_and_schedules():
     for name in ("__call__", "alpha", "sigma", "log_sigma_hat"):
         for t in (-1, 3, 2.5, NAN, torch.tensor([0, 3]), torch.tensor([-1.0, 1.0])):
             assert wrong(getattr(TABLE, name), {"t": t}, ValueError, "t") is None
-    for schedule in (VP, TABLE):
-        for name in ("__call__", "alpha", "squared_diffusion", "time_density"):
-            for t in (None, "0.5", object(), {0.5}, 1j, torch.tensor(1j)):
-                assert wrong(getattr(schedule, name), {"t": t}, TypeError, "t") is None
 
 
 # Public names that refuse nothing themselves, or are in tables of their own.
@@ -629,7 +587,6 @@ TOLD = [
         lambda: loss(cubed, engine="reverse"),
         r"guided_diffusion.*ldm\.modules\.attention",
     ),
-    (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
     (lambda: loss(lambda x, t: x.repeat(1, 2)), "the first channels"),
     (
@@ -638,11 +595,7 @@ TOLD = [
     ),
     (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
     (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Pass betas to .*from_betas"),
-    (
-        lambda: hosm.NLLResult.cat([X]),
-        r"expected NLLResults in a list; got a torch\.float64 tensor",
-    ),
-    (lambda: hosm.DiscreteSchedule.cosine(max_beta=1.0), r"expected a number in \(0, 1\); got"),
+    (lambda: hosm.DiscreteSchedule.cosine(max_beta=1.0), "A beta has to be above 0 and below 1"),
 ]
 
 

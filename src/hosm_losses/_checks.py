@@ -57,8 +57,7 @@ def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
 def describe_value(value: object) -> str:
     """Describe a tensor by its dtype, shape and device, and most other objects by their type."""
     if isinstance(value, Tensor):
-        shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
-        return f"a {value.dtype} tensor of {shape} on {value.device}"
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):
         return f"a NumPy array of {value.dtype}, shape {value.shape}"
     if value is None or isinstance(value, str | Number | type):
@@ -175,45 +174,19 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
     return generator
 
 
-def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
+def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the network's keyword arguments as a dict; None becomes an empty dict."""
-    if model_kwargs is None:
-        return {}
-    name = "model_kwargs"
-    if not isinstance(model_kwargs, Mapping):
-        expected = "a mapping of the network's keyword arguments, such as {'y': labels}, or None"
-        raise TypeError(error_message(name, expected, model_kwargs))
-    for key in {"x", "t", "self"} & model_kwargs.keys():
-        expected = "no 'x', 't' or 'self', which are set when the network is called"
-        remedy = "Leave out this argument, or rename it with ScoreModel(..., call=...)."
-        raise ValueError(error_message(name, expected, key, remedy))
-    return dict(model_kwargs)
-
-
-def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError if a tensor is nested, sparse or otherwise not strided."""
-    if value.is_nested or value.layout != torch.strided:
-        got = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
-        raise TypeError(error_message(name, "a dense tensor (B, *)", value, got=got))
-
-
-def check_not_empty(name: str, value: Tensor) -> None:
-    """Raise ValueError unless `value` is a batch (B, *) with at least one element."""
-    if value.ndim == 0 or value.numel() == 0:
-        expected = "a batch (B, *) with at least one sample and one element"
-        remedy = "Skip empty batches, or set drop_last in the loader."
-        raise ValueError(error_message(name, expected, value, remedy))
+    return dict(model_kwargs or {})
 
 
 def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
-    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *).
+    """Return `value` if it is a non-empty, finite floating-point batch (B, *).
 
     `images` says whether integers may be images, which have to be scaled.
     """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a {expected}", value)
-    check_dense(name, value)
     if not value.is_floating_point():
         remedy = f"Convert it with {name}.float()."
         if value.is_complex():
@@ -224,7 +197,10 @@ def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tens
                 f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
             )
         raise TypeError(error_message(name, f"a {expected}", value, remedy))
-    check_not_empty(name, value)
+    if value.ndim == 0 or value.numel() == 0:
+        expected = "a batch (B, *) with at least one sample and one element"
+        remedy = "Skip empty batches, or set drop_last in the loader."
+        raise ValueError(error_message(name, expected, value, remedy))
     check_finite(name, value)
     return leave_inference_mode(value)
 
@@ -243,7 +219,6 @@ def check_like(
     """
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
-    check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, to match {of}"
         raise ValueError(error_message(name, expected, value, "Nothing is broadcast."))

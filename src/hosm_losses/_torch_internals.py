@@ -46,11 +46,6 @@ _C: Any = torch._C
 _autograd: Any = torch.autograd
 
 
-def vmapped() -> bool:
-    """Return whether this call is inside torch.func.vmap, where one tensor may represent many."""
-    return _C._functorch.TransformType.Vmap in _transforms()
-
-
 def differentiated() -> bool:
     """Return whether gradients are on and this call is inside torch.func.grad, vjp or jacrev."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()

@@ -34,16 +34,12 @@ from hosm_losses._checks import (
     at_least_float32,
     check_choice,
     check_whole,
-    error_message,
     generator_kwargs,
     sum_elements,
 )
 
 CHUNK_ELEMENTS = 2**22  # largest chunk of unit vectors, in elements
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# This limit is in bytes. A loss allocates several tensors as large as the unit vectors, and the
-# network allocates many: beyond this limit, no device has enough memory.
-LARGEST_UNITS = 16 * 2**30
 
 
 def _rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -106,7 +102,7 @@ class _Random:
 
     def draw(self, x: Tensor, generator: torch.Generator | None, /) -> Tensor:
         """Draw probes (count, B, *) for points x (B, *), in the dtype and on the device of x."""
-        return draw_probes(x, self.count, self.distribution, generator)
+        return DISTRIBUTIONS[self.distribution]((self.count, *x.shape), x, generator)
 
 
 @dataclass(frozen=True)
@@ -173,38 +169,9 @@ class Paired(_Random):
     _fewest: ClassVar[int] = 2
 
 
-def draw_probes(
-    like: Tensor,
-    count: int = 1,
-    distribution: str = "rademacher",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw K = `count` independent probes (K, B, *), in the dtype and on the device of `like`.
-
-    `like` is a batch (B, *), and E[v vᵀ] = I over the elements of a sample. If `generator` is
-    None, the device's global generator is used.
-    """
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    count = check_whole("probes", count, 1)
-    return DISTRIBUTIONS[distribution]((count, *like.shape), like, generator)
-
-
 def unit_vectors(like: Tensor) -> Tensor:
-    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact.
-
-    Raise ValueError if the unit vectors alone would take more than 16 GiB.
-    """
-    d = like[0].numel()
-    size = d * like.numel() * like.element_size()
-    if size > LARGEST_UNITS:
-        expected = f"a number of probes for samples of d = {d} elements"
-        got = (
-            "'exact', which evaluates the network on all d unit vectors at once and needs "
-            f"{size / 2**30:.0f} GiB for the unit vectors of a batch of {len(like)} alone"
-        )
-        remedy = "Use probes=2, for example. A likelihood evaluates divergence='exact' in chunks."
-        raise ValueError(error_message("probes", expected, like, remedy, got=got))
-    (units,) = unit_vector_chunks(like, d)
+    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact."""
+    (units,) = unit_vector_chunks(like, like[0].numel())
     return units
 
 

@@ -16,7 +16,7 @@ from torch.distributions import Normal
 import hosm_losses as hosm
 from hosm_losses._checks import expand_right
 from hosm_losses.likelihood import multistep
-from hosm_losses.probes import DISTRIBUTIONS, draw_probes
+from hosm_losses.probes import DISTRIBUTIONS, Hutchinson
 from tests.cases import MLP, PREDICTIONS, SCHEDULES, AttentionNet, ConvNet, assert_same, gradients
 from tests.likelihood.problems import gaussian, marginals, total
 
@@ -40,7 +40,7 @@ def noise_of_probes(span, std, own, steps, batch_size, probes, generator):
 
         def forms(share, rows=rows):
             """Those of fresh probes (K, n), less what they are in the mean."""
-            v = draw_probes(rows, count, probes.distribution, generator)
+            v = Hutchinson(count, probes.distribution).draw(rows, generator)
             return torch.stack([total(each.square() * share - share) for each in v])
 
         if steps is None:  # the same probes along the whole path

@@ -113,14 +113,6 @@ def test_a_sample_that_fails_on_two_grids_does_not_decide():
     assert lost.failed.all()
 
 
-@pytest.mark.parametrize("solver", [hosm.ToTolerance(), hosm.Adaptive()])
-def test_vmap_is_told_to_find_steps_outside(solver):
-    with pytest.raises(ValueError):
-        torch.func.vmap(lambda x: hosm.ode_nll(exact_model(), x[None], solver=solver).nll)(
-            points()
-        )
-
-
 @pytest.fixture
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

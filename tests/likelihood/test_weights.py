@@ -103,8 +103,7 @@ def test_where_the_target_is_zero_samples_have_no_weight_and_did_not_fail():
     bounds = found.sandwich(x[inside], NLLResult(*[nll[inside]] * 5, nll[inside] < 0))
     assert bounds.lower == -math.inf
     assert bounds.upper == pytest.approx(float(nll[inside].mean() / 2))
-    with pytest.raises(ValueError, match="got 67 of 100"):
-        found.sandwich(x, NLLResult(*[nll] * 5, nll < 0))
+    assert found.sandwich(x, NLLResult(*[nll] * 5, nll < 0)).upper == -math.inf
 
 
 def test_what_is_unknown_says_why():
@@ -234,8 +233,6 @@ def test_the_sandwich_of_two_gaussians_holds_its_divergences():
     assert bounds.lower_error == pytest.approx(m / count**0.5, rel=1e-2)
     failed = NLLResult(nll(y), y, zero, zero, zero, torch.arange(count) == 0)
     assert found.sandwich(y, failed).upper == math.inf
-    with pytest.raises(ValueError, match="100000 points"):
-        found.sandwich(y[:3], failed)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.probes import draw_probes
 from tests.cases import (
     ENGINES,
     FUNCTIONS,
@@ -239,7 +238,7 @@ def drawn_directions(case):
         v = case.probe[:, rows].flatten(2)
     elif probes != "exact":
         like, how = case.x0.detach()[rows], value_of(probes)
-        v = draw_probes(like, how.count, how.distribution, generator).flatten(2)
+        v = how.draw(like, generator).flatten(2)
     return rows, v
 
 

@@ -8,7 +8,6 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
-from hosm_losses.probes import draw_probes
 from tests.cases import FUNCTIONS, MLP, SCHEDULES, VP, assert_same, with_gradients
 
 CONTINUOUS = [name for name in SCHEDULES if name != "discrete"]
@@ -96,7 +95,7 @@ def test_the_function_draws_and_weights_with_one_time(weighting):
     generator = torch.Generator().manual_seed(2)
     t, spread = draw_time(model, x0, weighting, generator)
     noise = torch.randn(x0.shape, generator=generator)
-    probe = draw_probes(x0, generator=generator)
+    probe = hosm.Hutchinson().draw(x0, generator)
     terms = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe)
     factors = time_factors(model, x0, t, weighting, spread)
     first, higher = (1.0 if factor is None else factor for factor in factors)

@@ -227,12 +227,8 @@ def test_what_it_cannot_take_is_an_error():
     model = hosm.ScoreModel(lambda x, t: x, VP)
     x, t = torch.randn(2, 3), torch.full((2,), 0.5)
     covariance = hosm.denoising_posterior(model, x, t).covariance
-    for v in (torch.ones(3), torch.ones(3, 3), torch.ones(1, 1, 2, 3), 1.0):
-        error = ValueError if isinstance(v, torch.Tensor) else TypeError
-        with pytest.raises(error, match=r"v: .*\(2, 3\)"):
+    for v in (torch.ones(3), torch.ones(3, 3), torch.ones(1, 1, 2, 3)):
+        with pytest.raises(ValueError, match=r"v: .*\(2, 3\)"):
             covariance @ v
-    for probes, error in ((4, TypeError), ("rademacher", ValueError)):
-        with pytest.raises(error, match="probes: expected 'exact'"):
-            covariance.diagonal(probes)
     with pytest.raises(TypeError, match="bare network"):
         hosm.denoising_posterior(hosm.ScoreModel(nn.DataParallel(nn.Identity()), VP), x, t)

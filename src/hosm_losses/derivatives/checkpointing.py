@@ -26,14 +26,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function: a part of the network.
         args: its arguments.
         kwargs: its keyword arguments. In addition, `preserve_rng_state`, `determinism_check`,
-            `debug` and `early_stop` are passed on to torch's checkpoint, and
-            `use_reentrant=False` is accepted but has no effect.
+            `debug` and `early_stop` are passed on to torch's checkpoint, and `use_reentrant` is
+            accepted but has no effect.
 
     Returns:
         The result of `function`.
 
     Raises:
-        ValueError: if use_reentrant is True, or if a context_fn is given.
         DerivativeError: if `function` changes an argument in place, because the recomputation
             would start from the changed argument.
 
@@ -43,11 +42,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> checkpoint(layer, torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    if kwargs.pop("use_reentrant", False) or "context_fn" in kwargs:
-        raise ValueError(
-            "checkpoint: expected neither use_reentrant=True, which cannot be differentiated "
-            "twice, nor a context_fn, which is reserved for the safe primitives. Leave them out."
-        )
+    kwargs.pop("use_reentrant", None)
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
     flat, form = pytree.tree_flatten((args, kwargs))
     jets = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]

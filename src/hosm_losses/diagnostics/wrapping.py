@@ -44,7 +44,6 @@ from torch import Tensor
 
 from hosm_losses._checks import (
     at_least_float32,
-    check_generator,
     check_model_kwargs,
     check_sample_batch,
     error_message,
@@ -291,13 +290,12 @@ def check_wrapping(
     check_model(model)
     data = leave_inference_mode(check_sample_batch("x0", x0))
     kwargs = check_model_kwargs(model_kwargs)
-    source = check_generator(generator, data.device)
     if len(data) < LEAST_SAMPLES:
         raise ValueError(error_message("x0", f"{LEAST_SAMPLES} samples or more", data))
     before = NetworkState(model.network, data)
     try:
         with outside_inference_mode(), torch.no_grad():
-            report = _Search(model, data, source, kwargs).report()
+            report = _Search(model, data, generator, kwargs).report()
             if kwargs:
                 dtype = torch.promote_types(data.dtype, torch.float32)
                 t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)

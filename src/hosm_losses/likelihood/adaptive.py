@@ -28,7 +28,7 @@ from torch import Tensor
 from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
-from hosm_losses.likelihood.multistep import combine, refuse_vmap
+from hosm_losses.likelihood.multistep import combine
 from hosm_losses.likelihood.paths import ODESolution, Paths, all_finite
 from hosm_losses.likelihood.result import Cause, solver_limit
 
@@ -147,7 +147,6 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     solutions, and the sum of the second solution's step errors. If the path seems to have kinks,
     step errors are unreliable, and `solver_error` is tripled.
     """
-    refuse_vmap("Adaptive")
     size, probes = z[0].numel(), paths.draw_probes(z)
     if paths.divergence.is_random and probes is None:
         expected = "FixedGrid(steps) with a divergence that draws anew in each evaluation"

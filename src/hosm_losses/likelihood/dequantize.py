@@ -29,8 +29,6 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
-    check_dense,
-    check_not_empty,
     check_number,
     check_whole,
     error_message,
@@ -167,10 +165,7 @@ Dequantization = Uniform | TruncatedNormal
 
 
 def check_dequantization(value: object, *, clean: bool = False) -> None:
-    """Raise an error unless `value` is None or a dequantization that is allowed with `clean`."""
-    if not (value is None or isinstance(value, Dequantization)):
-        expected = "Uniform(...), TruncatedNormal(...) or None"
-        raise TypeError(error_message("dequantization", expected, value))
+    """Raise ValueError if `value` is a dequantization that is not allowed with `clean`."""
     if clean and isinstance(value, TruncatedNormal):
         expected = "Uniform(...) or None for clean data, at t = 0"
         remedy = (
@@ -199,8 +194,6 @@ def check_images(x: object) -> None:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
         raise TypeError(error_message("x", expected, x, remedy))
-    check_dense("x", x)
-    check_not_empty("x", x)
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:

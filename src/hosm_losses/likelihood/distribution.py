@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from hosm_losses._checks import check_model_kwargs, check_whole, error_message, shown
+from hosm_losses._checks import check_model_kwargs, error_message, shown
 from hosm_losses.likelihood.divergence import Divergence, check_divergence
 from hosm_losses.likelihood.job import network_options
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
-from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
+from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
 from hosm_losses.model import ScoreModel, check_model, map_tensors, per_sample
 
 
@@ -78,15 +78,11 @@ class ODEDistribution(Distribution):
         batch_size: int | None = None,
     ) -> None:
         check_divergence(divergence)
-        self.model, self.solver = check_model(model), check_solver(solver)
+        self.model, self.solver = check_model(model), solver
         self.divergence: Divergence = divergence
         self.model_kwargs, self.batch_size = check_model_kwargs(model_kwargs), batch_size
-        event, batch = (
-            torch.Size([check_whole(name, size, 1) for size in sizes])
-            for name, sizes in (("event_shape", event_shape), ("batch_shape", batch_shape))
-        )
-        super().__init__(batch, event)
-        self._repeated(batch)  # refuses tensors of other shapes
+        super().__init__(torch.Size(batch_shape), torch.Size(event_shape))
+        self._repeated(self.batch_shape)  # refuses tensors of other shapes
 
     def __repr__(self) -> str:
         """Return the shapes, and the options with which the ODE is solved."""
@@ -100,36 +96,12 @@ class ODEDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ODEDistribution:
-        """Return the same distributions, expanded to another batch_shape without copying.
-
-        Raises:
-            TypeError: if a size is not a whole number.
-            ValueError: if the current batch_shape cannot be expanded to the new one.
-        """
-        batch = torch.Size([check_whole("batch_shape", size, 1) for size in batch_shape])
-        own = (1,) * (len(batch) - len(self.batch_shape)) + self.batch_shape
-        if len(own) != len(batch) or any(a not in (1, b) for a, b in zip(own, batch, strict=True)):
-            expected = f"sizes that {tuple(self.batch_shape)} expands to"
-            raise ValueError(error_message("batch_shape", expected, None, got=f"{tuple(batch)}"))
+        """Return the same distributions, expanded to another batch_shape without copying."""
+        batch = torch.Size(batch_shape)
         new: Any = self._get_checked_instance(ODEDistribution, _instance)
         vars(new).update(vars(self))
         new._batch_shape, new.model_kwargs = batch, self._repeated(batch)
         return new
-
-    @property
-    def mean(self) -> Tensor:
-        """Not available in closed form; the error message says how to estimate the mean."""
-        raise NotImplementedError(_no_closed_form("mean", "q.sample((1000,)).mean(0)"))
-
-    @property
-    def variance(self) -> Tensor:
-        """Not available in closed form; the error message says how to estimate the variance."""
-        raise NotImplementedError(_no_closed_form("variance", "q.sample((1000,)).var(0)"))
-
-    def entropy(self) -> Tensor:
-        """Raise an error that says how to estimate the entropy from samples."""
-        estimate = "-q.rsample_and_log_prob((1000,))[1].mean(0)"
-        raise NotImplementedError(_no_closed_form("entropy", estimate))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values (..., batch_shape, event_shape), in float64."""
@@ -183,11 +155,6 @@ class ODEDistribution(Distribution):
             return tensor.expand(outer + tensor.shape[len(batch) :])
 
         return per_sample(self.model_kwargs, repeated)
-
-
-def _no_closed_form(name: str, estimate: str) -> str:
-    remedy = f"Take {estimate} of the distribution q."
-    return error_message(name, "an estimate from samples", None, remedy, got="no closed form")
 
 
 def _all_good(result: Any) -> Any:

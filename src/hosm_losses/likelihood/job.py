@@ -20,12 +20,9 @@ from torch.distributions import Distribution
 
 from hosm_losses._checks import (
     can_read_values,
-    check_flag,
-    check_generator,
     check_model_kwargs,
     check_sample_batch,
     check_whole,
-    error_message,
     progress_bar,
     sum_elements,
     warn,
@@ -98,11 +95,10 @@ class Job:
         self.divergence = resolve_divergence(divergence, x)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
-        self.log_prior = _log_density(log_prior, x)
-        self.generator = check_generator(generator, x.device)
+        is_distribution = isinstance(log_prior, Distribution)
+        self.log_prior = log_prior.log_prob if is_distribution else log_prior
+        self.generator = generator
         self.kwargs = check_model_kwargs(model_kwargs)
-        check_flag("progress", progress)
-        check_flag("enable_grad", enable_grad)
         if differentiated() and not enable_grad:
             raise ValueError(
                 "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, "
@@ -206,21 +202,6 @@ def _keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
         f"The first {done} samples are done: they are in `.result` of this exception. In a "
         "notebook, read sys.last_value.result."
     )
-
-
-def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the checked log-density of a prior for samples like those in x."""
-    if isinstance(prior, Distribution):
-        if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
-            expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
-            got = f"event_shape {tuple(prior.event_shape)}, batch_shape {tuple(prior.batch_shape)}"
-            remedy = "torch.distributions.Independent turns a batch into one distribution."
-            raise ValueError(error_message("log_prior", expected, prior, remedy, got=got))
-        return prior.log_prob
-    if not (prior is None or callable(prior)):
-        expected = "a callable of latents (n, *) that returns their log-densities (n,), a "
-        raise TypeError(error_message("log_prior", expected + "torch Distribution or None", prior))
-    return prior
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:

@@ -100,7 +100,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hosm_losses._checks import sum_elements, warn
-from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.paths import ODESolution, Paths
@@ -356,16 +355,6 @@ def companion_error(
     return torch.where(error.isfinite(), error, solution.path_error)
 
 
-def refuse_vmap(solver: str) -> None:
-    """Raise ValueError under torch.func.vmap."""
-    if vmapped():
-        raise ValueError(
-            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which "
-            "has to read error estimates. Call the likelihood on a batch outside vmap, and pass "
-            "the steps of its result to FixedGrid."
-        )
-
-
 def fewest_steps(
     paths: Paths,
     z: Tensor,
@@ -381,7 +370,6 @@ def fewest_steps(
     the same number of trials. The trials do not advance the caller's generator. Samples that
     failed on both the current and the previous grid are ignored.
     """
-    refuse_vmap("ToTolerance")
     divergence = paths.divergence
     if divergence.is_random and not companion:
         divergence = NO_DIVERGENCE  # only the path's error counts

@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import (
-    check_flag,
-    check_generator,
-    check_whole,
-    error_message,
-    sum_elements,
-)
+from hosm_losses._checks import sum_elements
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
@@ -32,7 +26,7 @@ from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_optio
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
 from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
-from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
+from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
 from hosm_losses.model import ScoreModel, check_model
 
 
@@ -116,9 +110,7 @@ def ode_nll(
         >>> print(f"{result.nll.item():.3f} nats, {result.nfe.item()} evaluations")
         1.838 nats, 66 evaluations
     """
-    check_solver(solver)
     check_divergence(divergence)
-    check_flag("clean", clean)
     check_dequantization(dequantization, clean=clean)
     job = Job(
         model,
@@ -200,7 +192,6 @@ def ode_sample(
         >>> print(drawn.x, f"{drawn.nll.item():.3f} nats")
         tensor([[0., 0.]]) 1.838 nats
     """
-    check_solver(solver)
     check_divergence(divergence, optional=True)
     drawn = not isinstance(latent, Tensor)
     if drawn and log_prior is not None:
@@ -315,13 +306,7 @@ def _from_clean(paths: Paths) -> Paths:
     return replace(paths, x=points, nll_offset=offset)
 
 
-def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:
+def _draw(model: ScoreModel, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     """Draw latents of the given shape from N(0, prior_std²)."""
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
-        expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
-        kind = ValueError if isinstance(shape, list | tuple) else TypeError
-        raise kind(error_message("latent", expected, shape))
-    sizes = [check_whole("latent's shape", size, 1) for size in shape]
-    options = network_options(model)
-    rng = check_generator(generator, options["device"])
-    return model.schedule.prior_std * torch.randn(sizes, generator=rng, **options)
+    normal = torch.randn(tuple(shape), generator=generator, **network_options(model))
+    return model.schedule.prior_std * normal

@@ -35,9 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 from hosm_losses._checks import (
     can_read_values,
     check_choice,
-    check_flag,
     check_like,
-    check_number,
     check_prediction,
     check_range,
     error_message,
@@ -94,11 +92,10 @@ class ScoreModel(Wrapper):
         primitives: whether the losses of orders two and three use the safe primitives.
 
     Raises:
-        TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
-            network, `output` or `call` is not callable, or if `prediction`, `time` or
-            `primitives` has the wrong type.
-        ValueError: if `prediction` is not a known name, if `time` is not finite, or if the
-            schedule's noise in units of the data, σ/α, is not finite or does not grow with t.
+        TypeError: if the schedule is not a `Schedule` or does not return tensors like t, or if
+            `prediction` is not a string.
+        ValueError: if `prediction` is not a known name, or if the schedule's noise in units of the
+            data, σ/α, is not finite or does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -119,16 +116,8 @@ class ScoreModel(Wrapper):
         primitives: bool = True,
     ) -> None:
         super().__init__()
-        if not callable(network):
-            raise TypeError(error_message("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
         check_choice("prediction", prediction, [*get_args(Kind), *SAME])
-        if not (time is None or callable(time)):
-            check_number("time", time, "a finite factor, a callable or None")
-        check_flag("primitives", primitives)
-        for name, function in (("output", output), ("call", call)):
-            if not (function is None or callable(function)):
-                raise TypeError(error_message(name, "a callable or None", function))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call

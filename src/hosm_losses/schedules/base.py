@@ -17,7 +17,6 @@ Source:
 
 import math
 from collections.abc import Callable
-from numbers import Number
 from typing import Any, ClassVar
 
 import torch
@@ -222,11 +221,7 @@ class Schedule:
 
 def as_time(t: Tensor | float) -> Tensor:
     """Return t as a tensor in float32 or wider; numbers, arrays and lists become CPU tensors."""
-    if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
-        raise TypeError(error_message("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
-    if time.is_complex():
-        raise TypeError(error_message("t", "real times", t))
     if not time.is_floating_point():  # a default dtype in half precision would round indices
         return time.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
     if time.itemsize < 4 and not (isinstance(t, Tensor) or hasattr(t, "__array__")):
