@@ -249,7 +249,7 @@ MUTANTS = [
         "tests/derivatives/test_backward.py",
     ),
     Mutant(
-        "derivatives/backward.py",
+        "derivatives/engines.py",
         "if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:",
         "if not torch.compiler.is_compiling():",
         "tests/test_training_loops.py",
@@ -329,7 +329,7 @@ MUTANTS = [
     ),
     # A loss of a frozen network that can be passed back, and trains nothing.
     Mutant(
-        "derivatives/backward.py",
+        "derivatives/engines.py",
         "seen, nodes = {point_node}, []",
         "seen, nodes = set(), []",
         "tests/losses/test_frozen.py",
@@ -720,7 +720,7 @@ MUTANTS = [
         "tests/likelihood/test_tolerance.py",
     ),
     Mutant(
-        "likelihood/watch.py",
+        "likelihood/paths.py",
         "if not all(map(torch.equal, before, after)):",
         "if False:",
         "tests/likelihood/test_said.py",
@@ -1055,7 +1055,7 @@ MUTANTS = [
         "tests/likelihood/test_paths.py",
     ),
     Mutant(
-        "likelihood/watch.py",
+        "likelihood/paths.py",
         'self.due.discard("draws")',
         "pass",
         "tests/likelihood/test_said.py",

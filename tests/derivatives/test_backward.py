@@ -6,7 +6,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.derivatives import quadratic_forms
-from hosm_losses.derivatives.backward import DroppedGraphError
+from hosm_losses.derivatives.engines import DroppedGraphError
 from hosm_losses.model import bind_model
 from tests.cases import (
     VP,

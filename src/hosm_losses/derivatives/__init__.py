@@ -1,19 +1,19 @@
 """Derivatives of a network along probes, and gradients of these derivatives.
 
 - `select`: how the engine is chosen, and how a failed attempt is undone.
-- `engines`: the "taylor" and "reverse" engines, and products of the Jacobian with vectors.
+- `engines`: the "taylor" and "reverse" engines, products of the Jacobian with vectors, lost
+  graphs, and remedies for known errors.
 - `kinks`: operators with discontinuous derivatives, the warning about such operators, and what is
   remembered about a network.
-- `backward`: backward passes, lost graphs, and remedies for known errors.
 - `checkpointing`: activation checkpoints inside a network.
 """
 
-from hosm_losses.derivatives.backward import FOREIGN_CHECKPOINTS as FOREIGN_CHECKPOINTS
-from hosm_losses.derivatives.backward import gradients as gradients
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
+from hosm_losses.derivatives.engines import FOREIGN_CHECKPOINTS as FOREIGN_CHECKPOINTS
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Network as Network
 from hosm_losses.derivatives.engines import Products as Products
+from hosm_losses.derivatives.engines import gradients as gradients
 from hosm_losses.derivatives.engines import pull_backs as pull_backs
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.kinks import find_jumps as find_jumps

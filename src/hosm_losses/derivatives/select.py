@@ -32,8 +32,14 @@ from hosm_losses._torch_internals import (
     versions,
 )
 from hosm_losses.derivatives import engines
-from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
-from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products
+from hosm_losses.derivatives.engines import (
+    Cotangent,
+    Derivatives,
+    DroppedGraphError,
+    Network,
+    Products,
+    refuse_scripted,
+)
 from hosm_losses.derivatives.kinks import memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 

@@ -6,13 +6,12 @@
 - `multistep`: the fixed grid that a batch shares, the choice of the number of steps, and the
   number of probes needed for a given standard error.
 - `adaptive`: the solver with a step size for each sample.
-- `paths`: the evaluation of the slope and the divergence at a node, and of the prior.
+- `paths`: the coordinates in which the paths are solved; the evaluation of the slope and the
+  divergence at a node, and of the prior; checks for networks whose output is random.
 - `divergence`: estimators of the divergence.
-- `coordinates`: the coordinates in which the paths are solved.
 - `job`: the checked arguments of a call, its batches, and the result.
 - `checkpoints`: evaluations whose activations are recomputed in the backward pass.
 - `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of draws into one density.
-- `watch`: checks for networks whose output is random.
 - `distribution`: `ODEDistribution`.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, which holds means over samples.
 """

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import error_message, sum_elements
-from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import combine
-from hosm_losses.likelihood.paths import ODESolution, Paths, all_finite
+from hosm_losses.likelihood.paths import ODESolution, Paths, Span, all_finite, rounding
 from hosm_losses.likelihood.result import Cause, solver_limit
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)

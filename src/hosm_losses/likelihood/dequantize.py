@@ -35,8 +35,8 @@ from hosm_losses._checks import (
     sum_elements,
     widest_dtype,
 )
-from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.divergence import DivergenceEstimator
+from hosm_losses.likelihood.paths import Coordinates
 from hosm_losses.likelihood.result import NLLResult, Quantization
 
 LEVELS = 256

@@ -34,7 +34,6 @@ from hosm_losses._torch_internals import (
     outside_inference_mode,
 )
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
-from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.dequantize import (
     Dequantization,
     check_images,
@@ -46,10 +45,16 @@ from hosm_losses.likelihood.divergence import (
     DivergenceFunction,
     resolve_divergence,
 )
-from hosm_losses.likelihood.paths import Paths, all_finite
+from hosm_losses.likelihood.paths import (
+    Coordinates,
+    FirstEvaluation,
+    Paths,
+    all_finite,
+    buffers_restored,
+    warn_of_training_mode,
+)
 from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
-from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
 from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution

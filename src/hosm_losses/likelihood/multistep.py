@@ -100,9 +100,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hosm_losses._checks import sum_elements, warn
-from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
-from hosm_losses.likelihood.paths import ODESolution, Paths
+from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
 from hosm_losses.likelihood.result import solver_limit
 
 WIDTH = 1.0  # scale of the logistic distribution

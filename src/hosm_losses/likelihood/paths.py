@@ -4,7 +4,8 @@ Purpose:
     The paths of a batch are computed in coordinates in which the ODE is the same for every
     schedule and the paths are nearly constant. The log-density of x is the log-density of its
     latent under the prior, plus an integral of the divergence along the path. The result includes
-    the effect of any mismatch between the prior and q at t_max.
+    the effect of any mismatch between the prior and q at t_max. In the first evaluation of a call,
+    `FirstEvaluation` looks for outputs that are random.
 
 Coordinates:
     Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
@@ -25,13 +26,15 @@ Source:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
 
 from hosm_losses._checks import (
     can_read_values,
@@ -39,13 +42,185 @@ from hosm_losses._checks import (
     error_message,
     expand_right,
     sum_elements,
+    warn,
     widest_dtype,
 )
+from hosm_losses._torch_internals import is_traced
+from hosm_losses.derivatives import NetworkState
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
-from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, DivergenceEstimator
-from hosm_losses.likelihood.watch import FirstEvaluation
 from hosm_losses.model import BoundModel
+from hosm_losses.schedules import Schedule
+from hosm_losses.taylor import refuse_constants
+
+Span = tuple[float, float]  # u = log σ̂ at the start of a path and at its end
+TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
+
+
+class NoiseLevel(NamedTuple):
+    """α, σ and the scale c at given u = log σ̂; all fields but t broadcast against a batch."""
+
+    t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
+    alpha: Tensor
+    sigma: Tensor
+    sigma_hat: Tensor  # σ/α
+    scale: Tensor  # c, per element if the data's std is per element
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """z = (x/α − mean)/c with c² = std² + σ̂²."""
+
+    schedule: Schedule
+    mean: Tensor  # of the data, broadcast to (1, *)
+    std: Tensor  # of the data, broadcast to (1, *)
+    log_size: float  # log of the root mean square of std, on the host
+    start: float | None = None  # log σ̂ at the data end; None for t_min
+
+    @property
+    def span(self) -> Span:
+        """log σ̂ at the data end and at the noise end."""
+        low, high = self.schedule.log_sigma_hat_range
+        return low if self.start is None else self.start, high
+
+    def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
+        """Return a function that maps slices of a grid u (n,) to their noise levels.
+
+        A slice of length one gives one level for the whole batch, and a slice of length B gives
+        one level for each sample. The schedule is evaluated once for the whole grid. The scale may
+        have as many elements as a sample, so it is computed only for the slice.
+        """
+        t = self.schedule.time(log_sigma_hat)
+        alpha, sigma = self.schedule(t)
+        alphas, sigmas = expand_right(alpha, self.mean), expand_right(sigma, self.mean)
+
+        def level(place: slice) -> NoiseLevel:
+            sigma_hat = sigmas[place] / alphas[place]
+            scale = torch.sqrt(self.std.square() + sigma_hat.square())
+            return NoiseLevel(t[place], alphas[place], sigmas[place], sigma_hat, scale)
+
+        return level
+
+    def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
+        """The noise levels at u = log σ̂ (n,), in the precision of u."""
+        return self.levels(log_sigma_hat)(slice(None))
+
+    def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
+        """The noise levels at both ends of a span of u, for a whole batch."""
+        level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
+        return level(slice(0, 1)), level(slice(1, 2))
+
+    def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Convert data coordinates to z."""
+        return (x / level.alpha - self.mean) / level.scale
+
+    def to_x(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Convert z to data coordinates."""
+        return level.alpha * (level.scale * z + self.mean)
+
+    def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """dz/du for the predicted noise ε̂."""
+        ratio = level.sigma_hat / level.scale
+        return ratio * (noise - ratio * z)
+
+    def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
+        """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
+        shrinking = (level.sigma_hat / level.scale).square()
+        return level.sigma.reshape(-1) * divergence - sum_elements(shrinking, 1)
+
+    def log_volume(self, level: NoiseLevel) -> Tensor:
+        """Σ_i log(α c), (n,)."""
+        return sum_elements((level.alpha * level.scale).log(), 1)
+
+    def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """The log-density (B,) of x at a noise level, for Gaussian data with this mean and std."""
+        normalisation = x[0].numel() * math.log(2 * math.pi)
+        squares = sum_elements(self.to_z(x, level).square(), 1)
+        return -(squares + normalisation) / 2 - self.log_volume(level)
+
+    def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """The gradient of the log-density with respect to z.
+
+        The result is exact if the model's score equals the score of its ODE.
+        """
+        return -(level.scale / level.sigma_hat) * noise
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The least error in a log-density, in nats, due to rounding in a network of this dtype."""
+    return 0.0 if dtype == torch.float64 else 1e-6
+
+
+@contextmanager
+def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
+    """Return a context manager that restores a network's buffers, such as running statistics."""
+    may_change = any(part.training and part._buffers for part in modules.values())
+    before = NetworkState(modules[""], x) if may_change and not is_traced() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.restore(generators=False)
+
+
+def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
+    """Warn if a module's training mode affects likelihoods, and return whether one does."""
+    for name, part in modules.items():
+        if not part.training or not isinstance(part, TRAINING):
+            continue
+        # The dropout probability of a dropout layer or of an attention layer.
+        if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
+            warn(
+                "network: expected evaluation mode, as after model.eval(); got "
+                f"{name or 'the network'}, a {type(part).__name__} in training mode. Its results "
+                "are random or mix samples."
+            )
+            return True
+    return False
+
+
+class FirstEvaluation:
+    """Checks in a network's first evaluation, such as whether the network draws random numbers.
+
+    No list of random layers can be complete, because a network may drop labels, layers or words in
+    its own code. However, every random draw in torch advances one of torch's generators.
+
+    Operators without a derivative are rejected only in the first evaluation with a divergence.
+    Checking for such operators in every evaluation would take a quarter of a small network's run
+    time.
+    """
+
+    def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
+        checks = {"draws": look_for_draws, "constants": look_for_constants}
+        self.due = {check for check, wanted in checks.items() if wanted}
+
+    def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
+        """Return a context manager that, once only, rejects operators without a derivative."""
+        if not (differentiates and "constants" in self.due):
+            return nullcontext()
+        self.due.remove("constants")
+        return refuse_constants()
+
+    def before(self, x: Tensor) -> list[Tensor]:
+        """Return generator states of the CPU and of x's device, or [] if no check is due."""
+        # Inside a CUDA graph, the states cannot be read.
+        if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return []
+        return [torch.get_rng_state(), *get_device_states(x)[1]]
+
+    def compare(self, before: list[Tensor], x: Tensor) -> None:
+        """Warn if the first evaluation, at the points x, advanced a generator."""
+        after = self.before(x)
+        self.due.discard("draws")
+        if not all(map(torch.equal, before, after)):
+            warn(
+                "network: expected an output that depends on its input alone; got one that draws "
+                "random numbers, as dropout does in training mode. Call model.eval() first, and "
+                "look for code that draws random numbers in any mode. If a divergence of your own "
+                "draws, pass DivergenceFunction(function, is_random=True)."
+            )
 
 
 def all_finite(samples: Tensor) -> Tensor:

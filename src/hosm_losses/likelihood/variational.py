@@ -39,10 +39,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, error_message, sum_elements
-from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
-from hosm_losses.likelihood.paths import Paths, all_finite
+from hosm_losses.likelihood.paths import NoiseLevel, Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult
 from hosm_losses.likelihood.solvers import Moment, plain_moment
 from hosm_losses.model import ScoreModel
