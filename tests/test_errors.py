@@ -96,14 +96,14 @@ NUMBER = bad(TypeError, *NO_NUMBER) + bad(ValueError, NAN, INF, -INF)
 POSITIVE = NUMBER + bad(ValueError, 0.0, -1.0)
 NAME = bad(ValueError, "other") + bad(TypeError, 1, ["exact"])
 FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
-MOMENT = bad(ValueError, NAN, X / 0)
 NUMBERS = bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF])
 # What nothing is checked of: Python, PyTorch or a type checker names what is wrong.
 UNCHECKED = {
     *("companion", "clean", "progress", "enable_grad", "primitives", "scaled", "time_first"),
     *("function", "is_random", "network", "time", "output", "call", "solver", "group"),
     *("generator", "model_kwargs", "dequantization", "values", "levels", "low", "high"),
-    *("log_prior", "steps", "offset", "model"),
+    *("log_prior", "steps", "offset", "model", "draws", "first", "last", "batch_size"),
+    *("tolerance", "step_tolerance", "data_mean"),
 }
 BAD = {
     # Of the losses.
@@ -165,34 +165,27 @@ BAD = {
         *bad(TypeError, X.byte(), X.long(), X + 0j),
         *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0, (5, 0), (), []),
     ],
-    "samples": WHOLE + bad(ValueError, 7),
+    "samples": bad(ValueError, 0, -2, 7),
     "divergence": bad(ValueError, "hutchinson"),
-    "draws": WHOLE,
-    "first": NUMBER,
-    "last": NUMBER + bad(ValueError, -1.0),
-    **dict.fromkeys(("tolerance", "step_tolerance", "nats"), POSITIVE),
-    "data_mean": MOMENT,
-    "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
+    "data_std": bad(ValueError, NAN, 0.0, -1.0, X[0] * 0),
     "result": [
         *bad(ValueError, replace(DRAWN, nll=None), named="nll"),
         *bad(ValueError, replace(DRAWN, standard_error=None)),
     ],
     "log_target": [
         *bad(TypeError, lambda x: 0.0),
-        *bad(ValueError, lambda x: x, lambda x: NAN * x[:, 0], lambda x: INF * x[:, 0] ** 2),
-        *bad(ValueError, lambda x: -INF * x[:, 0] ** 2),
+        *bad(ValueError, lambda x: x),
     ],
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j),
         *bad(ValueError, torch.tensor(1.0), X[:0], X * NAN),
     ],
     "results": bad(ValueError, [], *([result(), other] for other in OTHERS), named="cat"),
-    "batch_size": WHOLE,
     # Of models and schedules.
     "schedule": bad(TypeError, None, "vp", object(), hosm.VPSchedule),
     "prediction": bad(TypeError, None, 1) + bad(ValueError, "noise"),
     "project": bad(ValueError, abs, torch.neg),
-    "shape": bad(TypeError, (2.0,)) + bad(ValueError, (0,), (2, -1), (5000,)),
+    "shape": bad(ValueError, (5000,)),
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
     "betas": bad(
         ValueError, [], [0.9], [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], named="alphas_cumprod"
@@ -277,10 +270,6 @@ MORE = {
     **{(call, "weights"): bad(TypeError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced"),
-    **{
-        (hosm.variational_nll, name): bad(ValueError, torch.ones(3))
-        for name in ("data_mean", "data_std")
-    },
     (hosm.check_derivatives, "order"): bad(ValueError, 1),
     (hosm.check_wrapping, "x0"): bad(ValueError, X, X.repeat(4, 1) * 0, X.repeat(4, 1) * 1e-9),
     (hosm.CosineSchedule, "offset"): NUMBER,
@@ -292,7 +281,7 @@ MORE = {
     (interop.from_diffusers, "model"): bad(TypeError, SimpleNamespace(scheduler=0)),
     (interop.from_diffusers, "scheduler"): [
         *bad(TypeError, object()),
-        *bad(ValueError, scheduler(None), scheduler("other"), scheduler(use_flow_sigmas=True)),
+        *bad(ValueError, scheduler(None), scheduler("other")),
         *bad(ValueError, scheduler(table=ZERO)),
         *bad(ValueError, flow(invert_sigmas=True), named="model"),
     ],
@@ -333,10 +322,6 @@ TOGETHER = [
     *[
         ([hosm.FixedGrid], ValueError, "companion", {"companion": True, "steps": n})
         for n in (6, 63)
-    ],
-    *[
-        (SOLVERS, ValueError, name, {"solver": hosm.FixedGrid(**{name: torch.ones(3)})})
-        for name in ("data_mean", "data_std")
     ],
     ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),

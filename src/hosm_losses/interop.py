@@ -82,9 +82,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     Raises:
         TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or if the
             scheduler is not a flow-matching scheduler and lacks a table.
-        ValueError: if the table has zero terminal SNR; if the prediction type is unknown or, with
-            `use_flow_sigmas`, is not "flow_prediction"; or if the model takes 1 - t and predicts
-            data minus noise, as Lumina2 and ZImage do.
+        ValueError: if the table has zero terminal SNR, if the prediction type is unknown, or if
+            the model takes 1 - t and predicts data minus noise, as Lumina2 and ZImage do.
 
     Example:
         A pipeline contains both the model and the scheduler::
@@ -107,7 +106,10 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         call=_by_name_like_x if like_x else _by_name,
     )
     config = getattr(scheduler, "config", None)
-    if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
+    kind = getattr(config, "prediction_type", None)
+    # Schedulers such as UniPC can ignore their table, and sample along alpha = 1 - sigma.
+    flow = getattr(config, "use_flow_sigmas", False) and kind == "flow_prediction"
+    if flow or "FlowMatch" in type(scheduler).__name__:
         reversed_by = [name for name in names if name.startswith(REVERSED)]
         if getattr(config, "invert_sigmas", False):
             reversed_by.insert(0, "invert_sigmas=True")
@@ -119,7 +121,6 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         return ScoreModel(model, LinearFlowSchedule(), "velocity", time=factor, **options)
     expected = "a scheduler with {}, such as DDPMScheduler, or a flow-matching scheduler"
     check_has("scheduler", scheduler, expected, "alphas_cumprod")
-    kind = getattr(config, "prediction_type", None)
     prediction = our_prediction(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
     schedule = table_schedule(scheduler, "scheduler")
     if prediction == "v" and getattr(config, "timestep_type", None) == "continuous":
@@ -135,21 +136,6 @@ def _class_names(model: nn.Module) -> list[str]:
         inside = (module._modules.get(name) for name in WRAPPED)
         modules += [wrapped for wrapped in inside if wrapped is not None]
     return names
-
-
-def _samples_a_flow(scheduler: Any, config: Any) -> bool:
-    """Return whether a scheduler ignores its table and samples along alpha = 1 - sigma."""
-    if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
-        return False
-    if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
-        return True
-    expected = "prediction_type='flow_prediction' with use_flow_sigmas=True"
-    remedy = (
-        "The scheduler samples along alpha = 1 - sigma and ignores its table alphas_cumprod. For "
-        "a model trained with the table, set use_flow_sigmas=False. For a model trained with the "
-        "flow, write ScoreModel(model, LinearFlowSchedule(), ...)."
-    )
-    raise ValueError(error_message("scheduler.config", expected, kind, remedy))
 
 
 def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:

@@ -185,5 +185,3 @@ def test_where_a_truncated_normal_does_not_hold_it_is_refused():
     for call in (hosm.variational_nll, partial(hosm.ode_nll, clean=True)):
         with pytest.raises(ValueError, match=r"dequantization: expected Uniform\("):
             call(narrow, x, **options)
-    with pytest.raises(ValueError, match=r"TruncatedNormal\.last"):
-        hosm.TruncatedNormal(first=1)

@@ -122,12 +122,8 @@ def test_inputs_keep_their_own_types_and_inference_mode_is_left(points):
 
 
 SEVERAL = {
-    "one tensor of directions": (
-        torch.ones(4, 5, 3),
-        TypeError,
-        r"a tuple like x, .*got 4 in a Tensor",
-    ),
-    "too few": ((torch.ones(4, 5, 3),), TypeError, "each of 2 inputs; got 1 in a tuple"),
+    "one tensor of directions": (torch.ones(4, 5, 3), ValueError, r"directions\[0\]: expected"),
+    "too few": ((torch.ones(4, 5, 3),), ValueError, "shorter"),
     "none at all": ((None, None), ValueError, "for at least one of them"),
     "another K": ((torch.ones(4, 5, 3), torch.ones(2, 5)), ValueError, "one K and one B"),
     "another shape": (
@@ -284,9 +280,7 @@ def test_what_is_no_batch_in_floating_point_is_refused_in_a_sentence(call, name)
         calls[call]()
 
 
-def test_samples_without_elements_have_no_laplacian():
-    with pytest.raises(ValueError, match=r"x: expected .* one element; got the shape \(5, 0\)"):
-        taylor.laplacian(torch.sin, BATCH[:, :0])
+def test_samples_may_have_no_elements():
     value, first, _ = taylor.jet(torch.sin, BATCH[:, :0], BATCH[None, :, :0])
     assert (value.shape, first.shape) == ((5, 0), (1, 5, 0))
 

@@ -195,21 +195,10 @@ def check_derivatives(
         bound = bind_model(copied, len(times), kwargs, times)
         precision = check_values(bound, x)
         check_samples(bound, x, precision)
-        checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
+        checks = [kind(order, engine, precision) for kind in (Smoothness, Agreement)]
         rounded = [_check(check, bound, x) for check in checks]
         advice = [ROUNDING] if any(rounded) else []
-        return _report(copied, int(order), engine, precision, len(x), advice)
-
-
-def _report(
-    model: ScoreModel,
-    order: int,
-    engine: str,
-    precision: torch.dtype,
-    samples: int,
-    advice: list[str],
-) -> DerivativeReport:
-    reason = refusal(model.network, order) if engine == "auto" else None
+    reason = refusal(copied.network, order) if engine == "auto" else None
     if engine == "auto":
         engine = "taylor" if reason is None else "reverse"
     if reason is not None:
@@ -217,9 +206,9 @@ def _report(
             f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode, "
             "which is slower, takes its place."
         )
-    if samples < 2:
+    if len(x) < 2:
         advice.append("A single sample cannot reveal effects between samples: check two.")
-    if not isinstance(model._innermost, nn.Module):
+    if not isinstance(copied._innermost, nn.Module):
         advice.append("Parameter gradients were not checked: the network is not an nn.Module.")
     if precision == torch.float32:
         advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")

@@ -29,8 +29,6 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
-    check_number,
-    check_whole,
     error_message,
     sum_elements,
     widest_dtype,
@@ -52,20 +50,12 @@ class Uniform:
             of the draws are averaged, which tightens the bound at K times the cost. More than one
             draw requires divergence="exact".
 
-    Raises:
-        TypeError: if `draws` is not a whole number.
-        ValueError: if `draws` is below 1.
-
     Example:
         >>> Uniform()
         Uniform(draws=1)
     """
 
     draws: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the field."""
-        object.__setattr__(self, "draws", check_whole("Uniform.draws", self.draws, 1))
 
     @property
     def quantization(self) -> Quantization:
@@ -99,11 +89,7 @@ class TruncatedNormal:
     Args:
         draws: the number K of draws of the noise, as in `Uniform`.
         first: the value of level 0 in training.
-        last: the value of level 255 in training.
-
-    Raises:
-        TypeError: if `draws` is not a whole number, or if `first` or `last` is not a number.
-        ValueError: if `draws` is below 1, or if `last` is not above `first`.
+        last: the value of level 255 in training, above `first`.
 
     Example:
         >>> TruncatedNormal()
@@ -113,15 +99,6 @@ class TruncatedNormal:
     draws: int = 1
     first: float = -1.0
     last: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        name = type(self).__name__
-        first = check_number(f"{name}.first", self.first, "a number")
-        last = check_number(f"{name}.last", self.last, f"a number above {first:g}", above=first)
-        draws = check_whole(f"{name}.draws", self.draws, 1)
-        for field, value in (("draws", draws), ("first", first), ("last", last)):
-            object.__setattr__(self, field, value)
 
     @property
     def _cell(self) -> float:

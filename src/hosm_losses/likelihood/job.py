@@ -22,7 +22,6 @@ from hosm_losses._checks import (
     can_read_values,
     check_model_kwargs,
     check_sample_batch,
-    check_whole,
     progress_bar,
     sum_elements,
     warn,
@@ -58,7 +57,6 @@ from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
-MOMENTS = ("data_mean", "data_std")
 MISMATCH = 1e-3  # the largest mismatch of the prior without a warning, in nats per element
 SCALED = 0.05  # the largest deviation of α(t_min) from 1 without a warning
 
@@ -111,7 +109,7 @@ class Job:
                 "under torch.no_grad() if you only need the value."
             )
         self.draws = 1 if dequantization is None else dequantization.draws
-        self.size = len(x) if batch_size is None else check_whole("batch_size", batch_size, 1)
+        self.size = len(x) if batch_size is None else batch_size
         self.moments, self.progress, self.graph = moments, progress, enable_grad
         self.at_start, self.of_prior = at_start, of_prior
 
@@ -153,7 +151,7 @@ class Job:
             torch.set_grad_enabled(self.graph),
             progress_bar(self.progress, total, "sample") as advance,
         ):
-            mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
+            mean, std = map(expand_moment, self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
             coordinates = Coordinates(model.schedule, mean, std, log_size)
             if self.dequantization is not None:

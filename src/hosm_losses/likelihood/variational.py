@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_whole, error_message, sum_elements
+from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
 from hosm_losses.likelihood.paths import NoiseLevel, Paths, all_finite
@@ -92,9 +92,8 @@ def variational_nll(
         >>> print(f"{bound.nll.item():.3f} nats, exactly {math.log(2 * math.pi):.3f}")
         1.838 nats, exactly 1.838
     """
-    samples = check_whole("samples", samples, 2)
-    if samples % 2:
-        raise ValueError(error_message("samples", "an even number", samples))
+    if samples < 2 or samples % 2:
+        raise ValueError(error_message("samples", "an even number of 2 or more", samples))
     check_dequantization(dequantization, clean=True)
     mean = 0.0 if data_mean is None else plain_moment("data_mean", data_mean, "data_mean")
     std = 0.5 if data_std is None else plain_moment("data_std", data_std, "data_std")

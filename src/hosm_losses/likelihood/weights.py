@@ -267,8 +267,8 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
         The weights. A failed sample has weight zero but counts as a sample.
 
     Raises:
-        ValueError: if the samples have no density or no standard error, if log π has an invalid
-            shape, if log π is NaN or +inf, or if no weight is above zero.
+        ValueError: if the samples have no density or no standard error, or if log π has an invalid
+            shape.
 
     Example:
         >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid
@@ -293,12 +293,6 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
     log_weights = torch.where(result.failed, -torch.inf, log_weights)
     variance = torch.where(result.failed, 0.0, variance)
     solver_error = torch.where(result.failed, 0.0, result._errors().detach())
-    if bool((log_weights.isnan() | log_weights.isposinf()).any()):
-        raise ValueError("log_target(x): expected log-densities below infinity; got NaN or inf.")
-    if bool(log_weights.isneginf().all()):
-        raise ValueError(
-            f"log_target(x): expected a weight above zero; got none among {len(log_weights)}."
-        )
     failed = float(result.failed.double().mean())
     weights = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
     if weights.probe_variance > LARGE:

@@ -27,7 +27,6 @@ from hosm_losses._checks import (
     can_read_values,
     check_like,
     check_prediction,
-    check_whole,
     copy_like,
     error_message,
 )
@@ -98,7 +97,6 @@ class OnSubspace(Wrapper):
         dimensions: d − k, the dimension of the subspace.
 
     Raises:
-        TypeError: if `shape` contains anything other than whole numbers.
         ValueError: if `project` is not an orthogonal projection of each sample, or projects
             everything to zero, or if `shape` has more than 4,096 elements.
 
@@ -122,7 +120,7 @@ class OnSubspace(Wrapper):
         shape: Sequence[int],
     ) -> None:
         super().__init__()
-        self.network, self.shape = network, tuple(check_whole("shape", n, 1) for n in shape)
+        self.network, self.shape = network, tuple(shape)
         # No buffer, which .to(torch.bfloat16) would round, and which could not be moved to MPS.
         self._basis = _basis(project, self.shape)
         self._copies: dict[Any, Tensor] = {}

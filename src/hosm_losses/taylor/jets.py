@@ -545,10 +545,9 @@ def jet(
         TaylorError: if derivatives cannot be carried through the function; the message says why.
         DerivativeError: if an operator inside the function has no derivative in PyTorch, or if a
             hook changes a gradient.
-        TypeError: if an input or its directions are not floating-point tensors, or if x is a tuple
-            and `directions` is not a tuple of the same length.
-        ValueError: if x has no axes, the directions do not match the shape of x, K or B differs
-            between inputs, all directions are None, or `pairs` is unknown.
+        TypeError: if an input or its directions are not floating-point tensors.
+        ValueError: if x has no axes, the directions do not match x in number or shape, K or B
+            differs between inputs, all directions are None, or `pairs` is unknown.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -560,11 +559,6 @@ def jet(
         [2.0, 4.0]
     """
     several = isinstance(x, tuple)
-    if several and (not isinstance(directions, tuple) or len(directions) != len(x)):
-        raise TypeError(
-            f"directions: expected a tuple like x, with directions or None for each of {len(x)} "
-            f"inputs; got {len(directions)} in a {type(directions).__name__}."
-        )
     inputs: Any = x if several else (x,)
     ways: Any = directions if several else (directions,)
     _check_inputs(inputs, ways, several)
@@ -594,8 +588,7 @@ def laplacian(
     r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
     The computation needs one direction for each of the d elements of a sample, and hence d + 2
-    times the memory of the function's value. `laplacian` raises the same errors as `jet`, and
-    ValueError if d = 0.
+    times the memory of the function's value. `laplacian` raises the same errors as `jet`.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.
@@ -615,10 +608,6 @@ def laplacian(
     """
     _check_batch(x)
     d = x.shape[1:].numel()
-    if not d:
-        raise ValueError(
-            f"x: expected samples with at least one element; got the shape {tuple(x.shape)}."
-        )
     units = torch.eye(d, dtype=x.dtype, device=x.device)
     directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
     value, first, second = jet(function, x, directions, "sum")
