@@ -3,7 +3,6 @@
 import dataclasses
 import pickle
 
-import numpy as np
 import pytest
 
 import hosm_losses as hosm
@@ -26,10 +25,3 @@ def test_schedules_are_frozen_values(kind):
     assert hash(dataclasses.replace(schedule)) == hash(schedule)
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.t_min = 0.5
-
-
-def test_numbers_of_any_kind_become_floats():
-    kinds = {"beta_min": np.float64(0.25), "beta_max": np.int64(20), "t_min": np.float32(0.5)}
-    schedule = hosm.VPSchedule(**kinds)
-    assert schedule == hosm.VPSchedule(beta_min=0.25, t_min=0.5)
-    assert {type(value) for value in dataclasses.astuple(schedule)} == {float}

@@ -14,45 +14,20 @@ Precision:
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, error_message, widest_dtype
+from hosm_losses._checks import widest_dtype
 from hosm_losses.schedules.base import Schedule, as_time
 
-ORDERS = {"<": operator.lt, "<=": operator.le}
 SQRT_2 = math.sqrt(2)
 
 
-class Parametric(Schedule):
-    """A schedule whose parameters must satisfy its `_rules`."""
-
-    _rules: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Convert every parameter that has a rule to a float, and check all rules."""
-        for rule in ("t_min < t_max", *self._rules):
-            left, order, right = rule.split()
-            values = {name: self._number(name) for name in (left, right) if hasattr(self, name)}
-            low, high = (values[side] if side in values else float(side) for side in (left, right))
-            if not ORDERS[order](low, high):
-                got = " and ".join(f"{name} = {value:g}" for name, value in values.items())
-                remedy = "Are the two reversed?" if len(values) == 2 else ""
-                name = type(self).__name__
-                raise ValueError(error_message(name, rule, self, remedy, got=got))
-
-    def _number(self, name: str) -> float:
-        value = check_number(type(self).__name__, getattr(self, name), f"a finite {name}")
-        object.__setattr__(self, name, value)
-        return value
-
-
 @dataclass(frozen=True, kw_only=True)
-class _LinearBeta(Parametric):
+class _LinearBeta(Schedule):
     """The base class of VP and sub-VP; it defines β, its integral B, α and the inverse of B."""
 
     beta_min: float = 0.1
@@ -61,7 +36,6 @@ class _LinearBeta(Parametric):
     t_max: float = 1.0
 
     _prior_std = 1.0
-    _rules = ("0 <= beta_min", "0 < beta_max", "beta_min <= beta_max")
 
     def beta(self, t: Tensor | float) -> Tensor:
         """Return β(t) = β₀ + (β₁ − β₀) t."""
@@ -136,7 +110,7 @@ class SubVPSchedule(_LinearBeta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VESchedule(Parametric):
+class VESchedule(Schedule):
     """Variance-exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t.
 
     The drift is 0, and the squared diffusion is g² = 2 σ² log(σ_max/σ_min).
@@ -146,8 +120,6 @@ class VESchedule(Parametric):
     sigma_max: float = 50.0
     t_min: float = 1e-5
     t_max: float = 1.0
-
-    _rules = ("0 < sigma_min", "sigma_min < sigma_max")
 
     @property
     def _log_ratio(self) -> float:
@@ -174,7 +146,7 @@ class VESchedule(Parametric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSchedule(Parametric):
+class CosineSchedule(Schedule):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     The drift is f = −φ′ tan φ, and the squared diffusion is −2 f. The schedule ends at
@@ -186,7 +158,6 @@ class CosineSchedule(Parametric):
     t_max: float = 0.9946
 
     _prior_std = 1.0
-    _rules = ("0 <= offset",)
 
     @property
     def _rate(self) -> float:
@@ -228,7 +199,7 @@ class CosineSchedule(Parametric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFlowSchedule(Parametric):
+class LinearFlowSchedule(Schedule):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999.
 
     The drift is f = −1/(1 − t), the squared diffusion is g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).
@@ -261,7 +232,7 @@ class LinearFlowSchedule(Parametric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMSchedule(Parametric):
+class EDMSchedule(Schedule):
     """EDM's schedule (Karras et al.): α = 1, σ = t; training draws log σ from N(−1.2, 1.2²).
 
     The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (a fraction of
@@ -272,8 +243,6 @@ class EDMSchedule(Parametric):
     t_max: float = 80.0
     log_mean: float = -1.2
     log_std: float = 1.2
-
-    _rules = ("log_mean < inf", "0 < log_std")
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.ones_like(as_time(t))
