@@ -1,10 +1,11 @@
 """Helpers for all packages: argument checks, error messages, per-sample sums, a progress bar.
 
-Every public function checks its arguments before it does any work. Types, names, shapes, dtypes
-and devices are always checked, because these checks cost nothing. A wrong type or dtype raises
-TypeError, and any other invalid argument raises ValueError. Values are checked only where reading
-them is free: in CPU tensors outside `torch.compile` and `torch.func` transforms, but not in
-tensors on an accelerator, where the check would force a synchronisation.
+Every public function checks names, shapes, dtypes and devices before it does any work, because
+these checks cost nothing. An argument that Python, PyTorch or a type checker would reject as
+clearly is not checked. A wrong type or dtype raises TypeError, and any other invalid argument
+raises ValueError. Values are checked only where reading them is free: in CPU tensors outside
+`torch.compile` and `torch.func` transforms, but not in tensors on an accelerator, where the check
+would force a synchronisation.
 """
 
 import math

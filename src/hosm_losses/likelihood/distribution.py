@@ -47,8 +47,8 @@ class ODEDistribution(Distribution):
         batch_size: the number of samples for which the ODE is solved at a time; None for all.
 
     Raises:
-        TypeError: if an argument has the wrong type.
-        ValueError: if `divergence` or a shape is invalid, or if shapes contradict each other.
+        TypeError: if `model` is not a `ScoreModel`.
+        ValueError: if `divergence` is invalid, or if shapes contradict each other.
 
     Example:
         >>> from hosm_losses import VESchedule

@@ -93,8 +93,8 @@ def ode_nll(
         of the finished batches, or None if no batch has finished.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype, for example if images have an
-            integer dtype and `dequantization` is None.
+        TypeError: if x or the result of a function has an invalid dtype, for example if images
+            have an integer dtype and `dequantization` is None.
         ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
@@ -177,7 +177,7 @@ def ode_sample(
         as in `ode_nll`.
 
     Raises:
-        TypeError: if an argument has an invalid type or dtype.
+        TypeError: if the latent or the result of a function has an invalid dtype.
         ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
