@@ -52,11 +52,15 @@ from hosm_losses.likelihood.paths import (
     buffers_restored,
     warn_of_training_mode,
 )
-from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
+from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
+FINISHED = (
+    "The first {} samples are done: they are in `.result` of this exception. In a notebook, read "
+    "sys.last_value.result."
+)
 MISMATCH = 1e-3  # the largest mismatch of the prior without a warning, in nats per element
 SCALED = 0.05  # the largest deviation of α(t_min) from 1 without a warning
 
@@ -130,7 +134,9 @@ class Job:
                 for batch in self._batches(paths):
                     results.append(solve(batch, results[0].steps if results else None))
             except KeyboardInterrupt as interrupt:
-                _keep_finished(interrupt, convert(self._joined(results)) if results else None)
+                carrier: Any = interrupt
+                carrier.result = done = convert(self._joined(results)) if results else None
+                interrupt.add_note(FINISHED.format(0 if done is None else len(done.nfe)))
                 raise
             return convert(self._joined(results))
 
@@ -194,17 +200,6 @@ class Job:
         if self.dequantization is None:
             return draws[0]
         return importance_weighted(draws, self.dequantization.quantization)
-
-
-def _keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
-    """Attach the result of the finished batches, and a note, to an interrupt."""
-    carrier: Any = interrupt
-    carrier.result = result
-    done = 0 if result is None else len(result.nfe)
-    interrupt.add_note(
-        f"The first {done} samples are done: they are in `.result` of this exception. In a "
-        "notebook, read sys.last_value.result."
-    )
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:

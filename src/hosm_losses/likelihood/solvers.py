@@ -1,6 +1,6 @@
 """The ODE solvers and their options: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
-These classes check their arguments and can be compared, hashed and pickled. `data_mean` and
+These classes can be compared, hashed and pickled. `data_mean` and
 `data_std` define coordinates in which the paths of Gaussian data are constant (see `paths`), and
 determine `prior_error`. Apart from `prior_error`, the two moments affect only the solver's error.
 """
@@ -45,13 +45,11 @@ class Solver:
     def _name(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
 
-    def _set(self, **values: object) -> None:
-        """Set fields to their checked values, and convert the moments to plain numbers."""
+    def __post_init__(self) -> None:
+        """Convert the moments to plain numbers."""
         for field in ("data_mean", "data_std"):
-            value, name = getattr(self, field), self._name(field)
-            values[field] = None if value is None else plain_moment(field, value, name)
-        for field, value in values.items():
-            object.__setattr__(self, field, value)
+            if (value := getattr(self, field)) is not None:
+                object.__setattr__(self, field, plain_moment(field, value, self._name(field)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ class FixedGrid(Solver):
         if self.companion and (steps % 2 or steps < least):
             expected, got = f"False, or even steps of {least} or more", f"True with {steps} steps"
             raise ValueError(error_message(self._name("companion"), expected, True, got=got))
-        self._set(steps=steps)
+        object.__setattr__(self, "steps", steps)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,6 @@ class ToTolerance(Solver):
     data_mean: Moment | None = None
     data_std: Moment | None = None
 
-    def __post_init__(self) -> None:
-        """Convert the moments."""
-        self._set()
-
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
@@ -165,10 +160,6 @@ class Adaptive(Solver):
     _: KW_ONLY
     data_mean: Moment | None = None
     data_std: Moment | None = None
-
-    def __post_init__(self) -> None:
-        """Convert the moments."""
-        self._set()
 
 
 def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
