@@ -113,7 +113,7 @@ class Job:
                 "under torch.no_grad() if you only need the value."
             )
         self.draws = 1 if dequantization is None else dequantization.draws
-        self.size = len(x) if batch_size is None else batch_size
+        self.size = len(x) if batch_size is None else int(batch_size)
         self.moments, self.progress, self.graph = moments, progress, enable_grad
         self.at_start, self.of_prior = at_start, of_prior
 
