@@ -456,25 +456,25 @@ MUTANTS = [
         "losses/targets.py",
         "(squares.sum(0) - squares) / max(count - 1, 1)",
         "squares.mean(0).expand_as(squares)",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
         "Cv + (ell_v * c + c_v * ell + p + q) / 2",
         "Cv + (ell_v * c + p + q) / 2",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
         "of_ell = c_v.square() - inner(v, Cv) +",
         "of_ell = c_v.square() +",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
         "(ell_v + 2 * c_v) * q - ell_v * p",
         "2 * c_v * q",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
@@ -492,13 +492,13 @@ MUTANTS = [
         "losses/targets.py",
         "information = torch.where(information > 0, information, math.inf)",
         "pass",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
         "averaged = targets.averaged if isinstance(targets, TargetScores) else targets",
         "averaged = targets",
-        "tests/losses/test_target_scores.py",
+        "tests/losses/test_averaged_targets.py",
     ),
     Mutant(
         "losses/targets.py",
@@ -544,7 +544,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_modules.py",
+        "tests/losses/test_random_options.py",
     ),
     # A trace alone, and a ramp at order three, are not needed or cost all orders.
     Mutant(

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.losses import targets as source
 from tests.cases import (
     FUNCTIONS,
     MLP,
-    MODULES,
     SCHEDULES,
     VP,
     assert_same,
@@ -22,7 +20,7 @@ from tests.cases import (
     randomise,
     with_gradients,
 )
-from tests.oracles import PREDICTIONS_OF_ORACLE, sign_vectors
+from tests.oracles import PREDICTIONS_OF_ORACLE
 
 D = 2
 ATOMS = torch.tensor([[0.3, -1.0], [1.1, 0.4], [-0.8, 0.2]], dtype=torch.float64)
@@ -105,48 +103,15 @@ def test_with_all_data_the_true_score_has_no_residual_and_is_stationary(
     assert abs(float(gradient)) < 1e-12
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_the_mean_over_all_pairs_of_sign_vectors_is_the_exact_form(order):
-    model, x0, inputs = setting(2)
-    signs = sign_vectors(D)
-    pairs = torch.cartesian_prod(*[torch.arange(len(signs))] * 2)
-    targets = {"targets": hosm.AveragedTargets(torch.randn(4, D))}
-    every = {"probe": signs[pairs].transpose(0, 1).repeat(1, 2, 1)}
-    every |= {name: each.repeat_interleave(len(pairs), 0) for name, each in inputs.items()}
-    x0s = x0.repeat_interleave(len(pairs), 0)
-    found = FUNCTIONS[order](model, x0s, **every, **PAIRED, **targets)
-    exact = FUNCTIONS[order](model, x0, **inputs, **EXACT, **targets)
-    assert_same(with_gradients(found, model), with_gradients(exact, model), 1e-10)
-
-
-@pytest.mark.parametrize(("loss", "options"), LOSSES)
-def test_pieces_are_the_whole(loss, options, monkeypatch):
-    model, x0, inputs = setting()
-    options = options | inputs | {"targets": hosm.AveragedTargets()}
-    whole = loss(model, x0, **options, generator=draws())
-    monkeypatch.setitem(source.LARGEST, "cpu", 12)
-    assert_same(loss(model, x0, **options, generator=draws()), whole, 1e-14)
-
-
-@pytest.mark.parametrize("order", [1, 3])
-def test_a_batch_is_a_reference_that_contains_each_sample(order):
-    """As of the samples of all processes, gathered and given to each call."""
-    model, x0, inputs = setting()
-    module = MODULES[order](model, targets=hosm.AveragedTargets(), reduction="none")
-    inputs |= {"probe": torch.randn(5, D)} if order > 1 else {}
-    gathered = replace(module.targets, reference=x0, own=False)
-    part = {name: each[:2] for name, each in inputs.items()}
-    assert_same(module(x0[:2], **part, targets=gathered), module(x0, **inputs)[:2], 1e-12)
-    assert "targets=AveragedTargets(reference=None, own=True, same=None)" in repr(module)
-
-
 def test_samples_of_other_conditions_are_left_out():
     model, x0, inputs = setting(6)
     labels = torch.tensor([0, 1, 0, 1, 1, 0])
     model.call = lambda network, x, t, y: network(x + y[:, None], t)
     kwargs = {"model_kwargs": {"y": labels}}
-    with pytest.raises(ValueError, match=r"targets: .*same=.*model_kwargs\['y'\].*Shared"):
-        hosm.third_order_dsm(model, x0, **inputs, **kwargs, targets=hosm.AveragedTargets())
+    batch = hosm.AveragedTargets()
+    for unaware in (batch, hosm.TargetScores(-x0, averaged=batch)):
+        with pytest.raises(ValueError, match=r"targets: .*same=.*model_kwargs\['y'\].*Shared"):
+            hosm.third_order_dsm(model, x0, **inputs, **kwargs, targets=unaware)
     same = hosm.AveragedTargets(same=lambda kwargs: kwargs["y"][:, None] == kwargs["y"])
     inputs |= {"probe": torch.randn(6, D), "reduction": "none"}
     found = hosm.third_order_dsm(model, x0, **inputs, **kwargs, targets=same)

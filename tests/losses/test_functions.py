@@ -1,4 +1,4 @@
-"""The functions: the old loss, dropout, penalties on gradients, networks that write to weights."""
+"""The functions: the old loss, penalties on gradients, networks that write to weights."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import ENGINES, FUNCTIONS, MLP, VP, AttentionNet, assert_same, gradients
+from tests.cases import FUNCTIONS, MLP, VP, AttentionNet, assert_same, gradients
 
 
 def setting(size=4):
@@ -29,20 +29,6 @@ def test_order_one_is_the_old_loss_to_the_last_bit(dtype, image):
     new = hosm.first_order_dsm(hosm.ScoreModel(lambda x, t: layer(x), VP), x0, t=t, noise=noise)
     assert torch.equal(new, old)
     assert all(map(torch.equal, gradients(new, layer), gradients(old, layer)))
-
-
-def test_dropout_has_one_mask_for_value_and_derivatives():
-    inner, outer = MLP(3), nn.Linear(3, 3)
-    model = hosm.ScoreModel(lambda x, t: outer(F.dropout(inner(x, t), 0.5)), VP)
-    _, x0, given = setting(3)
-    probe, values = torch.randn(2, 3, 3), {}
-    for engine in ENGINES:
-        torch.manual_seed(7)
-        values[engine] = hosm.dsm_terms(model, x0, probe=probe[:1], engine=engine, **given)
-        assert_same(values[engine], values["auto"])
-    torch.manual_seed(7)
-    both = hosm.dsm_terms(model, x0, order=2, probe=probe, **given)
-    assert_same(both.first, values["auto"].first)
 
 
 def test_penalties_on_gradients_are_differentiated():

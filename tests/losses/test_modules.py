@@ -76,19 +76,3 @@ def test_a_module_takes_the_options_of_its_function():
         assert set(shown) - inputs == set(held) - {"model"}
         for name in set(held) - {"model"}:
             assert shown[name].default == held[name].default, name
-
-
-def test_the_weighting_of_the_rows_of_a_fraction_is_that_of_their_times():
-    model, x0 = setting()
-    loss = hosm.ThirdOrderDSM(
-        model, weights=(1, 0.5, 0.25, 2), weighting=lambda t: t.exp(), fraction=0.5
-    )
-    generator = torch.Generator().manual_seed(3)
-    value, terms = loss(torch.cat([x0, x0]), generator=generator, return_terms=True)
-    assert terms.rows is not None
-    assert terms.rows.tolist() != list(range(4))
-    factor = terms.t.exp()
-    first, second, trace, third = terms
-    higher = factor[terms.rows] * (0.5 * second + 0.25 * trace + 2 * third)
-    by_hand = (factor * first).mean() + higher.mean()
-    torch.testing.assert_close(value.detach(), by_hand)

@@ -42,14 +42,19 @@ def over_all_pairs(given):
     return repeated | {"probe": pairs.repeat(1, len(given["x0"]), 1)}
 
 
-@pytest.mark.parametrize(
-    ("order", "options"),
-    [(order, {"engine": name}) for order in (2, 3) for name in ("taylor", "reverse")],
-)
-def test_the_mean_over_all_pairs_is_the_exact_form(order, options):
+AVERAGED = hosm.AveragedTargets(torch.randn(4, D).double())
+INFORMATION = torch.tensor([[2.5, -1.0, 0.3], [-1.0, 4.0, 0.0], [0.3, 0.0, 1.0]]).double()
+TARGETS = [None, AVERAGED]
+TARGETS += [hosm.TargetScores(torch.sin, INFORMATION, each) for each in TARGETS]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("engine", ["taylor", "reverse"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_mean_over_all_pairs_is_the_exact_form(order, engine, targets):
     model, given = setting()
     given["t"].requires_grad_()  # as a learned schedule: what is held fixed is so whole, with σ
-    loss, options["weights"] = FUNCTIONS[order], WEIGHTS
+    loss, options = FUNCTIONS[order], {"engine": engine, "targets": targets, "weights": WEIGHTS}
     paired = loss(model, **over_all_pairs(given), probes=hosm.Paired(), **options)
     exact = loss(model, **given, probes="exact", **options)
     assert_same(paired, exact, 1e-12)

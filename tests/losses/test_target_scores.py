@@ -10,17 +10,14 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.losses import targets as source
 from tests.cases import (
     FUNCTIONS,
     MLP,
     MODULES,
     SCHEDULES,
-    VP,
     assert_same,
     gradients,
     randomise,
-    with_gradients,
 )
 from tests.oracles import GaussianMixture, sign_vectors
 
@@ -38,7 +35,6 @@ SETTINGS = [
     ("edm", "x0", 0.8),
     ("flow", "velocity", 0.4),
 ]
-LINE = GaussianMixture([[-1.0], [0.8]], [[[0.3]], [[0.2]]], [0.4, 0.6])
 PLANE = GaussianMixture(
     [[-0.6, 0.3], [0.5, -0.2]],
     [[[0.5, 0.1], [0.1, 0.3]], [[0.35, -0.05], [-0.05, 0.3]]],
@@ -116,110 +112,6 @@ def test_the_conditional_mean_of_the_gradient_is_the_papers(
         assert float((found - plain).abs().max()) < 1e-12 * max(float(plain.abs().max()), 1), name
 
 
-def test_information_of_the_others_leaves_the_conditional_mean_as_it_is():
-    """One sample beside two others; with its own scores counted C would depend on them."""
-    model, t = model_of(d=1), 0.3
-    x0, noise, weights = posterior(LINE, VP, t, torch.tensor([0.3]))
-    found = []
-    for targets in (None, hosm.TargetScores(score_of(LINE))):
-        total = 0.0
-        for own, eps, weight in zip(x0, noise, weights, strict=True):
-            batch = torch.stack([own, torch.tensor([0.2]), torch.tensor([-1.4])])
-            inputs = {"t": torch.full((3,), t), "noise": torch.cat([eps[None], 0 * batch[1:]])}
-            inputs |= {"probe": torch.ones(3, 1), "targets": targets, "reduction": "none"}
-            total = total + weight * hosm.third_order_dsm(model, batch, **inputs)[0]
-        found.append(gradients(total, model))
-    assert_same(*found, 1e-12, least=1.0)
-
-
-@pytest.mark.parametrize(("order", "options"), LOSSES)
-@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
-def test_infinite_information_gives_the_same_loss_without_scores(order, options, averaged):
-    model, inputs = model_of(), {"t": torch.linspace(0.1, 0.6, 5), "noise": torch.randn(5, 2)}
-    x0, found = torch.randn(5, 2), []
-    scores = hosm.TargetScores(torch.randn(5, 2), math.inf, averaged)
-    for targets in (averaged, scores):
-        loss = FUNCTIONS[order](model, x0, **inputs, **options, targets=targets, generator=draws())
-        found.append(with_gradients(loss, model))
-    assert all(map(torch.equal, *found))
-
-
-def residuals(v, f, Dv, G, C, pairs):
-    """r2, rt and r3 along v, summed over (w_j, ε_j, z_j) one by one."""
-    r2, rt, r3 = Dv + v - C @ v, v.dot(Dv) + v.dot(v) - v.dot(C @ v), G
-    for w, eps, z in pairs:
-        ell, ell_c = f + eps, f + eps - C @ z
-        r2 = r2 - w / 2 * (ell_c.dot(v) * ell + ell.dot(v) * ell_c)
-        rt = rt - w * ell_c.dot(v) * ell.dot(v)
-        r3 = r3 + w * (ell.dot(v) ** 2 - v.dot(Dv) - v.dot(v)) * ell_c
-        r3 = r3 + w * 2 * ell_c.dot(v) * (C @ v - Dv - v)
-    return r2, rt, r3
-
-
-@pytest.mark.parametrize("information", ["number", "elements", "matrix", None])
-@pytest.mark.parametrize("kind", ["alone", "batch", "reference", "masked"])
-def test_terms_are_sums_over_all_data_that_may_have_led_to_x(information, kind):
-    """Of a linear network, whose derivatives are a matrix and zero, along probes and of all."""
-    torch.manual_seed(0)
-    A, x0, noise = 0.4 * torch.randn(2, 2), *torch.randn(2, 5, 2)
-    model = hosm.ScoreModel(lambda x, t: x @ A.T, VP)
-    t, others, mask = torch.linspace(0.2, 0.6, 5), torch.randn(4, 2), torch.rand(5, 5) < 0.6
-    averaged = {
-        "alone": None,
-        "batch": hosm.AveragedTargets(),
-        "reference": hosm.AveragedTargets(others),
-        "masked": hosm.AveragedTargets(same=lambda kwargs: mask),
-    }[kind]
-    scores = lambda x: torch.sin(2 * x) - x.flip(-1) ** 2  # noqa: E731
-    F = INFORMATION.get(information)
-    targets = hosm.TargetScores(scores, F, averaged)
-    probe = torch.randn(3, 5, 2)
-    inputs = {"t": t, "noise": noise, "targets": targets}
-    along = hosm.dsm_terms(model, x0, **inputs, probe=probe)
-    exact = hosm.dsm_terms(model, x0, **inputs, probes="exact")
-    for i in range(5):
-        alpha, sigma = VP(t[i])
-        x = alpha * x0[i] + sigma * noise[i]
-        points = {"alone": [], "reference": [*others]}.get(kind, [*x0])
-        points = [p for j, p in enumerate(points) if kind != "masked" or mask[i, j] or j == i]
-        points = [p for p in points if not torch.equal(p, x0[i])] + [x0[i]]
-        eps = [(x - alpha * p) / sigma for p in points]
-        w = torch.stack([-e.square().sum() / 2 for e in eps]).softmax(0)
-        z = [e + sigma / alpha * scores(p) for e, p in zip(eps, points, strict=True)]
-        if information is None:
-            F = scores(torch.cat([x0[:i], x0[i + 1 :]])).square().mean(0)
-        whole = F * torch.eye(2) if not (torch.is_tensor(F) and F.ndim == 2) else F
-        C = torch.linalg.inv(torch.eye(2) + (sigma / alpha) ** 2 * whole)
-        f, J = -A @ x, -sigma * A
-        first = f + sum(weight * (e - C @ b) for weight, e, b in zip(w, eps, z, strict=True))
-        pairs = [*zip(w, eps, z, strict=True)]
-        for terms, vectors in ((along, probe[:, i]), (exact, torch.eye(2))):
-            found = [residuals(v, f, J @ v, 0 * f, C, pairs) for v in vectors]
-            r2, rt, r3 = (torch.stack(part) for part in zip(*found, strict=True))
-            if terms is exact:  # the sums over unit vectors are squared
-                squares = r2.square().sum(), rt.sum() ** 2, r3.sum(0).square().sum()
-            else:
-                squares = (part.square().sum() / 3 for part in (r2, rt, r3))
-            second, trace, third = squares
-            wanted = [first.square().sum() / 2, second / 4, trace / 4, third / 8]
-            assert_same([term[i] for term in terms], wanted, 1e-11, least=1e-2)
-
-
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
-def test_the_mean_over_all_pairs_of_sign_vectors_is_the_exact_form(order, averaged):
-    model, probe = model_of(), probes_of(order, PAIRED)
-    reference = averaged and hosm.AveragedTargets(torch.randn(4, 2))
-    targets = hosm.TargetScores(score_of(PLANE), F_PLANE, reference)
-    x0, t, noise = torch.randn(2, 2), torch.tensor([0.2, 0.5]), torch.randn(2, 2)
-    exact = FUNCTIONS[order](model, x0, t=t, noise=noise, targets=targets, **EXACT)
-    count = probe.shape[1]
-    x0, t, noise = (each.repeat_interleave(count, 0) for each in (x0, t, noise))
-    inputs = {"t": t, "noise": noise, "probe": probe.repeat(1, 2, 1), "targets": targets}
-    found = FUNCTIONS[order](model, x0, **inputs, **PAIRED)
-    assert_same(with_gradients(found, model), with_gradients(exact, model), 1e-10)
-
-
 COVARIANCE = torch.tensor([[1.5, 0.6], [0.6, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([0.5, -2.0], dtype=torch.float64)
 
@@ -249,26 +141,6 @@ def test_gaussian_data_leave_no_noise(schedule, prediction, t, averaged):
         assert max(float(term.detach().abs().max()) for term in terms) < 1e-20, options
 
 
-@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
-def test_a_matrix_goes_with_the_data_where_they_are_rotated(averaged):
-    angle, network = torch.tensor(0.7), MLP(2)
-    randomise(network)
-    Q = torch.stack(
-        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
-    )
-    x0, noise, g = torch.randn(3, 5, 2)
-    probe, F = torch.randn(2, 5, 2), torch.tensor([0.5, 6.0])
-    found = []
-    for R, information in ((torch.eye(2), F), (Q, Q @ F.diag() @ Q.T)):
-        model = hosm.ScoreModel(lambda x, t, R=R: network(x @ R, t) @ R.T, VP)
-        targets = hosm.TargetScores(g @ R.T, information, averaged)
-        inputs = {"targets": targets, "noise": noise @ R.T}
-        inputs |= {"t": torch.linspace(0.1, 0.6, 5), "probe": probe @ R.T}
-        terms = (hosm.dsm_terms(model, x0 @ R.T, **inputs, **how) for how in ({}, PAIRED))
-        found.append([each for part in terms for each in part])
-    assert_same(*found, 1e-11)
-
-
 WIDE = hosm.VESchedule(sigma_min=1e-4, sigma_max=1e3)
 
 
@@ -291,31 +163,6 @@ def test_short_types_lose_no_digits_at_any_noise(dtype, averaged, information):
     (terms, paired), (wide_terms, wide_paired) = found
     torch.testing.assert_close(terms, wide_terms, rtol=3e-5, atol=0)
     torch.testing.assert_close(paired, wide_paired, rtol=3e-5, atol=3e-6)
-
-
-@pytest.mark.parametrize(("order", "options"), LOSSES)
-@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
-def test_pieces_are_the_whole(order, options, averaged, monkeypatch):
-    model, inputs = model_of(), {"t": torch.linspace(0.1, 0.6, 5), "noise": torch.randn(5, 2)}
-    inputs["targets"] = hosm.TargetScores(torch.randn(5, 2), F_PLANE, averaged)
-    x0, found = torch.randn(5, 2), []
-    for most in (2**18, 2):
-        monkeypatch.setitem(source.LARGEST, "cpu", most)
-        loss = FUNCTIONS[order](model, x0, **inputs, **options, generator=draws())
-        found.append(with_gradients(loss, model))
-    assert_same(*found, 1e-13)
-
-
-def test_a_fraction_has_the_information_of_the_whole_batch():
-    model, x0, probe = model_of(), torch.randn(6, 2), torch.randn(1, 6, 2)
-    inputs = {"t": torch.linspace(0.1, 0.6, 6), "noise": torch.randn(6, 2), "probe": probe}
-    inputs["targets"] = hosm.TargetScores(torch.randn(6, 2), averaged=hosm.AveragedTargets())
-    module = hosm.ThirdOrderDSM(model, fraction=0.5)
-    _, terms = module(x0, **inputs, return_terms=True)
-    whole = hosm.dsm_terms(model, x0, **inputs)
-    assert len(terms.rows) == 3
-    expected = [whole.first, *(term[terms.rows] for term in whole[1:])]
-    assert_same([*terms], [each.detach() for each in expected], 1e-12)
 
 
 def energy(x):
@@ -390,42 +237,6 @@ def test_gradients_of_every_sample_by_torch_func():
         assert_same([each.mean(0) for each in found.values()], whole, 1e-10)
 
 
-@pytest.mark.parametrize("information", [None, torch.arange(1.0, 5.0).double(), "matrix"])
-def test_samples_of_any_shape_are_vectors(information):
-    """A square of numbers is by element where a sample is as large, and a matrix elsewhere."""
-    network, t = MLP(4), torch.linspace(0.1, 0.6, 5)
-    x0, noise, g, probe = torch.randn(4, 5, 4)
-    root = torch.randn(4, 4)
-    F = root @ root.T if isinstance(information, str) else information
-    found = []
-    for shape in ((4,), (2, 2), (1, 4, 1)):
-        model = hosm.ScoreModel(network, VP)
-        by_element = torch.is_tensor(F) and F.ndim == 1
-        targets = hosm.TargetScores(g.reshape(5, *shape), F.reshape(shape) if by_element else F)
-        inputs = {"noise": noise.reshape(5, *shape), "probe": probe.reshape(5, *shape), "t": t}
-        found.append([*hosm.dsm_terms(model, x0.reshape(5, *shape), targets=targets, **inputs)])
-    assert_same(found[1], found[0], 1e-12)
-    assert_same(found[2], found[0], 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["others", "elements", "matrix"])
-def test_what_has_no_information_has_the_papers_target(kind):
-    """As a padded coordinate, which has no density and so no score; along any direction."""
-    x0, g, noise = torch.randn(3, 5, 3)
-    x0[:, 1] = g[:, 1] = 0
-    inputs, keep = {"t": torch.linspace(0.1, 0.6, 5), "order": 1}, [0, 2]
-    model = hosm.ScoreModel(lambda x, t: 0 * x, VP)
-    F = {"others": None}.get(kind, torch.tensor([2.0, 0.0, 3.0]))
-    part = hosm.TargetScores(g[:, keep], F if F is None else F[keep])
-    first = hosm.dsm_terms(model, x0[:, keep], noise=noise[:, keep], **inputs, targets=part).first
-    wanted = (2 * first + noise[:, 1].square()) / 3
-    R = torch.linalg.qr(torch.randn(3, 3)).Q if kind == "matrix" else torch.eye(3)
-    F = R @ F.diag() @ R.T if kind == "matrix" else F
-    x0, g, noise = (each @ R.T for each in (x0, g, noise))
-    found = hosm.dsm_terms(model, x0, noise=noise, **inputs, targets=hosm.TargetScores(g, F))
-    assert_same(found.first, wanted, 1e-12)
-
-
 SINGLE, DOUBLE, SHORT = torch.float32, torch.float64, torch.bfloat16
 
 
@@ -480,18 +291,6 @@ def test_no_information_and_infinite_information_are_the_papers_target(none):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("number", [torch.tensor(2.0), torch.tensor(2), torch.full((2,), 2.0)])
-def test_a_tensor_without_dimensions_is_a_number(number):
-    x0, model = torch.randn(5, 2), model_of()
-    inputs = {"t": torch.full((5,), 0.4), "noise": torch.randn(5, 2)}
-    found = [
-        hosm.first_order_dsm(model, x0, **inputs, targets=hosm.TargetScores(-x0, each))
-        for each in (number, 2.0)
-    ]
-    assert found[0] == found[1]
-    assert "information=2," in repr(hosm.TargetScores(minus, torch.tensor(2)))
-
-
 @pytest.mark.parametrize(
     ("F", "got"),
     [
@@ -515,18 +314,6 @@ def test_a_matrix_is_refused_as_soon_as_it_is_known_to_be_one(F, got):
 def test_a_matrix_is_not_refused_for_its_rounding(dtype):
     root = torch.randn(40, 30)
     hosm.TargetScores(torch.randn(4, 40), (root @ root.T).to(dtype))
-
-
-def test_averages_still_have_to_know_what_goes_with_whom():
-    model, x0 = model_of(), torch.randn(4, 2)
-    model.call = lambda network, x, t, y: network(x + y[:, None], t)
-    kwargs = {"model_kwargs": {"y": torch.arange(4) % 2}}
-    hosm.third_order_dsm(model, x0, **kwargs, targets=hosm.TargetScores(-x0))
-    same = hosm.AveragedTargets(same=lambda kwargs: kwargs["y"][:, None] == kwargs["y"])
-    hosm.third_order_dsm(model, x0, **kwargs, targets=hosm.TargetScores(-x0, averaged=same))
-    targets = hosm.TargetScores(-x0, averaged=hosm.AveragedTargets())
-    with pytest.raises(ValueError, match=r"targets: .*same=.*model_kwargs\['y'\]"):
-        hosm.third_order_dsm(model, x0, **kwargs, targets=targets)
 
 
 def minus(x):

@@ -1,14 +1,11 @@
 """Weightings: native errors, the likelihood bound's integral, unbiased importance draws."""
 
-import pickle
-
-import numpy as np
 import pytest
 import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
-from tests.cases import FUNCTIONS, MLP, SCHEDULES, VP, assert_same, with_gradients
+from tests.cases import FUNCTIONS, MLP, SCHEDULES, assert_same, with_gradients
 
 CONTINUOUS = [name for name in SCHEDULES if name != "discrete"]
 
@@ -174,13 +171,3 @@ def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
         options = {} if order == 1 else {"weights": (1, *[torch.tensor(0.0)] * 3)}
         found = with_gradients(FUNCTIONS[order](model, y, **given, **options), denoiser)
         assert_same(found, expected, tolerance)
-
-
-def test_edm_weighting_is_a_value():
-    made = hosm.EDMWeighting(np.float32(0.25))
-    assert type(made.sigma_data) is float
-    assert made == hosm.EDMWeighting(0.25) == pickle.loads(pickle.dumps(made))
-    assert len({made, hosm.EDMWeighting(0.25), hosm.EDMWeighting()}) == 2
-    assert repr(made) == "EDMWeighting(sigma_data=0.25)"
-    module = hosm.ThirdOrderDSM(hosm.ScoreModel(MLP(3), VP), weighting=made)
-    assert "weighting=EDMWeighting(sigma_data=0.25)" in repr(module)

@@ -200,7 +200,7 @@ class AveragedTargets:
             reference = check_like(
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
-            reference = reference.detach().flatten(1).to(dtype)
+            reference = as_rows(reference)
         # Only differences of data matter, and squaring data far from zero would lose digits.
         origin = reference.mean(0)
         data, reference = (data - origin).repeat(count, 1), reference - origin
