@@ -8,7 +8,6 @@ import torch
 from torch.distributions import Normal
 
 import hosm_losses as hosm
-from hosm_losses.likelihood.dequantize import importance_weighted
 from hosm_losses.likelihood.result import Quantization
 from tests.cases import VP, networks
 from tests.likelihood.problems import gaussian, marginals, total
@@ -75,24 +74,6 @@ def test_a_network_of_images_gets_its_own_dtype(dtype):
     model = hosm.ScoreModel(network.to(dtype), VP)
     result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(8), dequantization=hosm.Uniform())
     assert (result.latent.dtype, result.nll.dtype) == (dtype, torch.float64)
-
-
-def test_draws_are_weighed_by_their_density():
-    """By hand: densities 1/4 and 3/4 of their sum."""
-
-    def draw(density, error, failed):
-        zero = torch.zeros(1)
-        parts = {"latent": zero[:, None], "nfe": zero + 9, "standard_error": zero}
-        parts |= {"products": zero, "cause": zero.byte() + 2 * failed}
-        nll, failed = -torch.tensor([density]).log(), torch.tensor([failed])
-        return hosm.NLLResult(nll, solver_error=zero + error, failed=failed, **parts)
-
-    draws = [draw(0.1, 4.0, False), draw(0.3, 8.0, True)]
-    result = importance_weighted(draws, hosm.Uniform().quantization)
-    assert result.cause.tolist() == [2]
-    assert float(result.nll) == pytest.approx(-math.log(0.2))
-    assert float(result.solver_error) == pytest.approx(7.0)
-    assert (float(result.nfe), bool(result.failed)) == (18, True)
 
 
 NARROW = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0)

@@ -8,7 +8,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
-from tests.cases import MLP, SCHEDULES, VP, gradients
+from tests.cases import MLP, VP, gradients
 from tests.likelihood.problems import gaussian
 
 FEW = hosm.FixedGrid(8)
@@ -29,31 +29,6 @@ def test_the_default_is_exact_up_to_sixteen_elements(shape, exact, solver):
     assert torch.equal(found.nll, expected.nll)
     assert (found.standard_error is not None) is (exact or solver is FEW)
     assert torch.equal(found.products, found.nfe * (16 if exact else 1))
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])
-@pytest.mark.parametrize("solver", [FEW, hosm.Adaptive(1e-3)])
-def test_a_divergence_of_the_users_own(prediction, solver):
-    """Of a linear prediction a(t) x, where it is d a(t); t and x are what the network gets."""
-    schedule = SCHEDULES["flow"]
-    linear = gaussian(schedule, prediction=prediction).network
-
-    def network(x, t, gain):
-        return linear(x, t / 100, gain)
-
-    def own(x, t, gain):
-        return network(x, t, gain), 4 * network(torch.ones_like(x), t, gain)[:, 0]
-
-    model = hosm.ScoreModel(network, schedule, prediction, time=100)
-    x, gain = torch.randn(3, 4), torch.tensor([0.5, 1.0, 2.0])
-    given = {"solver": solver, "model_kwargs": {"gain": gain}}
-    found = hosm.ode_nll(model, x, divergence=own, **given)
-    exact = hosm.ode_nll(model, x, divergence="exact", **given)
-    for field in ("nll", "solver_error", "standard_error", "latent"):
-        torch.testing.assert_close(getattr(found, field), getattr(exact, field))
-    assert found.products.tolist() == [0] * 3
-    with pytest.raises(ValueError, match=r"divergence\(x, t\)\[1\]"):
-        hosm.ode_nll(model, x, divergence=lambda x, t, gain: (x, t[:, None]), **given)
 
 
 class Remembers(nn.Module):

@@ -63,6 +63,11 @@ def check(result, causes):
 def test_an_output_that_is_not_finite(network, solver):
     check(likelihood(network, solver=solver), second(Cause.OUTPUT))
     check(likelihood(network, solver=solver, clean=network is nan_output), second(Cause.OUTPUT))
+    for divergence in ("exact", None):
+        drawn = hosm.ode_sample(
+            hosm.ScoreModel(network, VP), X, solver=solver, divergence=divergence
+        )
+        check(drawn, second(Cause.OUTPUT))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -167,7 +172,10 @@ def test_a_solver_error_above_the_limit():
 
 def test_a_path_that_takes_too_many_evaluations(monkeypatch):
     monkeypatch.setattr(adaptive, "MAX_EVALUATIONS", 14)
-    check(likelihood(lambda x, t: x.tanh(), solver=ADAPTIVE), [Cause.ARRIVAL] * 3)
+    found = likelihood(lambda x, t: x.tanh(), solver=ADAPTIVE)
+    check(found, [Cause.ARRIVAL] * 3)
+    assert bool((found.nll.isnan() & found.bits_per_dim().isnan()).all())
+    assert found.latent.isfinite().all()
 
 
 def test_a_path_whose_steps_vanish_at_a_jump():

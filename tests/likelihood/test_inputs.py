@@ -65,17 +65,11 @@ def test_the_prior_of_a_short_type_is_computed_in_float32(dtype):
 
 
 def test_a_prior_may_return_any_type_as_wide_as_the_networks():
-    half, single, double = torch.bfloat16, torch.float32, torch.float64
-    for network, kinds in {half: (half, double), single: (single, double)}.items():
-        for kind in (*kinds, torch.float16, torch.int64):
-            prior = torch.full((2,), -4).to(kind)
-            given = {"log_prior": lambda latent, prior=prior: prior, "solver": FEW}
-            x = torch.ones(2, 3, dtype=network)
-            if kind in kinds:
-                assert hosm.ode_nll(gaussian(VP), x, **given).nll.dtype == double
-                continue
-            with pytest.raises(TypeError):
-                hosm.ode_nll(gaussian(VP), x, **given)
+    for network in (torch.bfloat16, torch.float32):
+        for kind in (network, torch.float64):
+            prior, x = torch.full((2,), -4.0, dtype=kind), torch.ones(2, 3, dtype=network)
+            found = hosm.ode_nll(gaussian(VP), x, log_prior=lambda _, p=prior: p, solver=FEW)
+            assert found.nll.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

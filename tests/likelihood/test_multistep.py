@@ -224,12 +224,6 @@ def test_the_error_of_the_integral_by_hand(steps, kind):
     assert abs(rule(q, 1 / steps, steps) - exact[kind]) < 2 * expected
 
 
-def test_few_steps_have_an_estimate_too():
-    walk = given(lambda s: s**6, 8)
-    true = abs(float(walk.integral()[0]) - 1 / 7)
-    assert true < float(walk.quadrature_error[0])
-
-
 def test_the_variance_of_one_probe_is_that_of_its_neighbours():
     """Of noise on a line of slope 5, over many walks."""
     noise = torch.randn(9, 20_000, generator=torch.Generator().manual_seed(0)).double()
@@ -333,16 +327,3 @@ def test_a_kick_that_is_stretched_later_is_covered(width):
         )
         assert not (error <= 2 * alone.solver_error).any()
         assert (error <= 2 * both.solver_error).all()
-
-
-def test_a_tolerance_takes_a_companion_because_the_path_alone_misses_it():
-    model = hosm.ScoreModel(partial(kicked, size=0.05), VP)
-    x = 1e-4 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    truth = hosm.ode_nll(model, x, solver=hosm.FixedGrid(512), divergence="exact").nll
-    alone, both = (
-        hosm.ode_nll(model, x, solver=solver, divergence="exact")
-        for solver in (hosm.ToTolerance(0.01, companion=False), hosm.ToTolerance(0.01))
-    )
-    assert float((alone.nll - truth).abs().min()) > 0.02
-    assert float((both.nll - truth).abs().max()) < 0.01
-    assert both.nfe.tolist() == [both.steps * 3 // 2 + 4] * 4

@@ -5,7 +5,6 @@ import torch
 from torch.distributions import Normal
 
 import hosm_losses as hosm
-from hosm_losses.likelihood import adaptive as adaptive_of
 from tests.cases import MLP, SCHEDULES, VP, gradients, networks
 from tests.likelihood.problems import gaussian, marginals, problem, total
 from tests.oracles import paper_mixture, ring
@@ -83,14 +82,6 @@ def test_autocast_is_for_the_network_alone():
         around = nll(network)
     assert torch.equal(around, nll(cast))
     assert not torch.equal(around, nll(network))
-
-
-def test_a_path_that_does_not_arrive_has_no_number(monkeypatch):
-    monkeypatch.setattr(adaptive_of, "MAX_EVALUATIONS", 30)
-    model = hosm.ScoreModel(MLP(2), VP)
-    result = hosm.ode_nll(model, torch.randn(3, 2), solver=hosm.Adaptive(), divergence="exact")
-    assert bool((result.failed & result.nll.isnan() & result.bits_per_dim().isnan()).all())
-    assert result.latent.isfinite().all()
 
 
 def test_finite_data_beyond_reason_fails():

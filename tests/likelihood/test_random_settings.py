@@ -23,6 +23,7 @@ from tests.likelihood.problems import gaussian, marginals, total
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
 PROBES = st.builds(hosm.Hutchinson, st.integers(1, 5), st.sampled_from(list(DISTRIBUTIONS)))
 EXACT = "exact"
+OWN = "a function of the user's"
 
 
 def seeded(seed):
@@ -66,12 +67,22 @@ def noise_of_probes(span, std, own, steps, batch_size, probes, generator):
     return torch.cat(means), torch.cat(variances).sqrt()
 
 
+def own_divergence(network):
+    """Of a network that is linear in each element by itself: its slope is a difference."""
+
+    def divergence(x, t, gain):
+        value = network(x, t, gain)
+        return value, total(network(x + 1, t, gain) - value)
+
+    return divergence
+
+
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     prediction=st.sampled_from(PREDICTIONS),
     shape=st.sampled_from([(3,), (), (2, 2)]),
     steps=st.sampled_from([24, 25, None]),
-    divergence=st.just(EXACT) | PROBES,
+    divergence=st.sampled_from([EXACT, OWN]) | PROBES,
     batch_size=st.sampled_from([None, 2]),
     known=st.booleans(),
     own_prior=st.booleans(),
@@ -98,6 +109,8 @@ def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
     if steps is not None:
         solver = hosm.FixedGrid(steps if known else 3 * steps, **moments)
     options = {"solver": solver, "divergence": divergence, "batch_size": batch_size}
+    if divergence == OWN:
+        divergence, options["divergence"] = EXACT, own_divergence(model.network)
     prior = (lambda latent: total(law.log_prob(latent))) if own_prior else None
     given = {**options, "log_prior": prior, "model_kwargs": {"gain": gain}}
     given["enable_grad"] = enable_grad

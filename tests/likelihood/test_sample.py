@@ -44,18 +44,6 @@ def test_a_shape_draws_latents_of_the_prior(dtype):
     assert (drawn.x.dtype, drawn.x.shape) == (dtype, (5, 3))
 
 
-@pytest.mark.parametrize("divergence", ["exact", None])
-def test_a_failed_sample_is_marked_and_says_why(divergence):
-    model = hosm.ScoreModel(lambda x, t: torch.where(x[:, :1] > 0, x, float("nan")), VP)
-    drawn = hosm.ode_sample(model, torch.tensor([[1.0, 1.0], [-1.0, 1.0]]), divergence=divergence)
-    assert drawn.failed.tolist() == [False, True]
-    if divergence is not None:
-        assert torch.isnan(drawn.nll).tolist() == [False, True]
-    ((row, reason),) = drawn.failures().items()
-    assert row == 1
-    assert "the network's output is not finite" in reason
-
-
 @pytest.mark.parametrize(("steps", "most"), [(32, 12), (64, 40)])
 @pytest.mark.parametrize("schedule", [hosm.LinearFlowSchedule(), hosm.EDMSchedule(), VE], ids=repr)
 def test_a_companion_tells_the_error_of_the_density_of_a_latent(schedule, steps, most):

@@ -14,8 +14,8 @@ IMAGE = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.1
 VALUES = [
     hosm.FixedGrid(32, companion=True, data_mean=IMAGE, data_std=IMAGE.numpy()),
     hosm.ToTolerance(0.1, data_std=[0.5, 0.25]),
-    hosm.Adaptive(np.float32(0.5), data_mean=torch.tensor(1)),
-    hosm.Uniform(np.int64(2)),
+    hosm.Adaptive(0.5, data_mean=torch.tensor(1)),
+    hosm.Uniform(2),
     hosm.EDMWeighting(np.float32(0.25)),
 ]
 

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal
 
 import hosm_losses as hosm
-from tests.likelihood.problems import problem
+from tests.likelihood.problems import gaussian, marginals, problem, total
 from tests.oracles import anisotropic, paper_mixture, ring
 
 CALLS = (20, 40, 74)
@@ -81,20 +80,14 @@ def test_every_call_of_a_start_in_the_middle_is_counted(companion, solve):
 def test_data_thinner_than_the_noise_wants_its_deviations_by_element(by_element):
     """Points off it, under one number for both: the known loss, which the estimate covers."""
     schedule, std = hosm.EDMSchedule(), torch.tensor([0.6, 0.001])
-
-    def noise(x, t):
-        alpha, sigma = (part[:, None] for part in schedule(t.double()))
-        return sigma * x / (alpha**2 * std**2 + sigma**2)
-
-    _, (start, end) = schedule(torch.tensor([schedule.t_min, schedule.t_max]))
-    near, far = (Normal(0.0, (std**2 + sigma**2).sqrt()) for sigma in (start, end))
+    model, (near, far) = gaussian(schedule, std=std), marginals(schedule, std=std)
     along = 0.6 * torch.randn(40, generator=torch.Generator().manual_seed(0))
     x = torch.stack([along, torch.full_like(along, 0.02)], 1)
-    model, prior = hosm.ScoreModel(noise, schedule), lambda latent: far.log_prob(latent).sum(1)
     for calls in CALLS:
         solver = hosm.FixedGrid(calls - 2, data_std=std if by_element else 0.424)
-        result = hosm.ode_nll(model, x, solver=solver, divergence="exact", log_prior=prior)
-        error = (result.nll + near.log_prob(x).sum(1)).abs()
+        prior = {"log_prior": lambda latent: total(far.log_prob(latent))}
+        result = hosm.ode_nll(model, x, solver=solver, divergence="exact", **prior)
+        error = (result.nll + total(near.log_prob(x))).abs()
         if by_element:
             assert float(error.max()) < 1e-9
         else:

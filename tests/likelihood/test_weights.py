@@ -139,13 +139,6 @@ def test_errors_of_few_effective_samples_are_doubted(ones, count, doubted):
     assert (message in str(weights)) == doubted
 
 
-def test_every_summary_says_where_a_missed_mode_shows():
-    for logs in (torch.zeros(40), torch.linspace(0, 60, 100)):
-        assert str(of_logs(logs)).endswith(
-            "a mode that the samples miss shows only in sandwich(...)"
-        )
-
-
 def test_resampling_follows_the_weights():
     found, generator = of_logs([math.log(3), 0.0]), torch.Generator().manual_seed(0)
     x, rows = found.resample(4000, generator)
@@ -171,14 +164,6 @@ def test_noise_of_the_probes_is_taken_out():
     assert small.effective_sample_size_without_probes == pytest.approx(without)
     with pytest.warns(UserWarning, match=r"variance .* 1.4 nats.*more probes"):
         hosm.importance_weights(replace(result, widening=1.35), given[1])
-
-
-@pytest.mark.parametrize("shape", [-0.3, 0.2, 0.6, 1.2])
-def test_pareto_k_is_that_of_the_tail(shape):
-    # Quantiles of a generalized Pareto distribution of this shape: its tails have the same.
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    w = 1 + ((1 - u) ** -shape - 1) / shape
-    assert _pareto_k(w / w.sum()) == pytest.approx(shape, abs=0.06)
 
 
 @pytest.mark.parametrize("count", [21, 60, 400])
