@@ -216,17 +216,6 @@ def test_what_is_of_no_sample_reaches_the_network_as_it_is(loss):
     assert isinstance(kwargs["shared"], hosm.Shared)
 
 
-def test_a_container_that_cannot_be_copied_is_an_error():
-    class Closed(dict):
-        def __setitem__(self, key, value):
-            raise PermissionError("closed")
-
-    model = hosm.ScoreModel(Conditioned(lambda c: c["y"]), VP)
-    kwargs = {"cond": Closed(y=torch.rand(4, 3))}
-    with pytest.raises(PermissionError):
-        hosm.third_order_dsm(model, torch.randn(4, 3), model_kwargs=kwargs)
-
-
 WORDS = ["one", "two", "three", "four"]
 UNSPLIT = [WORDS, [0, 1, 2, 3], np.arange(4)]
 OF_NONE = [(8, 8, 8, 8), WORDS[:3], np.arange(5), torch.zeros(4), torch.tensor(1.0), np.array(4)]

@@ -10,7 +10,6 @@ from tests.oracles import (
     PREDICTIONS_OF_ORACLE,
     GaussianMixture,
     anisotropic,
-    atoms_posterior,
     mixture_noise,
     rates_of,
 )
@@ -81,23 +80,6 @@ def test_the_posterior_of_a_mixture_is_exact(prediction, schedule):
     products = torch.einsum("bij,kbj->kbi", covariance, v)
     torch.testing.assert_close(found @ v, products)
     torch.testing.assert_close(found @ v[0], products[0])
-
-
-def test_the_posterior_of_points_is_that_of_their_weights():
-    atoms, weights = torch.randn(5, 2), torch.full((5,), 0.2)
-    alpha, sigma = (float(each) for each in VP(0.3))
-
-    def network(x, t):
-        _, w = atoms_posterior(atoms, weights, x, alpha, sigma)
-        return w @ atoms
-
-    x, t = torch.randn(3, 2), torch.full((3,), 0.3)
-    posterior = hosm.denoising_posterior(hosm.ScoreModel(network, VP, "x0"), x, t)
-    w = atoms_posterior(atoms, weights, x, alpha, sigma)[1]
-    apart = atoms - (w @ atoms)[:, None]
-    torch.testing.assert_close(
-        posterior.covariance.dense(), torch.einsum("bk,bki,bkj->bij", w, apart, apart)
-    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0"])
@@ -227,8 +209,7 @@ def test_what_it_cannot_take_is_an_error():
     model = hosm.ScoreModel(lambda x, t: x, VP)
     x, t = torch.randn(2, 3), torch.full((2,), 0.5)
     covariance = hosm.denoising_posterior(model, x, t).covariance
-    for v in (torch.ones(3), torch.ones(3, 3), torch.ones(1, 1, 2, 3)):
-        with pytest.raises(ValueError, match=r"v: .*\(2, 3\)"):
-            covariance @ v
+    with pytest.raises(ValueError, match=r"v: .*\(2, 3\)"):
+        covariance @ torch.ones(3, 3)
     with pytest.raises(TypeError, match="bare network"):
         hosm.denoising_posterior(hosm.ScoreModel(nn.DataParallel(nn.Identity()), VP), x, t)
