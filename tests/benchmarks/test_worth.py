@@ -250,23 +250,26 @@ def test_the_exact_score_is_at_no_distance(name, exact, tolerance):
     assert max(found["j_sm"]) < 1e-8
 
 
-@pytest.mark.parametrize("name", list(worth.rows(small())))
-def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name, monkeypatch):
-    def drawn_from_data(loss, order):
-        """The loss with times, noise and probes that are functions of the rows."""
+@pytest.fixture
+def _drawn_from_data(monkeypatch):
+    """Times, noises and probes are functions of the rows."""
 
-        def fixed(model, x0, *, time_sampler, generator, **how):
+    def fixed(loss, order):
+        def call(model, x0, *, time_sampler=None, generator=None, **how):
             how |= {"t": 0.1 + 0.8 * x0[:, 0].sin().square(), "noise": (37 * x0).sin()}
             if order > 1:
                 how["probe"] = (91 * x0).sin().sign()
             return loss(model, x0, **how)
 
-        return fixed
+        return call
 
-    for order, function in enumerate(("first", "second", "third"), 1):
-        name_of_loss = f"{function}_order_dsm"
-        fixed = drawn_from_data(getattr(hosm, name_of_loss), order)
-        monkeypatch.setattr(hosm, name_of_loss, fixed)
+    for order, name in enumerate(("first_order_dsm", "second_order_dsm", "third_order_dsm"), 1):
+        monkeypatch.setattr(hosm, name, fixed(getattr(hosm, name), order))
+
+
+@pytest.mark.usefixtures("_drawn_from_data")
+@pytest.mark.parametrize("name", list(worth.rows(small())))
+def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name):
     cell, seeds = small(), (0, 1, 2)
     model, recipe = cell.model(seeds).double(), worth.rows(cell)[name]
     x = cell.draw(8 * len(seeds), torch.Generator().manual_seed(0)).double()
@@ -278,40 +281,17 @@ def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name, monkeyp
             assert torch.allclose(len(seeds) * both.grad[i : i + 1], single.grad, atol=1e-10)
 
 
-def test_a_fraction_is_that_of_the_library():
-    cell = small()
+@pytest.mark.usefixtures("_drawn_from_data")
+def test_a_fraction_is_that_of_the_library(monkeypatch):
+    """Of the first rows, where the library takes random ones."""
+    monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))
+    cell, recipe = small(), Recipe(3, "one", fraction=0.5)
     model = cell.model([0]).double()
     x = cell.draw(8, torch.Generator().manual_seed(0)).double()
-    recipe = Recipe(3, "one", fraction=0.5)
-
-    noise, t = torch.randn(8, 2).double(), torch.rand(8).double()
-    probe = torch.randn(8, 2).double().sign()
-    terms = hosm.dsm_terms(model, x, order=3, t=t, noise=noise, probe=probe)
-    expected = terms.first.mean()
+    found = worth.loss_of(cell, recipe, model, 1)(x, None)
     weights = worth.weights_of(recipe, 2)
-    for weight, term in zip(weights[1:], terms[1:], strict=False):
-        expected = expected + weight * term[:4].mean() if weight else expected
-    calls = []
-
-    def fixed(loss, order):
-        def call(model, x0, **how):
-            rows = slice(0, 4) if order > 1 else slice(4, 8)
-            calls.append(order)
-            how = {"t": t[rows], "noise": noise[rows], "weights": how.get("weights")}
-            if order == 1:
-                del how["weights"]
-            else:
-                how["probe"] = probe[rows]
-            return loss(model, x0, **how)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosm, "first_order_dsm", fixed(hosm.first_order_dsm, 1))
-        patch.setattr(hosm, "third_order_dsm", fixed(hosm.third_order_dsm, 3))
-        value = worth.loss_of(cell, recipe, model, 1)(x, None)
-    assert calls == [3, 1]
-    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    expected = hosm.third_order_dsm(model, x, fraction=0.5, weights=weights)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_each_member_trains_at_its_own_rate(monkeypatch):

@@ -94,22 +94,6 @@ def test_the_cap_fails_one_sample_and_spares_the_others():
     torch.testing.assert_close(solution.state[0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("start", [0.5, -1.0])
-def test_a_sample_that_is_not_finite_fails_and_spares_the_others(start, bad):
-    def slope(s, y, rows):
-        wrong = (rows == 1) & (s > start)
-        return torch.where(wrong[:, None], bad, torch.ones_like(y)), y, wrong.byte() * Cause.OUTPUT
-
-    def judge(error, _):
-        return error.abs().amax(1), error.abs().amax(1)
-
-    solution = adaptive(slope, torch.zeros(3, 1), (0.0, 1.0), judge, 10_000)
-    assert solution.cause.tolist() == [0, Cause.OUTPUT, 0]
-    torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
-    assert start > 0 or int(solution.evaluations[1]) == 1  # no step is taken
-
-
 NETWORKS = {"bounded": lambda x, t: x.tanh(), "linear": lambda x, t: x / 2}
 
 

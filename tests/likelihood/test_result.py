@@ -122,14 +122,7 @@ def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
     assert summary.nfe == pytest.approx((70 + 72 + 73) / 3)
     assert summary.bits_per_dim == pytest.approx(1 / math.log(2) + 7)
     assert summary.bits_standard_error == pytest.approx(math.sqrt(13 / 3) / (4 * math.log(2)))
-    shown = str(summary)
-    assert repr(full(n=5, nll=nll, failed=failed)) == shown
-    line, warnings = shown.splitlines()
-    assert line == (
-        "NLL 8.4427 bits/dim ± 0.7508, 4.000 nats ± 2.082 (probes 1.345), n = 3; "
-        "solver error 1.7 nats; 72 evaluations"
-    )
-    assert warnings.startswith("2 failed and left out; kinks suspected on 2 paths; the prior is ")
+    assert repr(full(n=5, nll=nll, failed=failed)) == str(summary)
 
 
 def test_a_summary_prints_in_a_line_and_its_warnings_in_another():

@@ -18,16 +18,10 @@ LOWER = [
     (3, (0, 0, 0.5, 0), 2),
 ]
 OPTIONS = {
-    "plain": {},
-    "probes": {"probes": 2},
     "paired": {"probes": hosm.Paired()},
-    "exact": {"probes": "exact"},
-    "fraction": {"fraction": 0.5},
-    "targets": {"targets": hosm.AveragedTargets()},
-    "likelihood": {"weighting": "likelihood"},
-    "native": {"weighting": "native", "reduction": "sum"},
-    "callable": {"weighting": torch.exp},
-    "none": {"reduction": "none", "time_sampler": "log_sigma_hat"},
+    "fraction": {"fraction": 0.5, "weighting": "likelihood"},
+    "sum": {"reduction": "sum", "weighting": "native", "probes": "exact"},
+    "none": {"reduction": "none", "time_sampler": "log_sigma_hat", "weighting": torch.exp},
 }
 
 

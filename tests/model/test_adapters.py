@@ -143,10 +143,8 @@ def test_the_density_without_a_centre_of_mass(name, prediction):
     """Three particles in two dimensions, normal in the four that are left, in closed form."""
     schedule, std = SCHEDULES[name], torch.tensor([0.1, 0.3, 0.5, 1.0]).double().sqrt()
     space = around(Outside(gaussian(schedule, std=std, prediction=prediction).network))
-    model, (start, end) = (
-        hosm.ScoreModel(space, schedule, prediction),
-        marginals(schedule, std=std),
-    )
+    model = hosm.ScoreModel(space, schedule, prediction)
+    start, end = marginals(schedule, std=std)
     x = (std * points() @ basis(centred).T).reshape(4, *PARTICLES)
     exact = -total(start.log_prob(x.flatten(1) @ basis(centred)))
     options = {"solver": hosm.FixedGrid(128, data_std=0.7), **EXACT}

@@ -153,46 +153,15 @@ def test_conditions_follow_their_samples_out_of_any_container(name):
         assert_same(found[1], found[0])
 
 
-class Positions(nn.Module):
-    """Adds a table of positions whose rows are elements, not samples."""
-
-    def __init__(self, table=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.own = MLP(4), table
-
-    def forward(self, x, t, label, table=None):
-        table = self.own if table is None else table
-        assert len(table) == 4
-        return self.inner((x + table.sum(1)) * label[:, None], t)
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        partial(hosm.second_order_dsm, probes=2),
-        partial(hosm.third_order_dsm, fraction=0.5, probes=3),
-        partial(nll, divergence="exact", batch_size=1, enable_grad=True),
-    ],
-)
-def test_a_table_as_long_as_the_batch_is_shared_when_it_is_marked(use):
-    table, label, found = torch.randn(4, 2, requires_grad=True), torch.rand(4), []
-    x = torch.randn(4, 4)
-    for kwargs in ({}, {"table": hosm.Shared(table)}):
-        network = Positions(None if kwargs else table)
-        torch.manual_seed(1)
-        value = use(hosm.ScoreModel(network, VP), x, model_kwargs={"label": label, **kwargs})
-        found.append(with_gradients(value, [*network.parameters(), table]))
-    assert_same(found[1], found[0])
-
-
-def test_what_is_shared_stays_so_when_rows_become_as_many():
+def test_a_table_of_another_length_stays_whole_when_rows_become_as_many():
     """Of 8 samples a half is evaluated: a table of 4 rows is nobody's."""
-    model = hosm.ScoreModel(Positions(), VP)
-    kwargs = {"label": torch.rand(8), "table": torch.randn(4, 2)}
-    options = {"fraction": 0.5, "probes": 2}
-    loss = hosm.third_order_dsm(model, torch.randn(8, 4), model_kwargs=kwargs, **options)
-    assert torch.isfinite(loss)
+    model = hosm.ScoreModel(lambda x, t, table: (x * table.sum()).sin(), VP)
+    table, x0, given = torch.rand(4), torch.randn(8, 3), {"fraction": 0.5, "probes": 2}
+    found = []
+    for each in (table, hosm.Shared(table)):
+        given["generator"] = torch.Generator().manual_seed(0)
+        found.append(hosm.third_order_dsm(model, x0, model_kwargs={"table": each}, **given))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("loss", [hosm.first_order_dsm, partial(hosm.third_order_dsm, probes=2)])

@@ -61,18 +61,6 @@ def test_other_words_for_a_prediction_are_stored_as_the_one():
         assert repr(model) == repr(same)
 
 
-def test_a_prediction_without_a_formula_is_an_error_and_not_another_formula():
-    """As one that is set after construction, or added to `Prediction` alone."""
-    model = hosm.ScoreModel(MLP(3), VP)
-    model.prediction = "x1"
-    t, x0 = torch.full((2,), 0.5), torch.zeros(2, 3)
-    for call in (model.affine, model.native_weight):
-        with pytest.raises(ValueError):
-            call(t, x0)
-    with pytest.raises(ValueError):
-        model.noise_without_x(t, x0, x0)
-
-
 @pytest.mark.parametrize(
     ("time", "expected"), [(None, 0.5), (999.0, 499.5), (2, 1.0), (lambda t: 1 - t, 0.5)]
 )
