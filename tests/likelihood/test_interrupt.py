@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from tests.likelihood.problems import gaussian
 
 SCHEDULE, GRID = hosm.VESchedule(sigma_max=200.0), hosm.FixedGrid(8, data_std=1.0)
 X = torch.randn((6, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -11,15 +12,14 @@ X = torch.randn((6, 2), generator=torch.Generator().manual_seed(0), dtype=torch.
 
 def model(stops_at):
     """The exact noise of N(0, 1), interrupted at a call of the network."""
-    calls = iter(range(1, 10_000))
+    exact, calls = gaussian(SCHEDULE, std=1.0), iter(range(1, 10_000))
 
-    def network(x, t):
+    def call(network, x, t):
         if next(calls) == stops_at:
             raise KeyboardInterrupt
-        sigma = SCHEDULE.sigma(t).reshape(-1, *(1,) * (x.ndim - 1))
-        return sigma * x / (1 + sigma**2)
+        return network(x, t)
 
-    return hosm.ScoreModel(network, SCHEDULE)
+    return hosm.ScoreModel(exact.network, SCHEDULE, call=call)
 
 
 CALLS = {

@@ -123,24 +123,6 @@ def test_samples_of_other_conditions_are_left_out():
         assert_same(alone, found[rows], 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_short_types_lose_no_digits_where_neighbours_are_close(dtype):
-    """A network that is zero leaves the targets alone; these data differ in their last digits."""
-    model, place = hosm.ScoreModel(lambda x, t: 0 * x, hosm.VESchedule()), 1 + torch.arange(2)
-    x0 = (place + 0.02 * torch.randn(40, D)).to(dtype)
-    noise, probe = torch.randn(40, D).to(dtype), torch.randn(2, 40, D).to(dtype)
-    found = []
-    for wide, autocast in ((dtype, dtype == torch.float32), (torch.float64, False)):
-        t = torch.full((40,), 0.1, dtype=torch.promote_types(wide, torch.float32))
-        inputs = {"t": t, "noise": noise.to(wide), "targets": hosm.AveragedTargets()}
-        probes = {"probe": probe.to(wide)}
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            terms = [*hosm.dsm_terms(model, x0.to(wide), **inputs, **probes)]
-            terms += hosm.dsm_terms(model, x0.to(wide), **inputs, **probes, **PAIRED)
-        found.append([each.double() for each in terms])
-    assert_same(*found, 1e-5)
-
-
 CHANGES = {
     "flipped": lambda x0: x0.flip(-1),
     "dequantized": lambda x0: x0 + (torch.rand_like(x0) - 0.5) / 128,

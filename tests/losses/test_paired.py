@@ -9,7 +9,6 @@ import hosm_losses as hosm
 from tests.cases import (
     FUNCTIONS,
     MLP,
-    MODULES,
     VP,
     Detaches,
     OfX,
@@ -87,20 +86,6 @@ def test_the_network_is_called_once(order):
     model, given = setting(OfX(torch.nn.Sequential(norm, torch.nn.Linear(D, D), torch.nn.Tanh())))
     FUNCTIONS[order](model, **given, probes=hosm.Paired()).backward()
     assert int(norm.num_batches_tracked) == 1
-
-
-@pytest.mark.parametrize("order", [2, 3])
-def test_torch_func_finds_the_gradient(order):
-    model, given = setting()
-    module = MODULES[order](model, probes=hosm.Paired())
-    given["probe"] = torch.randn(2, 2, D)
-    parameters = dict(module.named_parameters())
-
-    def function(parameters):
-        return torch.func.functional_call(module, parameters, kwargs=given)
-
-    found = torch.func.grad(function)(parameters)
-    assert_same(list(found.values()), gradients(module(**given), module))
 
 
 @pytest.mark.filterwarnings("ignore:engine='auto'")

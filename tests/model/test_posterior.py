@@ -11,7 +11,6 @@ from tests.oracles import (
     GaussianMixture,
     anisotropic,
     mixture_noise,
-    rates_of,
 )
 
 MIXTURE = anisotropic(3, count=2)
@@ -22,16 +21,11 @@ def oracle(schedule, prediction, mixture=MIXTURE):
 
     def network(x, t):
         alpha, sigma = (each[:, None] for each in schedule(t))
-        rates = tuple(each[:, None] for each in rates_of_each(schedule, t))
+        rates = [each[:, None] for each in schedule.rates(t)]
         noise = mixture_noise(mixture, schedule)(x, t)
         return PREDICTIONS_OF_ORACLE[prediction](noise, x, alpha, sigma, rates)
 
     return hosm.ScoreModel(network, schedule, prediction)
-
-
-def rates_of_each(schedule, t):
-    pairs = [rates_of(schedule, each) for each in t]
-    return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
 
 
 def exact_posterior(mixture, x, alpha, sigma):
