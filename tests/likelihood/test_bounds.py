@@ -13,6 +13,9 @@ from tests.cases import VP, networks
 from tests.likelihood.problems import gaussian, marginals, total
 from tests.oracles import GaussianMixture, mixture_noise
 
+NARROW = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0)
+CELL = 2 / 255
+
 
 def solved(schedule, std, x, repeats, **options):
     """Of repeats of x; the path does not move, so four steps will do, and any signs as probes."""
@@ -20,6 +23,13 @@ def solved(schedule, std, x, repeats, **options):
     options |= {"log_prior": lambda latent: total(end.log_prob(latent))}
     solver = hosm.FixedGrid(4, data_std=std)
     return hosm.ode_nll(gaussian(schedule, std=std), x, solver=solver, **options)
+
+
+def nats(std, levels, repeats, dequantization, schedule=NARROW):
+    """Of repeats of levels, under the exact model of N(0, std²)."""
+    options = {"dequantization": dequantization, "divergence": "exact"}
+    found = solved(schedule, std, levels.byte(), repeats, **options)
+    return found.bits_per_dim() * len(levels) * math.log(2)
 
 
 SCHEDULES = {
@@ -51,16 +61,14 @@ def test_the_mean_for_clean_data_and_that_of_its_density_by_hand(name):
 
 def test_the_bound_of_many_draws_approaches_the_probability_of_the_cell():
     """Narrow against the cell of 2/256: one draw is far from it and many are near."""
-    schedule, std, d = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0), 0.004, 2
+    std, d = 0.004, 2
     cell = torch.tensor(2 / 256)
     exact = -d * float((Normal(0.0, math.hypot(std, 1e-4)).cdf(cell) - 0.5).log())
-    levels, gaps, errors = torch.full((d,), 128, dtype=torch.uint8), [], []
+    gaps, errors = [], []
     for draws in (1, 16):
-        options = {"dequantization": hosm.Uniform(draws), "divergence": "exact"}
-        result = solved(schedule, std, levels, 400, **options)
-        nats = result.bits_per_dim() * d * math.log(2)
-        gaps.append(float(nats.mean()) - exact)
-        errors.append(float(nats.std()) / 20)
+        found = nats(std, torch.full((d,), 128), 400, hosm.Uniform(draws))
+        gaps.append(float(found.mean()) - exact)
+        errors.append(float(found.std()) / 20)
     # E[−log p] of a uniform draw of the cell.
     one = d * (float(cell) ** 2 / 6 / std**2 + math.log(std * math.sqrt(2 * math.pi) * 128))
     assert gaps[0] == pytest.approx(one - exact, abs=5 * errors[0] + 0.02)
@@ -76,10 +84,6 @@ def test_a_network_of_images_gets_its_own_dtype(dtype):
     assert (result.latent.dtype, result.nll.dtype) == (dtype, torch.float64)
 
 
-NARROW = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0)
-CELL = 2 / 255
-
-
 class Halved(hosm.Schedule):
     """Half of what `VESchedule` has, so that α is not 1 at the start."""
 
@@ -92,33 +96,20 @@ class Halved(hosm.Schedule):
         return 0.5 * t
 
 
-def of_levels(model, level, repeats, dequantization, **options):
-    """Nats of repeats of one level, in one dimension."""
-    x = torch.full((repeats, 1), level, dtype=torch.uint8)
-    options = {"divergence": "exact", "solver": hosm.FixedGrid(32)} | options
-    result = hosm.ode_nll(model, x, dequantization=dequantization, **options)
-    return result.bits_per_dim() * math.log(2)
-
-
 @pytest.mark.parametrize("schedule", [NARROW, hosm.VPSchedule(t_min=1e-6), Halved()])
 def test_the_bound_of_a_truncated_normal_is_its_closed_form(schedule):
     """Data N(0, 0.03²): E[−log p_t(x_t)] + E log q(x_t) with the second moment of u."""
-    level, std, tau, repeats = 130, 0.03, 3.0, 40_000
+    level, std, tau, repeats = torch.tensor([130]), 0.03, 3.0, 40_000
     cell = torch.tensor(CELL)
-    y, sigma_hat = -1 + level * CELL, CELL / 6
-    log_prior = Normal(0.0, marginals(schedule, std=std)[1].scale).log_prob
-    options = {"log_prior": lambda latent: log_prior(latent[:, 0])}
-    options["solver"] = hosm.FixedGrid(4, data_std=std)
-    nats = of_levels(
-        gaussian(schedule, std=std), level, repeats, hosm.TruncatedNormal(), **options
-    )
+    y, sigma_hat = -1 + float(level) * CELL, CELL / 6
+    found = nats(std, level, repeats, hosm.TruncatedNormal(), schedule)
     mass = math.erf(tau / 2**0.5)
     square = 1 - 2 * tau * math.exp(-(tau**2) / 2) / math.sqrt(2 * math.pi) / mass
     wide = std**2 + sigma_hat**2
     cross = (math.log(2 * math.pi * wide) + (y**2 + sigma_hat**2 * square) / wide) / 2
     entropy = (square + math.log(2 * math.pi)) / 2 + math.log(sigma_hat * mass)
-    bound, error = cross - entropy, float(nats.std()) / repeats**0.5
-    assert abs(float(nats.mean()) - bound) < 5 * error < 0.02
+    bound, error = cross - entropy, float(found.std()) / repeats**0.5
+    assert abs(float(found.mean()) - bound) < 5 * error < 0.02
     # Above −log P(k), by little.
     law = Normal(0.0, math.sqrt(wide))
     exact = -math.log(float(law.cdf(y + cell / 2) - law.cdf(y - cell / 2)))
@@ -126,7 +117,7 @@ def test_the_bound_of_a_truncated_normal_is_its_closed_form(schedule):
     smooth = math.log(2 * tau) - entropy_of_u
     assert smooth == pytest.approx(0.39, abs=0.005)
     assert bound - exact == pytest.approx(smooth, abs=0.01)
-    draws = of_levels(gaussian(schedule, std=std), level, 400, hosm.TruncatedNormal(32), **options)
+    draws = nats(std, level, 400, hosm.TruncatedNormal(32), schedule)
     assert abs(float(draws.mean()) - exact) < 5 * float(draws.std()) / 20 + 0.02
 
 
@@ -137,25 +128,25 @@ def test_a_network_of_the_levels_alone_gives_their_probabilities():
     mixture = GaussianMixture(atoms, torch.zeros(3, 1, 1), weights)
     model = hosm.ScoreModel(mixture_noise(mixture, NARROW), NARROW)
     solver = hosm.FixedGrid(512, data_std=0.5)
-    for level, weight in zip(levels, weights, strict=True):
-        nats = of_levels(model, int(level), 40, hosm.TruncatedNormal(), solver=solver)
-        expected = -math.log(weight) - math.log(math.erf(3 / 2**0.5))
-        torch.testing.assert_close(nats, torch.full((40,), expected), rtol=0, atol=0.03)
-    nats = of_levels(model, 130, 40, hosm.Uniform(), solver=solver)
-    assert float(((nats - math.log(2)).abs() < 0.5).double().mean()) < 0.2
+    x, options = levels.byte().repeat(40)[:, None], {"divergence": "exact", "solver": solver}
+    found, uniform = (
+        hosm.ode_nll(model, x, dequantization=each, **options).bits_per_dim() * math.log(2)
+        for each in (hosm.TruncatedNormal(), hosm.Uniform())
+    )
+    expected = -weights.log().repeat(40) - math.log(math.erf(3 / 2**0.5))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+    assert float(((uniform + weights.log().repeat(40)).abs() < 0.5).double().mean()) < 0.2
 
 
 def test_levels_may_have_another_range():
-    std, kwargs = 0.5, {"std": 0.5}
-    found = hosm.TruncatedNormal(first=0, last=1)
-    assert found.quantization == Quantization(256, -1 / 510, 1 + 1 / 510)
-    nats = of_levels(gaussian(NARROW, **kwargs), 255, 100, found)
-    law = Normal(0.0, std)
+    how = hosm.TruncatedNormal(first=0, last=1)
+    assert how.quantization == Quantization(256, -1 / 510, 1 + 1 / 510)
+    found, law = nats(0.5, torch.tensor([255]), 100, how), Normal(0.0, 0.5)
     exact = -math.log(
         float(law.cdf(torch.tensor(1 + 1 / 510)) - law.cdf(torch.tensor(1 - 1 / 510)))
     )
     # 0.39 nats off, as for all smooth densities.
-    assert float(nats.mean()) - exact == pytest.approx(0.39, abs=5 * float(nats.std()) / 10)
+    assert float(found.mean()) - exact == pytest.approx(0.39, abs=5 * float(found.std()) / 10)
 
 
 def test_where_a_truncated_normal_does_not_hold_it_is_refused():

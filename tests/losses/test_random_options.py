@@ -67,6 +67,17 @@ class Conditioned(nn.Module):
         return gain * self.network(x + shift, t) + table.sum() + self.own[0] * x.sin()
 
 
+class Sampler:
+    """A time sampler of the user's own, whose times count as given."""
+
+    def __init__(self, t):
+        self.t = t
+
+    def __call__(self, batch, generator):
+        assert batch == len(self.t)
+        return self.t
+
+
 class Pick:
     """Draws by hypothesis, which shrinks them towards the first of what is offered."""
 
@@ -192,6 +203,8 @@ def drawn_case(data):
         leaf.requires_grad_(some and pick.now_and_then())
     if schedule is SCHEDULES["discrete"] and pick.now_and_then():
         t = t.detach().long()
+    if "time_sampler" in options and not t.requires_grad and pick.now_and_then():
+        options["time_sampler"] = Sampler(t)
     leaves += [*model.parameters(), getattr(schedule, "rate", None)]
     leaves += weights if isinstance(weights, tuple) else [weights]
     leaves = [each for each in leaves if isinstance(each, torch.Tensor) and each.requires_grad]
@@ -216,6 +229,8 @@ def evaluated(case, copied=lambda tensor: tensor, held=lambda module: module):
     x0, t, noise, gain, shift = map(copied, (case.x0, case.t, case.noise, case.gain, case.shift))
     given = {"gain": gain, "rest": [shift, hosm.Shared(case.table)]}
     inputs = {"t": t, "noise": noise, "model_kwargs": {"given": given}}
+    if isinstance(case.options.get("time_sampler"), Sampler):
+        del inputs["t"]
     inputs["generator"] = torch.Generator().manual_seed(case.seed)
     if case.probe is not None:
         inputs["probe"] = case.probe

@@ -139,22 +139,6 @@ def test_the_default_sampler_is_that_of_the_weighting():
     assert torch.equal(drawn("likelihood", "schedule"), by_schedule)
 
 
-def test_a_callable_sampler_stands_for_given_times():
-    model, x0 = hosm.ScoreModel(MLP(3), hosm.VPSchedule()), torch.randn(4, 3)
-    given = {"noise": torch.randn(4, 3), "probe": torch.randn(4, 3), "weighting": "likelihood"}
-    given["weights"] = "paper"
-    t = torch.linspace(0.1, 0.9, 4)
-    asked = []
-
-    def sampler(batch, generator):
-        asked.append((batch, generator))
-        return t
-
-    got = hosm.third_order_dsm(model, x0, time_sampler=sampler, **given)
-    assert asked == [(4, None)]
-    assert torch.equal(got, hosm.third_order_dsm(model, x0, t=t, **given))
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
     """Its training script: weight * (D_yn - y) ** 2, averaged over elements."""
