@@ -45,8 +45,6 @@ from benchmarks.worth_quantities import (
 
 from hosm_losses.losses.options import check_weights
 
-ALPHA, SIGMA = 0.9, 0.15
-
 
 def levels(*values):
     """α and σ as columns of one noise level each."""
@@ -67,30 +65,8 @@ def test_the_mixture_on_a_grid_is_that_in_closed_form(alpha, sigma):
     assert torch.allclose(slope, exact.score(x, *at), rtol=1e-6, atol=1e-6)
 
 
-def test_densities_integrate_to_one_and_have_their_gradient():
-    well, axis = many_well(2), torch.linspace(-4.5, 4.5, 361, dtype=torch.float64)
-    step = float(axis[1] - axis[0])
-    at = [each.expand(361) for each in levels(0.9, 0.05)]
-    parts = [line.diffuse(axis, *at) for line in well.lines]
-    for log_q, slope in parts:
-        mass = log_q.exp() * step
-        # ∫ q = 1, ∫ q′ = 0 and ∫ x q′ = −1.
-        sums = torch.stack([mass, mass * slope, mass * slope * axis]).sum(1)
-        assert torch.allclose(sums, torch.tensor([1.0, 0.0, -1.0]).double(), atol=1e-4)
-    log_q, slope = well.diffuse(torch.stack([axis, axis.flip(0)], 1), *at)
-    (of_a, slope_a), (of_b, slope_b) = parts
-    assert torch.allclose(log_q, of_a + of_b.flip(0))
-    assert torch.allclose(slope, torch.stack([slope_a, slope_b.flip(0)], 1))
-
-
-def test_the_checkerboard_integrates_to_one_and_is_small_in_the_middle_of_its_holes():
-    axis = torch.linspace(-1.5, 1.5, 301, dtype=torch.float64)
-    x = torch.cartesian_prod(axis, axis)
-    log_q, slope = Checkerboard().diffuse(x, *(each.expand(len(x)) for each in levels(0.9, 0.05)))
-    mass = log_q.exp()[:, None] * 1e-4
-    assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
-    assert torch.allclose((mass * slope * x).sum(0), -torch.ones(2).double(), atol=1e-5)
-    # The nearest edges of four squares are a quarter away, 25 σ.
+def test_the_checkerboard_is_small_in_the_middle_of_its_holes():
+    """The nearest edges of four squares are a quarter away, 25 σ."""
     hole = torch.tensor([[-0.25, 0.25]], dtype=torch.float64)
     (found,), pull = Checkerboard().diffuse(hole, *levels(1.0, 0.01))
     assert float(found) == pytest.approx(float(mpmath.log(2 * mpmath.ncdf(-25))), abs=1e-9)
@@ -115,29 +91,47 @@ def test_draws_of_the_checkerboard_fill_its_squares_evenly():
     assert torch.unique((x[:, 1] + 1) * 2 % 1).numel() == 32
 
 
-def assert_density(density, x, mass):
-    """∫ q = 1, and E x·∇log q = −d, at one noise level."""
-    levels = [torch.full((len(x),), each, dtype=x.dtype) for each in (ALPHA, SIGMA)]
-    log_q, score = density.diffuse(x, *levels)
-    inner = (x * score).sum(1)
-    assert float((mass * log_q.exp()).sum()) == pytest.approx(1, abs=1e-4)
-    assert float((mass * log_q.exp() * inner).sum()) == pytest.approx(-4, abs=1e-3)
+def plane(length, count):
+    """A grid of the plane and the area of its squares."""
+    axis = torch.linspace(-length, length, count, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2
 
 
-def test_the_ring_integrates_to_one_and_has_its_gradient():
+def sphere():
+    """Points on a line, and the volumes of their shells in four dimensions."""
     radius = torch.linspace(0, 2.5, 501, dtype=torch.float64)[1:]
     direction = torch.tensor([0.5, -0.5, 0.5, 0.5], dtype=torch.float64)
     mass = 2 * math.pi**2 * radius**3 * (radius[1] - radius[0])
-    assert_density(Ring(), radius[:, None] * direction, mass)
+    return radius[:, None] * direction, mass
 
 
-def test_the_funnel_integrates_to_one_and_has_its_gradient():
+def funnel():
+    """v, and shells of the three others."""
     axes = (torch.linspace(-6, 6, 61), torch.linspace(-5, 5, 61))  # v, and log of the radius
     grid = torch.cartesian_prod(*axes).double()
     direction = torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64) / 3
     x = torch.cat([grid[:, :1], grid[:, 1:].exp() * direction], 1)
-    mass = 4 * math.pi * torch.exp(3 * grid[:, 1]) * (12 / 60) * (10 / 60)
-    assert_density(Funnel(), x, mass)
+    return x, 4 * math.pi * torch.exp(3 * grid[:, 1]) * (12 / 60) * (10 / 60)
+
+
+@pytest.mark.parametrize(
+    ("density", "grid", "at"),
+    [
+        (Ring(), sphere(), (0.9, 0.15)),
+        (Funnel(), funnel(), (0.9, 0.15)),
+        (many_well(2), plane(4.5, 361), (0.9, 0.05)),
+        (Checkerboard(), plane(1.5, 301), (0.9, 0.05)),
+        (Lattice(2), plane(3.0, 601), (1.0, 0.01)),
+    ],
+    ids=["ring", "funnel", "wells", "board", "lattice"],
+)
+def test_densities_integrate_to_one_and_have_their_gradient(density, grid, at):
+    """∫ q = 1, and E x·∇log q = −d."""
+    x, mass = grid
+    log_q, score = density.diffuse(x, *(each.expand(len(x)) for each in levels(*at)))
+    inner = (x * score).sum(1)
+    assert float((mass * log_q.exp()).sum()) == pytest.approx(1, abs=1e-4)
+    assert float((mass * log_q.exp() * inner).sum()) == pytest.approx(-x.shape[1], abs=1e-3)
 
 
 def test_draws_have_the_moments_of_their_density():
@@ -186,17 +180,9 @@ def test_a_rotated_density_is_the_same_in_its_own_axes():
     assert torch.allclose(moments.std(0).float(), rotated.std, rtol=0.03)
 
 
-def test_the_lattice_has_its_normalisation_and_smoothing():
-    """Two sites, where a grid of the plane is exact: q smoothed by the heat kernel on the grid."""
-    lattice, axis = Lattice(2), torch.linspace(-3, 3, 601, dtype=torch.float64)
-    x = torch.cartesian_prod(axis, axis)
-    one, sigma = (torch.full((len(x),), value, dtype=torch.float64) for value in (1.0, 0.01))
-    log_q, slope = lattice.diffuse(x, one, sigma)
-    density = log_q.exp()
-    assert float(density.sum()) * 1e-4 == pytest.approx(1, abs=1e-4)
-    inner = (x * slope).sum(1)
-    assert float((density * inner).sum()) * 1e-4 == pytest.approx(-2, abs=1e-3)
-    # q = p₀ * N(0, σ²) by Gauss–Hermite quadrature, at a few points.
+def test_the_lattice_is_smoothed():
+    """q = p₀ * N(0, σ²) by Gauss–Hermite quadrature, at a few points of two sites."""
+    lattice, at = Lattice(2), [value.expand(3) for value in levels(1.0, 0.01)]
     points = torch.tensor([[0.3, -0.9], [1.1, 1.2], [-1.0, -0.8]], dtype=torch.float64)
     nodes, weights = (
         torch.tensor(part, dtype=torch.float64)
@@ -207,7 +193,7 @@ def test_the_lattice_has_its_normalisation_and_smoothing():
     bonds = (near[..., 0] - near[..., 1]).square()  # two bonds, each of half a square
     energy = bonds + (near.square() - 1).square().sum(-1)
     smoothed = (joint * (-energy - lattice.log_z).exp()).sum(1).log()
-    assert torch.allclose(lattice.diffuse(points, one[:3], sigma[:3])[0], smoothed, atol=1e-6)
+    assert torch.allclose(lattice.diffuse(points, *at)[0], smoothed, atol=1e-6)
 
 
 def test_splits_are_disjoint_and_data_is_dequantized_within_its_levels():
@@ -411,14 +397,6 @@ def test_times_are_those_of_the_schedule_where_a_cell_says_so():
     low, high = cell.schedule.log_sigma_hat_range
     assert levels[0] == pytest.approx((low + high) / 2, abs=0.2)
     assert levels[1] > levels[0] + 1
-
-
-def test_scores_of_equal_factors_are_computed_at_once():
-    product = CELLS["many-well, d = 4"]().density
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, b = x[:, ::2], x[:, 1::2]
-    exact = torch.stack([12 * a + 0.5 - 4 * a**3, -b], 2).flatten(1)
-    torch.testing.assert_close(product.data_score(x), exact)
 
 
 def test_a_rate_is_transferred_from_all_cells_that_searched(tmp_path):
