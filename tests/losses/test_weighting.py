@@ -24,44 +24,6 @@ def towards_the_ends(schedule, count):
     return t, 2 * torch.cat(shares)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_likelihood_gives_the_integral_back_for_given_and_for_drawn_times(name):
-    """Midpoint sums over u and over t, no draw: both give ½ ∫ g²/σ² ‖r1‖² dt."""
-    schedule = SCHEDULES[name]
-    elements, count = 3, 20_000
-    model = hosm.ScoreModel(MLP(elements), schedule)
-    noise, point = torch.randn(1, elements), torch.randn(1, elements)
-    middle = (torch.arange(count) + 0.5) / count
-
-    def terms(t):
-        x0, eps = point.expand(count, -1), noise.expand(count, -1)
-        with torch.no_grad():
-            return x0, hosm.dsm_terms(model, x0, order=2, t=t, noise=eps, probe=eps)
-
-    low, high = schedule.log_sigma_hat_range
-    t_drawn = schedule.time(low + (high - low) * middle).clamp(schedule.t_min, schedule.t_max)
-    x0, drawn = terms(t_drawn)
-    first, higher = time_factors(model, x0, t_drawn, "likelihood", torch.tensor(high - low))
-    # dt = du/(d log σ̂/dt), so the integral in u has the weight g²/(2σ²)/(d log σ̂/dt) = 1.
-    integral = (high - low) * (drawn.first * elements).mean()
-    torch.testing.assert_close((first * drawn.first).mean(), integral, rtol=1e-9, atol=0)
-
-    # The same integral over t, where the integrand may be steep at both ends.
-    t, spacing = towards_the_ends(schedule, count)
-    x0, given = terms(t)
-    over_all = (spacing.mean(), torch.tensor(1.0))
-    torch.testing.assert_close(*over_all, rtol=1e-6, atol=0)
-    first, none = time_factors(model, x0, t, "likelihood")
-    assert none is None
-    over_t = (first * given.first * spacing).mean()
-    torch.testing.assert_close(over_t, integral, rtol=1e-4, atol=0)
-
-    # The higher terms mean what they mean under the schedule's own draw.
-    own = schedule.time_density(t) * (schedule.t_max - schedule.t_min)
-    expected = (own * given.second * spacing).mean()
-    torch.testing.assert_close((higher * drawn.second).mean(), expected, rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_likelihood_draws_log_sigma_hat_uniformly(name, dtype):
@@ -101,28 +63,38 @@ def test_the_function_draws_and_weights_with_one_time(weighting):
 
 
 @pytest.mark.parametrize("weighting", ["noise", "native", "likelihood", torch.exp])
-@pytest.mark.parametrize("name", ["vp", "flow", "edm"])
+@pytest.mark.parametrize("name", CONTINUOUS)
 def test_a_sampler_changes_the_mean_of_no_term(name, weighting):
-    """Midpoint sums over u and over t, of the factors times a function of t."""
+    """Midpoint sums over u and over t, of the factors times a function of t.
+
+    With "likelihood" that of the first term is ½ ∫ g²/σ² · dt = ∫ · du over the elements, which
+    times that are given as uniform have, too.
+    """
     schedule = SCHEDULES[name]
     model = hosm.ScoreModel(MLP(3), schedule, "v")
     count = 40_000
     low, high = schedule.log_sigma_hat_range
     middle = (torch.arange(count) + 0.5) / count
-    in_u = schedule.time(low + (high - low) * middle)
+    in_u = schedule.time(low + (high - low) * middle).clamp(schedule.t_min, schedule.t_max)
     in_t, spacing = towards_the_ends(schedule, count)
     own = schedule.time_density(in_t) * (schedule.t_max - schedule.t_min) * spacing
 
-    def means(t, spread, shares):
-        factors = time_factors(
-            model, torch.zeros(count, 3), t, weighting, spread, from_schedule=spread is None
-        )
-        shape = schedule.sigma(t) / (1 + schedule.sigma(t).square()) + 0.3
-        return [((1 if each is None else each) * shape * shares).mean() for each in factors]
+    def shape(t):
+        return schedule.sigma(t) / (1 + schedule.sigma(t).square()) + 0.3
+
+    def means(t, spread, shares, own=False):
+        x0 = torch.zeros(count, 3)
+        factors = time_factors(model, x0, t, weighting, spread, from_schedule=own)
+        return [((1 if each is None else each) * shape(t) * shares).mean() for each in factors]
 
     by_u = means(in_u, torch.tensor(high - low), 1.0)
-    by_t = means(in_t, None, own)
+    by_t = means(in_t, None, own, own=True)
     torch.testing.assert_close(by_u, by_t, rtol=2e-3, atol=0)
+    if weighting == "likelihood":
+        integral = 3 * (high - low) * shape(in_u).mean()
+        given = means(in_t, None, spacing)
+        torch.testing.assert_close(by_u[0], integral, rtol=1e-9, atol=0)
+        torch.testing.assert_close(given[0], integral, rtol=1e-4, atol=0)
 
 
 def test_the_default_sampler_is_that_of_the_weighting():
