@@ -114,6 +114,10 @@ def test_the_shape_of_an_estimate_is_checked():
 
     with pytest.raises(ValueError, match=r"expected n estimates \(n, 3\) for 3 samples"):
         hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=Flat())
+    with pytest.raises(ValueError, match=r"divergence\(x, t\)\[1\]"):
+        hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=lambda x, t: (x, x))
+    with pytest.raises(TypeError, match="divergence: expected 'auto'"):
+        hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=ForwardMode)
 
 
 def test_a_function_that_draws_says_so():
