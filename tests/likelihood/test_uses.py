@@ -1,4 +1,4 @@
-"""Uses of a density that the page describes in a sentence: each holds."""
+"""A use of a density that the page describes in a sentence: it holds."""
 
 import math
 

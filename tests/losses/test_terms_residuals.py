@@ -1,4 +1,4 @@
-"""The residuals against exact posteriors: finite data, all sign vectors, exact minimisers."""
+"""The residuals against exact posteriors: finite data, exact minimisers."""
 
 import torch
 from hypothesis import given
