@@ -27,6 +27,8 @@ NAN, INF = math.nan, math.inf
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
 PROBES = torch.stack([X, -X])
+NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
+ROWS = torch.distributions.Normal(torch.zeros(2), 1.0)  # of as many as a sample has
 VP, TABLE = hosm.VPSchedule(), hosm.DiscreteSchedule([0.9, 0.5, 0.1])
 NETWORK = MLP(2).double()
 MODEL = hosm.ScoreModel(NETWORK, VP)
@@ -102,7 +104,7 @@ UNCHECKED = {
     *("companion", "clean", "progress", "enable_grad", "primitives", "scaled", "time_first"),
     *("function", "is_random", "network", "time", "output", "call", "solver", "group"),
     *("generator", "model_kwargs", "dequantization", "values", "levels", "low", "high"),
-    *("log_prior", "steps", "offset", "model", "draws", "first", "last", "batch_size"),
+    *("steps", "offset", "model", "draws", "first", "last", "batch_size"),
     *("tolerance", "step_tolerance", "data_mean"),
     # A schedule's numbers are checked where a model is built.
     *("t_min", "t_max", "beta_min", "beta_max", "sigma_min", "sigma_max", "log_mean", "log_std"),
@@ -168,7 +170,8 @@ BAD = {
         *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0, (5, 0), (), []),
     ],
     "samples": bad(ValueError, 0, -2, 7),
-    "divergence": bad(ValueError, "hutchinson"),
+    "log_prior": bad(ValueError, NORMAL, ROWS),
+    "divergence": bad(TypeError, 4, hosm.Hutchinson) + bad(ValueError, "hutchinson"),
     "data_std": bad(ValueError, NAN, 0.0, -1.0, X[0] * 0),
     "result": [
         *bad(ValueError, replace(DRAWN, nll=None), named="nll"),
@@ -266,7 +269,7 @@ MORE = {
         (call, "generator"): bad(TypeError, 0) + bad(ValueError, Elsewhere())
         for call in (*LOSSES, hosm.dsm_terms, FORWARD, OF_FIRST)
     },
-    (hosm.ode_nll, "divergence"): bad(ValueError, None),
+    (hosm.ode_nll, "divergence"): bad(TypeError, None),
     **{(call, "weights"): bad(TypeError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced"),

@@ -121,6 +121,15 @@ def test_unit_vectors_are_all_of_them_for_every_sample_in_chunks_made_when_due()
     assert largest.elements <= 3 * 5000
 
 
+def test_too_many_unit_vectors_are_refused_before_they_are_made():
+    # d·B·d numbers of 16 GiB are the most that is made.
+    like = torch.empty(1, 2**16 + 1, device="meta", dtype=torch.float32)
+    with Largest() as largest, pytest.raises(ValueError, match="probes: expected a number"):
+        unit_vectors(like)
+    assert largest.elements <= like.numel()
+    assert unit_vectors(like[:, 1:]).shape == (2**16, 1, 2**16)
+
+
 @pytest.mark.parametrize(("value", "fewest"), [(Hutchinson, 1), (Paired, 2)])
 def test_values_compare_hash_pickle_and_print_as_written(value, fewest):
     made = value(np.int64(4), "dct")

@@ -160,21 +160,6 @@ def check_number(
     return number
 
 
-def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator`, which must be None or a generator on the device of the draws."""
-    if generator is None:
-        return None
-    remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(error_message("generator", "a torch.Generator or None", generator, remedy))
-    own = generator.device
-    # Nothing is drawn on meta, which has no generators.
-    if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
-        expected, got = f"a generator on {device}, like the data", f"a generator on {own}"
-        raise ValueError(error_message("generator", expected, generator, remedy, got=got))
-    return generator
-
-
 def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the network's keyword arguments as a dict; None becomes an empty dict."""
     return dict(model_kwargs or {})

@@ -34,12 +34,16 @@ from hosm_losses._checks import (
     at_least_float32,
     check_choice,
     check_whole,
+    error_message,
     generator_kwargs,
     sum_elements,
 )
 
 CHUNK_ELEMENTS = 2**22  # largest chunk of unit vectors, in elements
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
+# This limit is in bytes. A loss allocates several tensors as large as the unit vectors, and the
+# network allocates many: beyond this limit, no device has enough memory.
+LARGEST_UNITS = 16 * 2**30
 
 
 def _rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -170,8 +174,21 @@ class Paired(_Random):
 
 
 def unit_vectors(like: Tensor) -> Tensor:
-    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact."""
-    (units,) = unit_vector_chunks(like, like[0].numel())
+    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact.
+
+    Raise ValueError if the unit vectors alone would take more than 16 GiB.
+    """
+    d = like[0].numel()
+    size = d * like.numel() * like.element_size()
+    if size > LARGEST_UNITS:
+        expected = f"a number of probes for samples of d = {d} elements"
+        got = (
+            "'exact', which evaluates the network on all d unit vectors at once and needs "
+            f"{size / 2**30:.0f} GiB for the unit vectors of a batch of {len(like)} alone"
+        )
+        remedy = "Use probes=2, for example. A likelihood evaluates divergence='exact' in chunks."
+        raise ValueError(error_message("probes", expected, like, remedy, got=got))
+    (units,) = unit_vector_chunks(like, d)
     return units
 
 

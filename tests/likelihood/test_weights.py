@@ -9,6 +9,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.weights import _pareto_k
+from tests.oracles import anisotropic, mixture_noise
 
 
 def drawn(nll, x=None, *, standard_error=0.0, failed=(), solver_error=0.0, widening=1.0):

@@ -22,6 +22,7 @@ from hosm_losses._checks import (
     can_read_values,
     check_model_kwargs,
     check_sample_batch,
+    error_message,
     progress_bar,
     sum_elements,
     warn,
@@ -102,8 +103,7 @@ class Job:
         self.divergence = resolve_divergence(divergence, x)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
-        is_distribution = isinstance(log_prior, Distribution)
-        self.log_prior = log_prior.log_prob if is_distribution else log_prior
+        self.log_prior = _log_density(log_prior, x)
         self.generator = generator
         self.kwargs = check_model_kwargs(model_kwargs)
         if differentiated() and not enable_grad:
@@ -256,3 +256,15 @@ def network_options(model: ScoreModel) -> dict[str, Any]:
         if parameter.is_floating_point():
             return {"dtype": parameter.dtype, "device": parameter.device}
     return {"dtype": torch.get_default_dtype(), "device": torch.empty(0).device}
+
+
+def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the log-density of a prior for samples like those in x."""
+    if isinstance(prior, Distribution):
+        if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
+            expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
+            got = f"event_shape {tuple(prior.event_shape)}, batch_shape {tuple(prior.batch_shape)}"
+            remedy = "torch.distributions.Independent turns a batch into one distribution."
+            raise ValueError(error_message("log_prior", expected, prior, remedy, got=got))
+        return prior.log_prob
+    return prior

@@ -232,7 +232,8 @@ class Result:
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
-            return Quantization(**{"low": -1.0, "high": 1.0} | options)
+            low, high = options.get("low", -1.0), options.get("high", 1.0)
+            return Quantization(options["levels"], low, high)
         if not options.items() <= (known._asdict() if known else {}).items():
             expected = known or "levels together with a range, as continuous data has none"
             raise ValueError(f"bits_per_dim: expected {expected}; got {options}.")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hosm_losses._checks import (
     at_least_float32,
     check_finite,
-    check_generator,
     check_like,
     check_model_kwargs,
     check_sample_batch,
@@ -71,7 +70,7 @@ def dsm(
     probe: object = None,
     targets: object = None,
     weights: object = None,
-    generator: object = None,
+    generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LossAndTerms:
     """Return the loss and its terms.
@@ -83,14 +82,14 @@ def dsm(
     targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), check_sample_batch("x0", x0)
-        rng, spread = check_generator(generator, x0.device), None
+        spread = None
         if t is None:
-            time, spread = draw_time(score_model, x0, weighting, rng, sampler)
+            time, spread = draw_time(score_model, x0, weighting, generator, sampler)
         else:
             time = check_time(score_model, x0, t)
         if isinstance(targets, Tensor):
             targets = _check_tensor_targets(targets, x0, t, noise, options)
-        eps = _noise(x0, noise, options, rng)
+        eps = _noise(x0, noise, options, generator)
         batch = perturb(score_model, x0, time, eps, targets, kwargs)
         # torch.compile of PyTorch 2.6 knows no property of a named tuple, as batch.dimensions is.
         d = x0[0].numel()
@@ -116,8 +115,8 @@ def dsm(
             if factors[0] is None and options.reduction == "mean":
                 reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
         else:
-            rows, remaining = _select_rows(x0, options, rng)
-            v = _probes(x0, rows, v, options, rng)
+            rows, remaining = _select_rows(x0, options, generator)
+            v = _probes(x0, rows, v, options, generator)
             bound_rows, noisy_rows = bound, batch
             if rows is not None:
                 both = _both(rows, len(x0), options)

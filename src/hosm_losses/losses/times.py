@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hosm_losses._checks import (
-    check_generator,
     check_sample_batch,
     check_whole,
     error_message,
@@ -250,7 +249,7 @@ class AdaptiveTimes(nn.Module):
             outside_inference_mode(),
             torch.enable_grad(),
         ):
-            rng = check_generator(generator, device)
+            rng = generator
             if rng is None:  # not the random numbers of the next step
                 seed = int(torch.randint(2**62, (), device="cpu"))
                 rng = torch.Generator(device).manual_seed(seed)

@@ -193,7 +193,9 @@ def _basis(project: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tenso
     like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
     def projected(rows: Tensor) -> Tensor:
-        return project(rows.reshape(-1, *shape).clone()).flatten(1)  # it may overwrite the copy
+        x = rows.reshape(-1, *shape)
+        value = project(x.clone())  # a copy, which may be overwritten
+        return check_like("project(x)", value, tuple(x.shape), x.dtype, x.device, "x").flatten(1)
 
     with outside_inference_mode(), torch.no_grad():
         P, weights = projected(torch.eye(d, **like)), torch.linspace(1, 2, d, **like)
