@@ -40,12 +40,6 @@ def bad(error, *values, named=None):
     return [(value, error, named) for value in values]
 
 
-class Elsewhere(torch.Generator):
-    """Stands for one on an accelerator, which this machine may lack."""
-
-    device = torch.device("cuda", 0)
-
-
 def result(**changes):
     zero = torch.zeros(2)
     parts = {"nll": zero, "latent": torch.zeros(2, 3), "nfe": zero, "standard_error": zero}
@@ -265,10 +259,6 @@ MORE = {
     **{(call, "targets"): bad(TypeError, X, hosm.TargetScores(X)) for call in MODULES},
     (hosm.Paired, "count"): bad(ValueError, 1),
     (hosm.FixedGrid, "steps"): WHOLE + bad(ValueError, 3) + bad(TypeError, None),
-    **{
-        (call, "generator"): bad(TypeError, 0) + bad(ValueError, Elsewhere())
-        for call in (*LOSSES, hosm.dsm_terms, FORWARD, OF_FIRST)
-    },
     (hosm.ode_nll, "divergence"): bad(TypeError, None),
     **{(call, "weights"): bad(TypeError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
