@@ -4,12 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import hosm_losses as hosm
 from hosm_losses.taylor import TaylorError, propagate
 from tests.cases import ENGINES, assert_same, loss_and_gradients
-from tests.taylor.checks import check
 
 PLACES, HEADS, WIDTH = 3, 2, 4
 ANGLES = torch.outer(torch.arange(PLACES) + 1.0, torch.tensor([1.0, 0.3], dtype=torch.float64))
@@ -88,40 +86,6 @@ def test_losses_and_gradients_are_those_of_real_arithmetic_in_every_engine(name,
         assert_same(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("name", ROTARY)
-def test_stacks_of_every_kind_are_those_of_reverse_mode(name):
-    def function(x):
-        turned = ROTARY[name](x.unflatten(-1, (HEADS, WIDTH)).sin())
-        return turned.flatten(2).square()
-
-    check(function, (PLACES, HEADS * WIDTH))
-
-
-def test_they_cost_no_product_of_matrices_and_no_call():
-    counts = []
-    for rotary in (by_parts, qwen):
-        network, calls = Attention(rotary), []
-        network.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(network, SHAPE)
-        counts.append((counter.get_total_flops(), len(calls)))
-    assert counts[0] == counts[1]
-    assert counts[0][1] == 1
-
-
-def test_with_a_cast_to_float32_inside():
-    """As diffusers has it."""
-    rotary = {
-        each: lambda x, turn=turn: turn(x.float()).type_as(x) for each, turn in ROTARY.items()
-    }
-    for name in rotary:
-        got, expected = (
-            loss_and_gradients(Attention(each[name]), SHAPE, engine="taylor")
-            for each in (rotary, ROTARY)
-        )
-        assert_same(got, expected, 1e-5)
-
-
 def pairs(x):
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
@@ -155,15 +119,6 @@ REFUSED = {
 def test_other_complex_numbers_are_refused_as_before(name):
     with pytest.raises(TaylorError, match="complex"):
         propagate(REFUSED[name], X, W)
-
-
-@pytest.mark.parametrize("function", [torch.view_as_complex, torch.view_as_real])
-def test_what_pytorch_refuses_is_refused(function):
-    for x in (X, X[:2, 0]):
-        with pytest.raises((RuntimeError, TypeError)) as refused:
-            function(x)
-        with pytest.raises(refused.type):
-            propagate(lambda x: function(x), x, torch.ones_like(x)[None])
 
 
 def test_a_change_of_what_shares_memory_is_refused():

@@ -8,7 +8,7 @@ from torch.func import hessian, jacrev, vmap
 
 from hosm_losses import taylor
 from tests.cases import gradients
-from tests.versions import CONSTANT, compiles_higher_orders
+from tests.versions import CONSTANT
 
 
 @pytest.fixture
@@ -54,22 +54,14 @@ def test_jet_is_what_torch_func_finds(network, points, pairs):
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["a number for each sample", "a vector"])
-def test_laplacian_is_the_trace_of_the_hessian(network, points, flat):
+def test_laplacian_is_the_trace_of_the_hessian_beside_value_and_gradient(network, points, flat):
     function = (lambda x: network(x).prod(-1)) if flat else network
-    found = taylor.laplacian(function, points)
-    assert found.shape == function(points).shape
-    whole = vmap(hessian(function))(points)
-    same(found, torch.einsum("b...ii->b...", whole), [points, *network.parameters()])
-
-
-@pytest.mark.parametrize("flat", [True, False], ids=["a number for each sample", "a vector"])
-def test_value_and_gradient_come_with_the_laplacian(network, points, flat):
-    function = (lambda x: network(x).prod(-1)) if flat else network
-    value, gradient, found = taylor.laplacian(function, points, gradient=True)
     leaves = [points, *network.parameters()]
+    value, gradient, found = taylor.laplacian(function, points, gradient=True)
     same(value, function(points), leaves)
     same(gradient, vmap(jacrev(function))(points), leaves)
-    same(found, taylor.laplacian(function, points), leaves)
+    same(found, torch.einsum("b...ii->b...", vmap(hessian(function))(points)), leaves)
+    same(taylor.laplacian(function, points), found, leaves)
 
 
 def test_gradients_of_images_and_of_numbers():
@@ -121,97 +113,6 @@ def test_inputs_keep_their_own_types_and_inference_mode_is_left(points):
     assert torch.allclose(expected[1], rounded[1], rtol=1e-5, atol=1e-6)
 
 
-SEVERAL = {
-    "one tensor of directions": (torch.ones(4, 5, 3), ValueError, r"directions\[0\]: expected"),
-    "too few": ((torch.ones(4, 5, 3),), ValueError, "shorter"),
-    "none at all": ((None, None), ValueError, "for at least one of them"),
-    "another K": ((torch.ones(4, 5, 3), torch.ones(2, 5)), ValueError, "one K and one B"),
-    "another shape": (
-        (None, torch.ones(4, 5, 1)),
-        ValueError,
-        r"directions\[1\]: .*\(K, 5\); got \(4, 5, 1\)",
-    ),
-    "integers": ((torch.ones(4, 5, 3).long(), None), TypeError, r"directions\[0\]: "),
-}
-
-
-@pytest.mark.parametrize("name", SEVERAL)
-def test_directions_of_several_inputs_are_refused_in_a_sentence(name, points):
-    w, kind, match = SEVERAL[name]
-    with pytest.raises(kind, match=match):
-        taylor.jet(heat, (points, torch.ones(5)), w)
-
-
-def test_several_inputs_have_one_batch(points):
-    with pytest.raises(ValueError, match="one K and one B"):
-        taylor.jet(heat, (points, torch.ones(1)), (torch.ones(1, 5, 3), torch.ones(1, 1)))
-    with pytest.raises(ValueError, match=r"x\[1\]: expected a batch"):
-        taylor.jet(heat, (points, torch.tensor(1.0)), (None, torch.ones(1)))
-    with pytest.raises(TypeError, match="tensor in floating point; got tuple"):
-        taylor.jet(torch.sin, points, (torch.ones(1, 5, 3),))
-
-
-def test_laplacian_of_images():
-    """Of the sum of cubes of a convolution, whose Laplacian is written out."""
-    layer = nn.Conv2d(1, 2, 3, padding=1, bias=False)
-    x = torch.randn(2, 1, 4, 4)
-    found = taylor.laplacian(lambda x: layer(x) ** 3, x)
-    ones = torch.ones_like(x)
-    squares = nn.functional.conv2d(ones, layer.weight.square(), padding=1)
-    torch.testing.assert_close(found, 6 * layer(x) * squares)
-
-
-def test_under_vmap_and_grad(network, points):
-    parameters = dict(network.named_parameters())
-
-    def loss(parameters, x):
-        called = lambda x: torch.func.functional_call(network, parameters, (x,))  # noqa: E731
-        return taylor.laplacian(called, x[None]).square().sum()
-
-    each = vmap(torch.func.grad(loss), (None, 0))(parameters, points.detach())
-    whole = taylor.laplacian(network, points).square().sum()
-    expected = dict(zip(parameters, gradients(whole, list(parameters.values())), strict=True))
-    summed = {name: gradient.sum(0) for name, gradient in each.items()}
-    torch.testing.assert_close(summed, expected, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.slow
-@compiles_higher_orders
-def test_under_compile(network, points):
-    compiled = torch.compile(taylor.laplacian, fullgraph=True, backend="aot_eager")
-
-    def function(x):
-        return network(x.sin() + x.cos())
-
-    same(compiled(function, points), taylor.laplacian(function, points), [*network.parameters()])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(network, points, dtype):
-    near = 4 * torch.finfo(dtype).eps
-    short, w = network.to(dtype), directions().to(dtype)
-    x = points.detach().to(dtype)
-    found = taylor.jet(short, x, w, "squares")
-    exact = taylor.jet(short.double(), x.double(), w.double(), "squares")
-    for one, other in zip(found, exact, strict=True):
-        assert one.dtype == dtype
-        assert (one.double() - other).norm() < near * other.norm()
-
-
-@pytest.mark.parametrize(
-    ("count", "shape", "pairs"),
-    [(2, (5, 4), "none"), (0, (5, 3), "none"), (2, (5, 3), "all")],
-)
-def test_arguments_that_do_not_go_together(network, points, count, shape, pairs):
-    with pytest.raises(ValueError):
-        taylor.jet(network, points, torch.ones(count, *shape), pairs)
-
-
-def test_what_cannot_be_followed_is_named(points):
-    with pytest.raises(taylor.TaylorError, match="complex"):
-        taylor.jet(lambda x: torch.fft.fft(x).real, points, directions())
-
-
 # Operators whose first or second derivative PyTorch does not implement in forward mode.
 MISSING = {
     "pdist": F.pdist,
@@ -256,39 +157,48 @@ def test_operators_with_a_wrong_forward_derivative_are_refused(words):
 
 
 BATCH = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-REFUSED = {
-    "integers": (
-        BATCH.long(),
-        TypeError,
-        r"x: expected .*; got torch\.int64\. .*torch\.as_tensor",
-    ),
-    "an array": (BATCH.numpy(), TypeError, r"x: expected .*; got ndarray\. .*torch\.as_tensor"),
-    "complex numbers": (BATCH.cfloat(), TypeError, r"got torch\.complex64\. Pass real numbers, "),
-    "a number": (BATCH[0, 0], ValueError, r"x: expected a batch.*x\.reshape"),
-}
 
 
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("call", ["jet", "laplacian"])
-def test_what_is_no_batch_in_floating_point_is_refused_in_a_sentence(call, name):
-    x, kind, match = REFUSED[name]
-    calls = {
-        "jet": lambda: taylor.jet(torch.sin, x, torch.ones(1, 5, 3)),
-        "laplacian": lambda: taylor.laplacian(torch.sin, x),
-    }
-    with pytest.raises(kind, match=match):
-        calls[call]()
+ONES, BOTH = torch.ones(4, 5, 3), (BATCH, torch.ones(5))
+# Inputs and directions: no batch in floating point, and what does not go together.
+REFUSED = [
+    (BATCH.long(), ONES, TypeError, r"x: expected .*; got torch\.int64\. .*torch\.as_tensor"),
+    (BATCH.numpy(), ONES, TypeError, r"x: expected .*; got ndarray\. .*torch\.as_tensor"),
+    (BATCH.cfloat(), ONES, TypeError, r"got torch\.complex64\. Pass real numbers, "),
+    (BATCH[0, 0], ONES, ValueError, r"x: expected a batch.*x\.reshape"),
+    (BATCH, ONES.long(), TypeError, r"directions: .*torch\.as_tensor\("),
+    (BATCH, ONES.numpy(), TypeError, r"directions: .*torch\.as_tensor\("),
+    (BATCH, ONES[..., :2], ValueError, "directions"),
+    (BATCH, ONES[:0], ValueError, "directions"),
+    (BATCH, (ONES,), TypeError, "tensor in floating point; got tuple"),
+    (BOTH, ONES, TypeError, r"a tuple like x, .*got 4 in a Tensor"),
+    (BOTH, (ONES,), TypeError, "each of 2 inputs; got 1 in a tuple"),
+    (BOTH, (None, None), ValueError, "for at least one of them"),
+    (BOTH, (ONES, ONES[:2, :, 0]), ValueError, "one K and one B"),
+    ((BATCH, torch.ones(1)), (ONES, ONES[:, :1, 0]), ValueError, "one K and one B"),
+    (BOTH, (None, ONES[..., :1]), ValueError, r"directions\[1\]: .*\(K, 5\); got \(4, 5, 1\)"),
+    (BOTH, (ONES.long(), None), TypeError, r"directions\[0\]: "),
+    ((BATCH, BATCH[0, 0]), (None, torch.ones(1)), ValueError, r"x\[1\]: expected a batch"),
+]
+
+
+@pytest.mark.parametrize(("x", "w", "error", "told"), REFUSED)
+def test_what_is_refused_in_a_sentence(x, w, error, told):
+    with pytest.raises(error, match=told):
+        taylor.jet(heat if isinstance(x, tuple) else torch.sin, x, w)
+    if x is not BATCH and not isinstance(x, tuple):
+        with pytest.raises(error, match=told):
+            taylor.laplacian(torch.sin, x)
+
+
+def test_pairs_are_of_a_kind_that_is_known():
+    with pytest.raises(ValueError):
+        taylor.jet(torch.sin, BATCH, ONES, "all")
 
 
 def test_samples_may_have_no_elements():
     value, first, _ = taylor.jet(torch.sin, BATCH[:, :0], BATCH[None, :, :0])
     assert (value.shape, first.shape) == ((5, 0), (1, 5, 0))
-
-
-@pytest.mark.parametrize("w", [BATCH[None].long(), BATCH[None].numpy()])
-def test_directions_are_refused_likewise(w):
-    with pytest.raises(TypeError, match=r"directions: .*torch\.as_tensor\("):
-        taylor.jet(torch.sin, BATCH, w)
 
 
 @pytest.mark.parametrize(("short", "wide"), [("x", "directions"), ("directions", "x")])
@@ -314,13 +224,7 @@ def test_in_inference_mode_they_are_what_they_are_outside(network):
 
 
 def test_advice_names_no_argument_of_another_function():
-    functions = (
-        torch.linalg.eigvalsh,
-        torch.fft.fft,
-        torch.no_grad()(torch.sin),
-        CONSTANT,
-    )
-    for function in functions:
+    for function in (torch.linalg.eigvalsh, torch.fft.fft, torch.no_grad()(torch.sin), CONSTANT):
         with pytest.raises((taylor.TaylorError, taylor.DerivativeError)) as raised:
             taylor.laplacian(function, torch.randn(2, 3, 3))
         assert "engine" not in str(raised.value)
