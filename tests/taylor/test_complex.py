@@ -111,6 +111,11 @@ REFUSED = {
     "a product of matrices": lambda x: back(pairs(x) @ torch.eye(2, dtype=torch.complex128)),
     "a determinant": lambda x: torch.linalg.det(pairs(x)[:, None] * torch.ones(2, 1)).abs(),
     "a real tensor times a complex constant": lambda x: x * TURNS[0, 0],
+    "a cast": lambda x: x.cdouble().real,
+    "a number": lambda x: x * 1j,
+    "a plain tensor": lambda x: x + torch.ones(4, dtype=torch.complex128),
+    "a transform": lambda x: torch.fft.ifft(torch.fft.fft(x)).real,
+    "a power": lambda x: (x**1j).real,
     "a list of them": lambda x: back(torch.cat([pairs(x), pairs(x)], 1)),
 }
 

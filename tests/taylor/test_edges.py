@@ -293,15 +293,11 @@ def test_types_are_promoted_as_pytorch_does(name):
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_type_of_a_result_without_torch_result_type(default):
     """Which torch.compile does not trace."""
-    before = torch.get_default_dtype()
     torch.set_default_dtype(default)
-    try:
-        dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64, *TYPES)
-        tensors = [torch.ones(shape, dtype=each) for each in dtypes for shape in ((), (2,))]
-        for pair in itertools.product([*tensors, True, 2, 2.5], repeat=2):
-            assert result_type(*pair) == torch.result_type(*pair), pair
-    finally:
-        torch.set_default_dtype(before)
+    dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64, *TYPES)
+    tensors = [torch.ones(shape, dtype=each) for each in dtypes for shape in ((), (2,))]
+    for pair in itertools.product([*tensors, True, 2, 2.5], repeat=2):
+        assert result_type(*pair) == torch.result_type(*pair), pair
 
 
 # -------------------------------------------------------------------------------------- norms

@@ -31,11 +31,7 @@ REFUSED = {
     "other bits": lambda x: x.view(torch.int64),
     "other bits by name": lambda x: x.view(dtype=torch.int64),
     "out": lambda x: F.normalize(x, 2.0, 1, 1e-12, torch.empty(3, 4)),
-    "a cast": lambda x: x.cdouble().real,
-    "a number": lambda x: x * 1j,
-    "a plain tensor": lambda x: x + torch.ones(4, dtype=torch.complex128),
-    "a transform": lambda x: torch.fft.ifft(torch.fft.fft(x)).real,
-    "a power": lambda x: (x**1j).real,
+    "out of a determinant": lambda x: torch.linalg.det(x[:2, :2], out=torch.empty(())),
     "torch.func": lambda x: torch.func.vmap(torch.sin)(x),
 }
 
@@ -125,16 +121,6 @@ def test_modes_around_a_loss_change_nothing(mode, caplog):
     assert not caplog.records  # no other engine
     # The counter takes PyTorch's silu_backward apart, at order one too, which rounds otherwise.
     assert_same(chosen, expected, 1e-14 if isinstance(around, FlopCounterMode) else 0)
-
-
-def test_the_operations_of_each_module_are_counted():
-    with FlopCounterMode(display=False) as counter:
-        step(small_network())
-    parts = counter.get_flop_counts()
-    # A stack of two at least, of the value and its derivatives.
-    assert parts["Sequential.0"][torch.ops.aten.convolution] >= 2 * (2 * 3 * 16 * 4 * 9)
-    assert parts["Sequential.5"][torch.ops.aten.mm] >= 2 * (2 * 3 * 64 * 16)
-    assert counter.get_total_flops() == sum(parts["Global"].values())
 
 
 def test_a_hook_sees_the_gradient_in_the_value_and_may_not_change_it():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import grad, jacrev, vmap
 
 from hosm_losses import taylor
-from hosm_losses.taylor import TaylorError, propagate
+from hosm_losses.taylor import propagate
 from tests.cases import assert_same, gradients
 from tests.taylor.checks import KINDS
 from tests.versions import compiles_higher_orders
@@ -131,29 +131,6 @@ HEADS = {
 POINTS = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_differences(name):
-    """The gradient and the Laplacian in x, and the gradient of that in a parameter."""
-    network, size = Fermions(HEADS[name]), 1e-4
-    value, slope, bend = taylor.laplacian(network, POINTS, gradient=True)
-    ends = torch.stack(
-        [network(POINTS + size * e) for e in torch.cat([torch.eye(8), -torch.eye(8)])]
-    )
-    plus, minus = ends.chunk(2)
-    assert_same(value, network(POINTS), 1e-12)
-    assert_same(slope, (plus - minus).mT / (2 * size), 1e-5)
-    assert_same(bend, (plus + minus - 2 * value).sum(0) / size**2, 1e-4)
-
-    weight = network.orbitals[0].weight
-    (gradient,) = gradients(bend.square().mean(), [weight])
-    with torch.no_grad():
-        losses = []
-        for change in (size, -2 * size):
-            weight[1, 0] += change
-            losses.append(taylor.laplacian(network, POINTS).square().mean())
-    assert_same(gradient[1, 0], (losses[0] - losses[1]) / (2 * size), 1e-5)
-
-
 def test_under_vmap_and_grad():
     network = Fermions(HEADS["slogdet"])
     parameters = dict(network.named_parameters())
@@ -216,21 +193,3 @@ def test_the_log_of_a_determinant_below_zero_is_not_a_number():
         torch.logdet, A[:, [1, 0, 2]] * A.det().sign()[:, None, None], A[None], "sum"
     )
     assert all(each.isnan().all() for each in found)
-
-
-REFUSED = {
-    "complex numbers": lambda x: torch.linalg.det(x * (1 + 0j)).abs(),
-    "a complex matrix": lambda x: torch.linalg.solve((3 + 1j) * torch.eye(3), x).abs(),
-    "out": lambda x: torch.linalg.det(x, out=torch.empty(5)),
-    "in inverses too": lambda x: torch.linalg.inv(x, out=torch.empty(5, 3, 3)),
-    "no square": lambda x: torch.linalg.det(x[:, :2]),
-    "no matrix": lambda x: torch.slogdet(x[0, 0])[1],
-    "a vector from the right": lambda x: torch.linalg.solve(x, x[:, 0], left=False),
-    "no such argument": lambda x: torch.linalg.cholesky(x, lower=True),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name):
-    with pytest.raises((TaylorError, RuntimeError, TypeError)):
-        taylor.laplacian(REFUSED[name], A)

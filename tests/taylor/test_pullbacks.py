@@ -75,27 +75,6 @@ def test_softmax(dim, pairs, firsts, seconds):
     agree(softmax.evaluate, [softmax.pull_back, *again], [stack], through=through)
 
 
-@pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
-def test_every_parameter_of_a_norm_has_a_gradient(parameters):
-    # Of a loss in which the bias has no part, as autograd gives it: zeros, not None.
-    rows = NORMS["rms"]
-    stack = numbers(2, 2, 6, 4).requires_grad_()
-    given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
-    norm = Norm(rows, 1, "none")
-    pullbacks = [norm.pull_back, norm.pull_back_again]
-    found = []
-    for each, strict in (
-        (norm.evaluate, False),
-        (partial(with_recomputation, norm.evaluate, pullbacks=pullbacks), True),
-    ):
-        value = each(stack, given.get("weight"), given.get("bias"))
-        (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
-        loss = slope.square().sum()
-        found.append(torch.autograd.grad(loss, list(given.values()), materialize_grads=not strict))
-    for theirs, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pairs", ["none", "squares"])
 def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):

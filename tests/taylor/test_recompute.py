@@ -78,24 +78,6 @@ def test_only_the_gradients_that_are_needed():
     assert seen == [[True, False]] * 2
 
 
-def test_a_given_pullback_is_used_and_so_is_its_own():
-    used = []
-
-    def first(_, x, cotangent):
-        used.append("first")
-        return 2 * x * cotangent
-
-    def second(_, x, cotangent, again):
-        used.append("second")
-        return 2 * cotangent * again, 2 * x * again
-
-    x, _ = inputs()
-    value = with_recomputation(torch.square, x, pullbacks=[first, second])
-    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-    assert_same(torch.autograd.grad(gradient.sin().sum(), [x]), [2 * (2 * x).cos()])
-    assert used == ["first", "second"]
-
-
 def test_the_second_pullback_is_that_of_the_first_tensors_gradient_alone():
     """Of another's, and of both together, autograd finds the gradients."""
     used = []
