@@ -210,10 +210,3 @@ def test_the_error_says_what_to_do(name):
     call, words = REMEDIES[name]
     with pytest.raises(hosm.DerivativeError, match=words):
         call()
-
-
-def test_a_checkpoint_under_a_transform_is_an_error():
-    model = hosm.ScoreModel(Around(lambda h: hosm.checkpoint(torch.sin, h)), VP)
-    slope = torch.func.grad(lambda x0: hosm.third_order_dsm(model, x0, engine="reverse"))
-    with pytest.raises(RuntimeError, match="saved tensor hooks"):
-        slope(torch.randn(4, 2))

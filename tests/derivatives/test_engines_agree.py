@@ -89,18 +89,6 @@ def changed(view):
     return function
 
 
-def clone_and_detach(h):
-    gate = h.clone().detach()
-    gate.clamp_(-0.1, 0.1)
-    return h * gate
-
-
-def contiguous_and_detach(h):
-    gate = matrix(h).mT.contiguous().detach()
-    gate.clamp_(-0.1, 0.1)
-    return h * gate.flatten(1)
-
-
 def data_of_what_was_cloned(h):
     before = h.clone()
     h.data.clamp_(-0.1, 0.1)
@@ -129,8 +117,6 @@ def of_what_was_detached(h):
 SHARED = {
     "the data of a plain tensor": through_data,
     "a plain tensor that was detached": of_what_was_detached,
-    "a copy that is detached": clone_and_detach,
-    "a contiguous copy that is detached": contiguous_and_detach,
     "the data of what was copied": data_of_what_was_cloned,
     "plain tensors in a list": of_a_list,
     "a diagonal by einsum": changed(lambda h: torch.einsum("bii->bi", matrix(h))),
@@ -144,20 +130,6 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_memory(name):
     agree(SHARED[name])
-
-
-@pytest.mark.parametrize("name", ["unsafe_chunk", "unsafe_split"])
-def test_parts_that_autograd_takes_for_no_views_have_pytorchs_values(name):
-    def function(h):
-        getattr(torch, name)(h, 3, 1)[0].mul_(2)
-        return h.cos()
-
-    network, x = Around(function), torch.randn(4, 2)
-    model = hosm.ScoreModel(network, VP)
-    t, noise = torch.full((4,), 0.5), torch.randn(4, 2)
-    first = hosm.first_order_dsm(model, x, t=t, noise=noise)
-    terms = hosm.dsm_terms(model, x, t=t, noise=noise, order=2)
-    torch.testing.assert_close(terms.first.mean(), first)
 
 
 def own(forward, backward):
@@ -194,41 +166,12 @@ def test_custom_functions_are_left_to_the_reverse_engine(name):
         losses(FUNCTIONS[name], "taylor")
 
 
-def test_blocks_without_gradients_are_no_custom_functions():
-    def function(h):
-        with torch.no_grad():
-            mask = h > 0
-            scale = h.detach().abs().mean()
-        with torch.inference_mode():
-            size = float(h.detach().abs().max())
-        return h * mask * scale * size
-
-    agree(function, "taylor")
-
-
 def shifted(h):
     return matrix(h) + 3 * torch.eye(3)
 
 
 def symmetric(h):
     return matrix(h) + matrix(h).mT + torch.diag(torch.arange(3.0)) * 20
-
-
-MATRICES = {
-    "solve": lambda h: torch.linalg.solve(shifted(h), matrix(h)).flatten(1),
-    "inv": lambda h: torch.linalg.inv(shifted(h)).flatten(1),
-    "det": lambda h: h * torch.linalg.det(shifted(h))[:, None],
-    "Tensor.det": lambda h: h * shifted(h).det()[:, None],
-    "slogdet": lambda h: h * torch.linalg.slogdet(shifted(h))[1][:, None],
-    "logdet": lambda h: h * torch.logdet(shifted(h))[:, None],
-    "cholesky": lambda h: torch.linalg.cholesky(symmetric(h) + 9 * torch.eye(3)).flatten(1),
-}
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_matrices_that_forward_mode_gets_wrong_have_rules(name):
-    for options in ({"order": 2}, {}, {"probe": torch.randn(3, 4, 2)}):
-        agree(MATRICES[name], "taylor", **options)
 
 
 PLACES = torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4)
@@ -328,7 +271,7 @@ def test_several_directions_through_a_vmap(name, order):
 
 def test_an_operator_without_a_rule_on_what_is_expanded():
     def function(h):
-        return F.softplus(h[:, None].expand(-1, 3, -1)).sum(1)
+        return -F.logsigmoid(-h[:, None].expand(-1, 3, -1)).sum(1)
 
     expected = losses(lambda h: 3 * torch.log(1 + torch.exp(h)), "taylor")
     assert_same(losses(function, "taylor"), expected)

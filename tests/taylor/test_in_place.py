@@ -202,6 +202,8 @@ UNSURE = {
     "detached before": lambda y: (y.detach(), y.add_(1))[0] + y,
     "detached by name": lambda y: (torch.detach(input=y), y.add_(1))[0] + y,
     "detached of a reshape": lambda y: (y, y.reshape(24).detach().mul_(2))[0],
+    "a copy that is detached": lambda y: y.clone().detach().clamp_(-0.1, 0.1) * y,
+    "a contiguous copy": lambda y: y.mT.contiguous().detach().clamp_(-0.1, 0.1).mT * y,
     "data before": lambda y: (y.data, y.add_(1))[0] + y,
     "a plain view": lambda y: PART.copy_(y[:, :4]),
     "a tensor with views": lambda y: SHARED.copy_(y),
