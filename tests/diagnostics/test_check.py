@@ -5,6 +5,7 @@ import copy
 from itertools import count, pairwise, product
 from types import new_class
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +16,7 @@ from hosm_losses import taylor
 from hosm_losses.diagnostics import differences
 from tests.cases import (
     ENGINES,
+    MLP,
     VP,
     CountFlops,
     Function,
@@ -198,6 +200,7 @@ FLOAT32, IMAGES = {"dtype": torch.float32}, {"shape": (3, 6, 6)}
 TWO, THREE = {"order": 2}, {"order": 3}
 REVERSE, TAYLOR = ({"engine": engine} for engine in ("reverse", "taylor"))
 LATE = {"t": torch.full((2,), 0.99, dtype=torch.float64)}
+INDICES = torch.tensor([1, 0])
 TABLE = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
 LAYER, GENERAL = "in the module 'layer' (Function)", "without .detach()"
 
@@ -272,6 +275,10 @@ RIGHT = {
     "dropout": (lambda: Net(nn.Dropout(0.5)), {}),
     "batches of two alone": (around(lambda x: x.reshape(2, 4).sin()), {}),
     "one sample": (within(lambda hidden, t: hidden * t[0]), {"batch": 1}),
+    "indices, and a number of NumPy": (
+        Net,
+        {"schedule": hosm.DiscreteSchedule([0.9, 0.5, 0.1]), "order": np.int64(2), "t": INDICES},
+    ),
     "embeddings": (
         LooksUp,
         given(tokens=torch.eye(2).long()) | {"schedule": hosm.DiscreteSchedule.linear(1000)},
@@ -558,11 +565,6 @@ def test_functions_at_fault_have_the_remedies_of_their_names_each_once():
         assert message.count(words) == 1
 
 
-def test_a_name_among_others_has_its_own_remedy():
-    message = told(around(lambda x: Sine.apply(named("XformersKernel")(x))), **REVERSE)
-    assert "plain attention" in message
-
-
 def test_what_is_not_at_fault_is_not_blamed():
     class FlashAttentionCheckpoint(Function):
         """A name alone."""
@@ -618,6 +620,38 @@ def test_the_network_and_the_generator_stay_as_they_were(make):
     assert not network.outer.weight.requires_grad
     assert [network.inner.training, network.layer.training] == [False, True]
     assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+class Writing(MLP):
+    """It writes to its input, its condition, its times and a buffer, and draws."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t, y):
+        self.calls += 1
+        torch.rand(1)
+        return super().forward(x.mul_(2) + y.mul_(2), t.mul_(2))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode, torch.no_grad])
+def test_a_network_that_writes_to_its_inputs_changes_no_tensor_of_the_caller(mode):
+    own = hosm.ScoreModel(Writing(), VP)
+    with mode():
+        x0, t, y = 1 * TABLE, 0.5 + 0 * TABLE[:, 0], 2 * TABLE
+        before = copy.deepcopy([own.state_dict(), torch.get_rng_state(), x0, t, y])
+        hosm.check_derivatives(own, x0, t=t, model_kwargs={"y": y}, engine="reverse")
+    now = [own.state_dict(), torch.get_rng_state(), x0, t, y]
+    torch.testing.assert_close(now, before, rtol=0, atol=0)
+    assert all(each.grad is None for each in own.parameters())
+
+
+def test_a_network_that_cannot_be_copied_is_an_error_that_says_so():
+    network = MLP(4)
+    network.kept = network.inner.weight * 2
+    with pytest.raises(TypeError):
+        hosm.check_derivatives(hosm.ScoreModel(network, VP), TABLE)
 
 
 def test_autocast_around_it_is_none_of_the_network():

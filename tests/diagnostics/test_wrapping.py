@@ -17,6 +17,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.diagnostics import wrapping
 from tests.cases import PREDICTIONS, SCHEDULES, default_dtype
+from tests.oracles import PREDICTIONS_OF_ORACLE
 
 STEPS, BATCH, SAMPLES = 600, 192, 1024
 VP, VE, EDM = hosm.VPSchedule(), hosm.VESchedule(), hosm.EDMSchedule()
@@ -185,6 +186,19 @@ NETWORKS = {
 FAULTS = ("time", "sign", "prediction", "family", "units")
 
 
+def train(model, draw, steps, rate, cycle=True):
+    """Minimise the loss of order one on batches that are drawn."""
+    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps) if cycle else None
+    for _ in range(steps):
+        loss = hosm.first_order_dsm(model, draw())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if cycle:
+            rates.step()
+
+
 @functools.cache
 def trained(name):
     """The network, and data in the units of its training."""
@@ -193,14 +207,7 @@ def trained(name):
         torch.manual_seed(0)
         network = made.network()
         model = hosm.ScoreModel(network, **made.right)
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, STEPS)
-        for _ in range(STEPS):
-            loss = hosm.first_order_dsm(model, made.units(made.data(BATCH)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rates.step()
+        train(model, lambda: made.units(made.data(BATCH)), STEPS, 5e-3)
         return network, made.units(made.data(SAMPLES))
 
 
@@ -346,21 +353,11 @@ def test_the_best_network_is_as_good_as_it_can_be():
     ("options", "changes", "units", "told"),
     [
         ({"prediction": "score"}, {}, same, "your schedule, prediction='epsilon'"),
-        (
-            {"output": torch.neg},
-            {"negated": True},
-            same,
-            "prediction='epsilon', the output times -1",
-        ),
+        ({"output": torch.neg}, {"negated": True}, same, "'epsilon', the output times -1"),
         ({"time": 999.0}, {"time": ""}, same, "your schedule, prediction='epsilon'"),
         ({}, {"units": "2 * x0 - 1"}, halved, "epsilon', the data as 2 * x0 - 1"),
         ({}, {"units": "x0 / 127.5 - 1"}, bytes_of, "epsilon', the data as x0 / 127.5 - 1"),
-        (
-            {"schedule": LINEAR},
-            {"schedule": "VPSchedule()"},
-            same,
-            "VPSchedule(), prediction='epsilon'",
-        ),
+        ({"schedule": LINEAR}, {"schedule": "VPSchedule()"}, same, "VPSchedule(), predic"),
         ({"schedule": FLOW}, {"schedule": "VPSchedule()"}, same, "VPSchedule(), prediction='eps"),
     ],
 )
@@ -476,14 +473,8 @@ def test_a_network_that_is_hardly_trained_is_advised_to_train(seed, steps):
     """Read as v, with the data rescaled, it has a smaller part in ε̂ and fits better."""
     torch.manual_seed(seed)
     with default_dtype(torch.float32):
-        network = OfThePage()
-        model = hosm.ScoreModel(network, VP)
-        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-        for _ in range(steps):
-            loss = hosm.first_order_dsm(model, torch.randn(32, 2))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        model = hosm.ScoreModel(OfThePage(), VP)
+        train(model, lambda: torch.randn(32, 2), steps, 1e-3, cycle=False)
         report = hosm.check_wrapping(model, torch.randn(256, 2), generator=seeded())
     assert report.best is None
     assert sum(report.is_worse) >= 3
@@ -574,14 +565,7 @@ def test_a_cosine_network_is_told_from_vp_by_256_samples():
         network = nn.Sequential(*layers)
         options = {"call": lambda net, x, t: net(torch.cat([x, t[:, None]], 1))}
         model = hosm.ScoreModel(network, hosm.CosineSchedule(), **options)
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, 1000)
-        for _ in range(1000):
-            loss = hosm.first_order_dsm(model, rings(256))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rates.step()
+        train(model, lambda: rings(256), 1000, 1e-2)
         generator, wrong = seeded(), hosm.ScoreModel(network, VP, **options)
         x0 = rings(256, generator)
         assert hosm.check_wrapping(model, x0, generator=generator).ok
@@ -649,17 +633,10 @@ def test_right_wrappings_are_ok(name, prediction):
 
     def network(x, t):
         parts = (each[:, None].to(x.dtype) for each in (*schedule(t), *schedule.rates(t)))
-        alpha, sigma, alpha_rate, sigma_rate = parts
+        alpha, sigma, *rates = parts
         noise = 0.8 * ring(schedule)(x, t)
         noise = noise + 0.2 * sigma * x / (0.5 * alpha.square() + sigma.square())
-        x0 = (x - sigma * noise) / alpha
-        return {
-            "epsilon": noise,
-            "score": -noise / sigma,
-            "x0": x0,
-            "v": alpha * noise - sigma * x0,
-            "velocity": alpha_rate * x0 + sigma_rate * noise,
-        }[prediction]
+        return PREDICTIONS_OF_ORACLE[prediction](noise, x, alpha, sigma, rates)
 
     for samples in (64, 256):
         model = {"schedule": schedule, "prediction": prediction}
