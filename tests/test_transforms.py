@@ -30,6 +30,8 @@ OPTIONS = [
     (3, {}),
     (3, {"engine": "reverse", "fraction": 0.5}),
     (3, {"probes": "exact", "weighting": "likelihood", "weights": "paper"}),
+    (2, PAIRED),
+    (3, PAIRED),  # where one pass back from the value runs beside the engine
 ]
 
 
@@ -138,23 +140,6 @@ def test_ensembles_and_gradients_of_every_sample(name, order, options):
         alone = {n: p[row] for n, p in rows.items()}
         _, expected, _ = by_autograd(loss, parameters, x0[row : row + 1], alone)
         same({n: p[row] for n, p in found.items()}, expected)
-
-
-@pytest.mark.parametrize(("order", "options"), [(2, PAIRED), (3, PAIRED)], ids=str)
-def test_products_of_two_probes(order, options):
-    """Where one pass back from the value runs beside the engine."""
-    network, (x0, inputs) = MLP(3), given((2, 3))
-    loss, parameters = loss_of(network, order, options), detached(network)
-    _, expected, of_data = by_autograd(loss, parameters, x0, inputs)
-    found = grad(loss, argnums=(0, 1))(parameters, x0, inputs)
-    same(found[0], expected)
-    assert_same(found[1], of_data, 1e-8)
-    rows = {name: each[:, None] for name, each in inputs.items()}
-    found = vmap(grad(loss), (None, 0, 0), randomness="same")(parameters, x0[:, None], rows)
-    for row in range(len(x0)):
-        alone = {name: each[row] for name, each in rows.items()}
-        _, expected, _ = by_autograd(loss, parameters, x0[row : row + 1], alone)
-        same({name: each[row] for name, each in found.items()}, expected)
 
 
 @pytest.mark.parametrize(("order", "options"), OPTIONS[:4], ids=str)
