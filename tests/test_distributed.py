@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1  # noqa: N814
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hosm_losses as hosm
@@ -96,8 +97,6 @@ def accumulated(case):
 
 
 def fsdp(case):
-    from torch.distributed.fsdp import fully_shard
-
     network, module, x0, inputs = setting(*case)
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
     module(x0[own_half()], **rows(inputs, x0, own_half())).backward()
@@ -149,8 +148,6 @@ def evaluations(model, x0):
 
 def inside():
     """Evaluations in training of the model inside a wrapped module, whole again for FSDP."""
-    from torch.distributed.fsdp import fully_shard
-
     _, module, x0, _ = setting(3, {})
     expected = evaluations(module.model, x0)
     wrapped = DistributedDataParallel(module)
@@ -241,25 +238,27 @@ def one_process():
     dist.destroy_process_group()
 
 
+def shard(module):
+    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # at order one it works
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda network, shard: DistributedDataParallel(network),
-        lambda network, shard: fully_sharded(network),
-        lambda network, shard: shard(network),
-        lambda network, shard: shard(network.block) and network,
+        DistributedDataParallel,
+        fully_sharded,
+        shard,
+        lambda network: shard(network.block) and network,
     ],
 )
 def test_what_is_wrapped_below_the_loss_is_refused_above_order_one(wrap):
     """Also where a module was built before it was sharded."""
-    from torch.distributed.fsdp import fully_shard
-
     network, x0 = Network(), torch.randn(2, 5, 3)
     module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP))
-    wrapped = wrap(network, partial(fully_shard, mesh=init_device_mesh("cpu", (1,))))
+    wrapped = wrap(network)
     model = hosm.ScoreModel(wrapped, VP)
     calls = [partial(hosm.third_order_dsm, model, x0), partial(hosm.ThirdOrderDSM, model)]
     if wrapped is network:
@@ -269,12 +268,6 @@ def test_what_is_wrapped_below_the_loss_is_refused_above_order_one(wrap):
     for call in calls:
         with pytest.raises(TypeError, match="Wrap the loss module"):
             call()
-
-
-def shard(module):
-    from torch.distributed.fsdp import fully_shard
-
-    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
 
 
 def alone(module):
