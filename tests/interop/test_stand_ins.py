@@ -12,7 +12,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses import interop
-from tests.cases import assert_same, default_dtype, with_gradients
+from tests.cases import Sine, assert_same, default_dtype, with_gradients
 from tests.interop.checks import Diffusers, Net, check_one_line
 
 TABLE = np.cumprod(1 - np.linspace(1e-3, 0.2, 100))
@@ -100,14 +100,6 @@ def test_a_hunyuan_dit_is_given_times_in_the_dtype_of_the_data():
         assert network.network.seen.dtype == dtype
 
 
-def test_a_scheduler_with_flow_sigmas_is_a_linear_flow():
-    config = Is(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=9)
-    scheduler = Is(alphas_cumprod=torch.as_tensor(TABLE), config=config)
-    model = interop.from_diffusers(Diffusers(Net()), scheduler)
-    assert (model.schedule, model.prediction) == (hosm.LinearFlowSchedule(), "velocity")
-    assert model.time == 9
-
-
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel])
 def test_score_sde_asks_the_configuration_that_a_network_keeps(wrap):
     """The argument is easily forgotten, and nothing else tells such a network apart."""
@@ -122,24 +114,12 @@ def test_score_sde_asks_the_configuration_that_a_network_keeps(wrap):
     assert interop.from_score_sde(wrap(net), VE).prediction == "score"
 
 
-class Cubes(torch.autograd.Function):
-    """As EDM's attention: a backward of its own, of differentiable operators, no rule for vmap."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * ctx.saved_tensors[0] ** 2 * gradient
-
-
 @pytest.mark.parametrize("divergence", [hosm.Hutchinson(2), "exact"])
 def test_what_vmap_cannot_follow_is_called_for_each_probe(divergence):
+    """As EDM's attention: a backward of its own, of differentiable operators, no rule for vmap."""
     found, x, layer = [], torch.randn(2, 3), nn.Linear(3, 3)
-    for cubes in (Cubes.apply, lambda x: x**3):
-        network = lambda x, t, cubes=cubes: cubes(layer(x).tanh())  # noqa: E731
+    for sine in (Sine.apply, torch.sin):
+        network = lambda x, t, sine=sine: sine(layer(x))  # noqa: E731
         model = hosm.ScoreModel(network, hosm.VPSchedule())
         torch.manual_seed(1)
         options = {"divergence": divergence, "enable_grad": True}

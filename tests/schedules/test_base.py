@@ -262,15 +262,6 @@ def test_a_search_under_vmap_finds_the_same():
 
 @pytest.mark.slow
 def test_a_search_is_compiled():
-    class Own(hosm.Schedule):
-        t_min, t_max = 1e-3, 1.0
-
-        def alpha(self, t):
-            return torch.exp(-5 * t**2 - 0.05 * t)
-
-        def sigma(self, t):
-            return torch.sqrt(1 - self.alpha(t) ** 2)
-
-    schedule, u = Own(), torch.linspace(-6, 3, 40)
+    schedule, u = BARE["own vp"], torch.linspace(-6, 3, 40)
     compiled = torch.compile(schedule.time, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(u), schedule.time(u), rtol=0, atol=0)

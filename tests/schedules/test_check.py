@@ -29,14 +29,8 @@ def between(t):
     return table[left] + (1000 * t - left) * (table[left + 1] - table[left])
 
 
-class Held(hosm.Schedule):
-    """One whose functions are those of the instance."""
-
-    t_min, t_max = 1e-3, 0.99
-
-    def __init__(self, sigma):
-        self.alpha, self.sigma = torch.ones_like, sigma
-
+HELD = own(alpha=None, sigma=None)
+HELD.alpha, HELD.sigma = torch.ones_like, torch.clone  # functions of the instance
 
 RIGHT = {
     **SCHEDULES,
@@ -46,7 +40,7 @@ RIGHT = {
     "kinks in a table": hosm.DiscreteSchedule.from_betas(0.2 * torch.rand(11) + 1e-3),
     "single precision": own(sigma=lambda t: (100 + t.float()).to(t.dtype)),
     "rounding": own(lambda t: (7 * t).exp() * (-7 * t).exp()),
-    "held": Held(torch.clone),
+    "held": HELD,
     "own derivatives": own(
         lambda t: 1 - t,
         torch.detach,
