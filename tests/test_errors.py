@@ -523,23 +523,12 @@ def energy(x, t):
     return torch.autograd.grad(NETWORK(x, t).square().sum(), x, create_graph=True)[0]
 
 
-FLOATS = {
-    "scores": hosm.TargetScores,
-    "information": lambda x: hosm.TargetScores(X, x[0]),
-    "latent": lambda x: hosm.ode_sample(MODEL, x),
-}
 # Messages that tell users what to write in place of what they wrote.
 TOLD = [
     (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization=Uniform\(\)"),
     # Other numbers than images are only converted.
-    *[
-        (lambda call=call, x=x: call(x), f"^{name}: .*on cpu. {told}$")
-        for name, call in FLOATS.items()
-        for x, told in (
-            (X.long(), rf"Convert it with {name}\.float\(\)\."),
-            (X + 0j, r"Pass real numbers, for example from torch\.view_as_real\."),
-        )
-    ],
+    (lambda: hosm.TargetScores(X.long()), r"on cpu. Convert it with scores\.float\(\)\.$"),
+    (lambda: hosm.ode_sample(MODEL, X.long()), r"on cpu. Convert it with latent\.float\(\)\.$"),
     (lambda: hosm.ode_nll(MODEL, X > 0), r"on cpu. Convert it with x\.float\(\)\.$"),
     (lambda: hosm.ode_nll(MODEL, X + 0j), r"on cpu. Pass real numbers, .*view_as_real\.$"),
     (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network: ScoreModel\(network, "),

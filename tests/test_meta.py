@@ -84,15 +84,6 @@ def test_the_basis_of_a_subspace_is_copied_once():
         assert hosm.third_order_dsm(hosm.ScoreModel(space, VP), y).is_meta
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_times_are_drawn_on_the_device(schedule):
-    network, x0 = setting()
-    model = hosm.ScoreModel(network, seen(schedule))
-    for sampler in ("schedule", "log_sigma_hat"):
-        with OneDevice():
-            assert hosm.first_order_dsm(model, x0, time_sampler=sampler).is_meta
-
-
 def test_conditions():
     network, x0 = setting("attention")
     kwargs = {"label": torch.empty(4, device="meta", dtype=torch.float64)}

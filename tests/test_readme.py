@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.diagnostics.test_wrapping import LINEAR, trained
+from tests.diagnostics.test_wrapping import trained
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,18 +122,3 @@ def test_a_wrapping_has_the_loss_of_its_trainer(wrapping):
     torch.testing.assert_close(ours, trainers_loss(wrapping, network, x0), rtol=1e-6, atol=0)
     report = hosm.check_wrapping(model, x0)
     assert report.ok, report
-
-
-@pytest.mark.parametrize(
-    ("network", "as_if"),
-    [
-        ("table", {"schedule": hosm.VPSchedule()}),  # the index taken for t
-        ("vp", {"schedule": LINEAR}),
-        ("edm", {"schedule": hosm.VPSchedule(), "prediction": "x0"}),
-    ],
-)
-def test_a_network_in_the_wrapping_of_another(network, as_if):
-    recorded, x0 = stand_in(network)
-    report = hosm.check_wrapping(hosm.ScoreModel(recorded, **as_if), x0)
-    assert not report.ok
-    assert report.best is not None
