@@ -60,7 +60,7 @@ def environment(options: Namespace) -> Row:
 
 def training(
     model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = 1e-3, decays=True
-) -> Iterator[None]:
+) -> Iterator[torch.optim.Adam]:
     """Take a step of Adam, by default with a cosine decay over all, each time it is advanced.
 
     The gradients of a step stay in place until the next one.
@@ -73,7 +73,7 @@ def training(
         optimizer.step()
         if decay is not None:
             decay.step()
-        yield
+        yield optimizer
 
 
 def train(

@@ -21,9 +21,26 @@ The protocol, fixed before anything was run. For each cell of worth_problems:
     5. What a step of each loss costs in time is `python -m benchmarks speed`: on networks of at
        least 20 ms, and never measured here, where the networks are tiny.
 
+Rows of quiet batches, whose protocol was fixed before any of them was run:
+    6. "times": each member learns the density of its times with `AdaptiveTimes`, from 64 samples
+       every 25 steps. What `learn` evaluates is taken off the steps.
+    7. "pairs": each sample has both ε and −ε, so a batch of 256 has 128 samples. All 256 samples
+       that plain order one would draw are the reference of averaged targets; "2,048 more" draws
+       so many beside them in every step.
+    8. VE cells have the default weighting, which is the objective of 1, and VP cells "likelihood",
+       a constant times it. Orders two and three train in VE cells of at most four dimensions.
+    9. Families with times, and with pairs and times, have rates of their own, chosen as in 2. At
+       order one a row is compared with the same targets without pairs and times, and at a higher
+       order with order one on the same batches.
+
 All seeds of a row train as one ensemble. Each row is written to results/orders/CELL.json at once,
-with its environment, and a second run goes on where the first one stopped; two runs may share the
-work by cells. --out has the weights that second stages start from.
+with its environment, and a second run goes on where the first one stopped; a row that was cut off
+starts anew. Two runs may share the work by cells. A row is one command. In the cells of SEARCHED,
+which come first, it also searches the rates of the row's family:
+
+    python -m benchmarks.worth --cells '^many-well, d = 8$' --rows '^one, averaged, pairs, times$'
+
+--out has the weights that second stages start from.
 """
 
 import re
@@ -59,6 +76,8 @@ SECOND_STAGE = ("one, averaged", "two, averaged", "three, averaged")
 WEIGHTS = {1: (1.0,), 2: (1.0, 0.5, 0.0)}
 INFORMATION_DRAWS = 2**16
 SEARCHED = ("mixture, d = 1, VE", "checkerboard, d = 2", "many-well, d = 4")
+EVERY, LEARNT = 25, 64  # steps between calls of `learn`, and its samples
+MORE = 2048  # references
 
 
 class Recipe(NamedTuple):
@@ -70,11 +89,19 @@ class Recipe(NamedTuple):
     scores: str = ""  # "by element", "matrix" or none
     fraction: float = 1.0
     scale: float = 1.0  # of the weights of the higher terms
+    times: bool = False  # whether they are learnt
+    noises: int = 1  # of each sample; two are a pair
+    more: int = 0  # references beside the batch
 
     @property
     def evaluations(self) -> float:
-        """Of the network for a sample in a step."""
+        """Of the network for a noisy sample in a step."""
         return {1: 3.0, 2: 6.0, 3: 3 + 9 * self.fraction}[self.order]
+
+    def evaluations_in(self, steps: int, batch: int) -> float:
+        """Of the network, over those of a row of the batch: in the steps and in `learn`."""
+        calls = (steps - 1) // EVERY if self.times else 0
+        return self.evaluations * (steps + calls * min(LEARNT * self.noises, batch) / batch)
 
 
 def weights_of(recipe: Recipe, elements: int) -> tuple[float, ...]:
@@ -86,6 +113,32 @@ def weights_of(recipe: Recipe, elements: int) -> tuple[float, ...]:
 
 def rows(cell: Cell) -> dict[str, Recipe]:
     """What trains from scratch, by name."""
+    recipes = rows_as_drawn(cell)
+    return recipes | quiet_rows(cell, recipes)
+
+
+def quiet_rows(cell: Cell, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Rows with the same targets on quiet batches."""
+    bases = ["one", "one, averaged", "one, scores", "one, scores, averaged"]
+    if cell.density.elements <= 4 and isinstance(cell.schedule, hosm.VESchedule):
+        bases += ["two, averaged", "three, averaged"]
+    quiet = {}
+    for base in bases:
+        if base not in recipes:
+            continue
+        recipe = recipes[base]
+        times = recipe._replace(family=f"{recipe.family}, times", times=True)
+        pairs = times._replace(family=f"{recipe.family}, pairs, times", noises=2)
+        if recipe.order == 1:
+            quiet[f"{base}, times"] = times
+        quiet[f"{base}, pairs, times"] = pairs
+        if recipe.order == 1 and recipe.averaged:
+            quiet[f"{base}, pairs, times, 2,048 more"] = pairs._replace(more=MORE)
+    return quiet
+
+
+def rows_as_drawn(cell: Cell) -> dict[str, Recipe]:
+    """Rows with times and noise as they are drawn."""
     one, one_averaged, two, three = FAMILIES
     recipes = {
         one: Recipe(1, one),
@@ -125,12 +178,13 @@ class MemberTargets(hosm.AveragedTargets):
         tensors, others = args[:4], args[4:]
         return Members(
             [
-                self._member(i).posterior(*(part[i :: self.members] for part in tensors), *others)
+                self.member(i).posterior(*(part[i :: self.members] for part in tensors), *others)
                 for i in range(self.members)
             ]
         )
 
-    def _member(self, i: int) -> Any:
+    def member(self, i: int) -> Any:
+        """The targets of a member alone."""
         averaged = None
         if self.averaged:
             assert self.batch is not None
@@ -158,50 +212,113 @@ class Members:
         return together(C2v, 1), together(C3v, 1) if third else None
 
 
-Loss = Callable[[Tensor, torch.Generator], Tensor]
+class MemberTimes(hosm.AdaptiveTimes):
+    """The learnt times of an ensemble, whose members have densities of their own."""
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.members = [hosm.AdaptiveTimes() for _ in range(members)]
+
+    def draw(
+        self,
+        schedule: hosm.Schedule,
+        like: Tensor,
+        generator: torch.Generator | None,
+        *,
+        uniform: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Times, and 1 over the density of log σ̂, for rows of all members in turns."""
+        count = len(self.members)
+        t, spread = zip(
+            *(
+                times.draw(schedule, like[i::count], generator, uniform=uniform)
+                for i, times in enumerate(self.members)
+            ),
+            strict=True,
+        )
+        return together(t), together(spread)
 
 
-def loss_of(cell: Cell, recipe: Recipe, model: hosm.ScoreModel, members: int) -> Loss:
+class EnsembleLoss:
     """The loss of a batch, rows of all members in turns, with everything drawn anew.
 
     `fraction` draws rows at random, which would mix the members. The first rows of a batch are as
-    random: the higher terms are of these, and the first term is of all.
+    random: the higher terms are of these, and the first term is of all. Rows that only serve as
+    references are the last ones.
     """
-    low, high = cell.schedule.log_sigma_hat_range
-    weights = weights_of(recipe, cell.density.elements)
-    quiet = {"members": members, "averaged": recipe.averaged}
-    if recipe.scores:
-        data = cell.draw(INFORMATION_DRAWS, torch.Generator().manual_seed(2)).double()
-        scores = cell.density.data_score(data)
-        information = scores.square().mean(0)
-        if recipe.scores == "matrix":
-            information = scores.T @ scores / len(scores)
-        quiet |= {
-            "scores": lambda x: cell.density.data_score(x.double()).to(x.dtype),
-            "information": information,
-        }
 
-    def times(count: int, generator: torch.Generator | None) -> Tensor:
-        return cell.schedule.time(low + (high - low) * torch.rand(count, generator=generator))
+    def __init__(self, cell: Cell, recipe: Recipe, model: hosm.ScoreModel, members: int) -> None:
+        self.cell, self.recipe, self.model, self.members = cell, recipe, model, members
+        self.weights = weights_of(recipe, cell.density.elements)
+        self.times = MemberTimes(members)
+        self.quiet: dict[str, Any] = {"members": members, "averaged": recipe.averaged}
+        if recipe.scores:
+            data = cell.draw(INFORMATION_DRAWS, torch.Generator().manual_seed(2)).double()
+            scores = cell.density.data_score(data)
+            information = scores.square().mean(0)
+            if recipe.scores == "matrix":
+                information = scores.T @ scores / len(scores)
+            self.quiet |= {
+                "scores": lambda x: cell.density.data_score(x.double()).to(x.dtype),
+                "information": information,
+            }
 
-    def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
-        how: dict[str, Any] = {"generator": generator}
-        if not cell.uniform_in_t:
-            how["time_sampler"] = times
+    def __call__(self, drawn: Tensor, generator: torch.Generator | None) -> Tensor:
+        recipe, model, x0 = self.recipe, self.model, self._samples(drawn)
+        how = self._options(self.times) | {"generator": generator}
         if recipe.averaged or recipe.scores:
-            how["targets"] = MemberTargets(batch=x0, **quiet)
+            how["targets"] = MemberTargets(batch=drawn, **self.quiet)
         if recipe.order == 1:
             return hosm.first_order_dsm(model, x0, **how)
         higher = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[recipe.order]
         if recipe.fraction == 1:
-            return higher(model, x0, weights=weights, **how)
-        chosen = round(recipe.fraction * len(x0) / members) * members
+            return higher(model, x0, weights=self.weights, **how)
+        chosen = round(recipe.fraction * len(x0) / self.members) * self.members
         share = chosen / len(x0)
-        value = higher(model, x0[:chosen], weights=(share, *weights[1:]), **how)
+        value = higher(model, x0[:chosen], weights=(share, *self.weights[1:]), **how)
         # AveragedTargets(own=False) finds these rows in the batch as well.
         return value + (1 - share) * hosm.first_order_dsm(model, x0[chosen:], **how)
 
-    return loss
+    def learn(
+        self, drawn: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        """Let each member learn its times as it would alone: by its rows and its part of Adam."""
+        order, x0 = self.recipe.order, self._samples(drawn)
+        targets = MemberTargets(batch=drawn, **self.quiet)
+        modules = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+        for i, times in enumerate(self.times.members):
+            alone = self.cell.model([i])
+            adam = torch.optim.Adam(alone.parameters())
+            for own, every in zip(alone.parameters(), self.model.parameters(), strict=True):
+                own.data = every.detach()[i : i + 1]
+                squares = optimizer.state[every]["exp_avg_sq"]
+                adam.state[own] = {"exp_avg_sq": squares[i : i + 1]}
+            times.learn(
+                modules[order](alone, **self._options(times)),
+                x0[i :: self.members],
+                adam,
+                rows=LEARNT,
+                targets=targets.member(i),
+                weights=self.weights if order > 1 else None,
+                generator=generator,
+            )
+
+    def _samples(self, drawn: Tensor) -> Tensor:
+        """The rows that are trained on."""
+        return drawn[: (len(drawn) - self.recipe.more * self.members) // self.recipe.noises]
+
+    def _options(self, learnt: hosm.AdaptiveTimes) -> dict[str, Any]:
+        cell, how = self.cell, {"antithetic": self.recipe.noises == 2}
+        if not self.recipe.times:
+            return how if cell.uniform_in_t else how | {"time_sampler": self._uniform}
+        as_drawn = cell.uniform_in_t or isinstance(cell.schedule, hosm.VESchedule)
+        weighting = "noise" if as_drawn else "likelihood"
+        return how | {"time_sampler": learnt, "weighting": weighting}
+
+    def _uniform(self, count: int, generator: torch.Generator | None) -> Tensor:
+        low, high = self.cell.schedule.log_sigma_hat_range
+        unit = torch.rand(count, generator=generator)
+        return self.cell.schedule.time(low + (high - low) * unit)
 
 
 def training(
@@ -209,19 +326,25 @@ def training(
 ) -> Iterator[None]:
     """A training of all members, each at its own rate, a step each time it is advanced."""
     generator = torch.Generator().manual_seed(1)
-    loss = loss_of(cell, recipe, model, len(rates))
+    loss = EnsembleLoss(cell, recipe, model, len(rates))
+
+    def draw() -> Tensor:
+        return cell.draw((cell.batch + recipe.more) * len(rates), generator)
 
     def value() -> Tensor:
-        return loss(cell.draw(cell.batch * len(rates), generator), generator)
+        return loss(draw(), generator)
 
     share = torch.tensor(rates)[:, None, None] / max(rates)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for _ in experiment.training(model, value, steps, max(rates)):
+    every = experiment.training(model, value, steps, max(rates))
+    for step, optimizer in enumerate(every, 1):
         if min(rates) < max(rates):  # a step of Adam is proportional to its rate
             with torch.no_grad():
                 for now, start in zip(model.parameters(), before, strict=True):
                     now.copy_(torch.lerp(start, now, share))
                     start.copy_(now)
+        if recipe.times and step % EVERY == 0 and step < steps:
+            loss.learn(draw(), optimizer, generator)
         yield
 
 
@@ -262,10 +385,15 @@ class Study:
         for _ in tqdm(every, f"{self.name}: {bar}", steps, leave=False, mininterval=30):
             pass
         weights = weights_of(recipe, self.cell.density.elements)
-        return {"steps": steps, "weights": weights, "evaluations": recipe.evaluations * steps}
+        evaluations = recipe.evaluations_in(steps, self.cell.batch)
+        return {"steps": steps, "weights": weights, "evaluations": evaluations}
 
     def steps(self, recipe: Recipe) -> int:
-        return round(self.cell.budget * 3 / recipe.evaluations)
+        budget = self.cell.budget * 3
+        steps = round(budget / recipe.evaluations)
+        while recipe.times and recipe.evaluations_in(steps, self.cell.batch) > budget:
+            steps -= 1
+        return steps
 
     def search(self, models: Callable[[Sequence[int]], hosm.ScoreModel], recipe: Recipe) -> Row:
         """The spare seeds at every rate, but for the highest where the loss diverges there."""

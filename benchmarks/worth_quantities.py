@@ -14,6 +14,7 @@ Values are kept by member and block of points, (S, BLOCKS). Differences between 
 then paired by seed and by points, and so are log-ratios of score errors.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -200,16 +201,18 @@ def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estima
 def base_of(name: str) -> str:
     """The row that a row is compared with, which differs from it in one respect.
 
-    Targets are compared with plain order one, orders with order one under the same targets, a long
-    training with one of a third of its steps, and second stages with order one continued.
+    Targets are compared with plain order one, orders with order one under the same targets, quiet
+    batches with the same targets as drawn, a long training with one of a third of its steps, and
+    second stages with order one continued.
     """
     if name.startswith("after"):
         return "after: one, averaged"
     if name == "long":
         return "a third of long"
+    targets, *quiet = re.split("(, pairs|, times)", name, maxsplit=1)
     if name.startswith("one"):
-        return "one"
-    return "one, scores, averaged" if "scores" in name else "one, averaged"
+        return targets if quiet else "one"
+    return "".join(["one, scores, averaged" if "scores" in name else "one, averaged", *quiet])
 
 
 def ratios(report: Row) -> Row:

@@ -21,6 +21,7 @@ from benchmarks.worth_problems import (
     Cell,
     Checkerboard,
     Digits,
+    Ensemble,
     Funnel,
     Lattice,
     Line,
@@ -31,6 +32,7 @@ from benchmarks.worth_problems import (
     mixture,
 )
 from benchmarks.worth_quantities import (
+    base_of,
     by_rate,
     compare,
     dependence,
@@ -43,6 +45,7 @@ from benchmarks.worth_quantities import (
     score,
 )
 
+from hosm_losses.losses import times
 from hosm_losses.losses.options import check_weights
 
 
@@ -258,11 +261,12 @@ def _drawn_from_data(monkeypatch):
 def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name):
     cell, seeds = small(), (0, 1, 2)
     model, recipe = cell.model(seeds).double(), worth.rows(cell)[name]
-    x = cell.draw(8 * len(seeds), torch.Generator().manual_seed(0)).double()
-    worth.loss_of(cell, recipe, model, len(seeds))(x, None).backward()
+    drawn = (8 + recipe.more) * len(seeds)
+    x = cell.draw(drawn, torch.Generator().manual_seed(0)).double()
+    worth.EnsembleLoss(cell, recipe, model, len(seeds))(x, None).backward()
     for i, seed in enumerate(seeds):
         alone = cell.model([seed]).double()
-        worth.loss_of(cell, recipe, alone, 1)(x[i :: len(seeds)], None).backward()
+        worth.EnsembleLoss(cell, recipe, alone, 1)(x[i :: len(seeds)], None).backward()
         for both, single in zip(model.parameters(), alone.parameters(), strict=True):
             assert torch.allclose(len(seeds) * both.grad[i : i + 1], single.grad, atol=1e-10)
 
@@ -274,10 +278,140 @@ def test_a_fraction_is_that_of_the_library(monkeypatch):
     cell, recipe = small(), Recipe(3, "one", fraction=0.5)
     model = cell.model([0]).double()
     x = cell.draw(8, torch.Generator().manual_seed(0)).double()
-    found = worth.loss_of(cell, recipe, model, 1)(x, None)
+    found = worth.EnsembleLoss(cell, recipe, model, 1)(x, None)
     weights = worth.weights_of(recipe, 2)
     expected = hosm.third_order_dsm(model, x, fraction=0.5, weights=weights)
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("problem", ["many-well, d = 2", "mixture, d = 1, VP"])
+def test_a_quiet_row_has_the_mean_of_the_row_as_drawn(problem):
+    """Its loss is the mean over ±ε of the averaged row's, over the density of its own member."""
+    cell, members, generator = small(problem), 2, torch.Generator().manual_seed(0)
+    low, high = cell.schedule.log_sigma_hat_range
+    vp = problem.endswith("VP")
+    model = cell.model(range(members)).double()
+    recipe = worth.rows(cell)["one, averaged, pairs, times"]
+    loss = worth.EnsembleLoss(cell, recipe, model, members)
+    for own in loss.times.members:
+        own.m.copy_(0.1 + torch.rand(len(own.m), generator=generator))
+    x = cell.draw(8 * members, generator).double()
+    found = loss(x, torch.Generator().manual_seed(1)).detach()
+
+    generator, x0 = torch.Generator().manual_seed(1), x[: 4 * members]
+    t, spread = loss.times.draw(cell.schedule, x0, generator, uniform=vp)
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    averaged = worth.MemberTargets(batch=x, members=members, averaged=True)
+    how = {"t": t, "targets": averaged, "reduction": "none"}
+    both = [hosm.first_order_dsm(model, x0, noise=eps, **how) for eps in (noise, -noise)]
+    terms = spread / (high - low) * sum(both) / 2
+    scale = (high - low) * cell.density.elements if vp else 1
+    assert float(found) == pytest.approx(scale * float(terms.detach().mean()), rel=1e-12)
+
+    for i, own in enumerate(loss.times.members):
+        weighting = "likelihood" if vp else "noise"
+        objective = hosm.FirstOrderDSM(model, time_sampler=own, weighting=weighting)
+        middles, density = own.density(objective)
+        levels = cell.schedule.log_sigma_hat(t[i::members])
+        nearest = (levels[:, None] - middles).abs().argmin(1)
+        assert torch.allclose(spread[i::members] * density[nearest], torch.ones(4).double())
+
+
+@pytest.mark.parametrize(
+    "name", ["one, scores, averaged, pairs, times", "two, averaged, pairs, times"]
+)
+def test_a_member_learns_its_times_as_it_would_alone(name):
+    cell, seeds = small(), (0, 1, 2)
+    recipe, count = worth.rows(cell)[name], len(seeds)
+    x = cell.draw(8 * count, torch.Generator().manual_seed(0))
+
+    def learnt(x, seeds, scale=1.0):
+        """What each learns after a step, with all that the member in the middle has scaled."""
+        model = cell.model(seeds)
+        loss = worth.EnsembleLoss(cell, recipe, model, len(seeds))
+        optimizer = torch.optim.Adam(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().cos()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[1:2] *= scale
+        before = [parameter.clone() for parameter in model.parameters()]
+        loss.learn(x, optimizer, torch.Generator().manual_seed(1))
+        assert all(map(torch.equal, before, model.parameters()))
+        return torch.stack([own.m for own in loss.times.members])
+
+    together = learnt(x, seeds)
+    assert len(torch.unique(together, dim=0)) == count
+    torch.testing.assert_close(learnt(x[::count], seeds[:1]), together[:1])
+    other = x.clone()
+    other[1::count] *= -0.5
+    for changed in (learnt(x, seeds, scale=2.0), learnt(other, seeds)):
+        same = (changed == together).all(1)
+        assert same.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["one", "one, times", "two, averaged, pairs, times"])
+def test_all_evaluations_are_counted(name, monkeypatch, tmp_path):
+    """Those of a step and of a call of `learn`, row by row, in a backward for each."""
+    rows, forward = [], Ensemble.forward
+
+    def counted(self, x, t):
+        rows.append(len(x))
+        return forward(self, x, t)
+
+    monkeypatch.setattr(Ensemble, "forward", counted)
+    monkeypatch.setattr(times, "SMALL", 0)
+    monkeypatch.setattr(worth, "EVERY", 3)
+    monkeypatch.setattr(worth, "LEARNT", 2)
+    cell = small(budget=16, seeds=2)
+    recipe = worth.rows(cell)[name]
+    study = worth.Study("cell", cell, {}, tmp_path, tmp_path)
+    steps = study.steps(recipe)
+    row = study.train(cell.model(range(2)), recipe, steps, [1e-3] * 2, "")
+    assert row["evaluations"] == recipe.evaluations * sum(rows) / (2 * cell.batch)
+    assert row["evaluations"] <= 3 * cell.budget
+    assert recipe.evaluations_in(steps + 1, cell.batch) > 3 * cell.budget
+
+
+def test_a_row_that_was_cut_off_is_made_as_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(worth, "EVERY", 3)
+    name, original, cell = "one, averaged, pairs, times", worth.training, small()
+
+    def cut_off(*arguments):
+        for step, _ in enumerate(original(*arguments)):
+            if step == 4 and len(arguments[-1]) == cell.seeds:
+                raise KeyboardInterrupt
+            yield
+
+    def run(directory):
+        study = worth.Study("cell", cell, {}, directory, directory)
+        study.run(f"^{name}$")
+        return json.loads(study.file.read_text())
+
+    whole = run(tmp_path / "whole")
+    assert [*whole["rows"]] == [f"rates: {name}", name]
+    with monkeypatch.context() as patch:
+        patch.setattr(worth, "training", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "resumed")
+    torch.manual_seed(7)
+    assert run(tmp_path / "resumed") == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("one, times", "one"),
+        ("one, scores, matrix", "one"),
+        ("one, averaged, pairs, times, 2,048 more", "one, averaged"),
+        ("one, scores, averaged, times", "one, scores, averaged"),
+        ("two, averaged, pairs, times", "one, averaged, pairs, times"),
+        ("three, averaged, fraction 1, weights × .1", "one, averaged"),
+    ],
+)
+def test_a_row_is_compared_with_one_that_differs_in_one_respect(name, base):
+    assert base_of(name) == base
 
 
 def test_each_member_trains_at_its_own_rate(monkeypatch):
@@ -286,7 +420,7 @@ def test_each_member_trains_at_its_own_rate(monkeypatch):
     def loss_of(cell, recipe, model, members):
         return lambda *_: sum((p - 1).square().sum() for p in model.parameters())
 
-    monkeypatch.setattr(worth, "loss_of", loss_of)
+    monkeypatch.setattr(worth, "EnsembleLoss", loss_of)
     both, recipe = cell.model([7, 7]), Recipe(1, "one")
     list(worth.training(cell, both, recipe, 3, rates))
     for i, rate in enumerate(rates):
@@ -390,7 +524,7 @@ def test_times_are_those_of_the_schedule_where_a_cell_says_so():
             return x
 
         model = hosm.ScoreModel(network, cell.schedule)
-        loss = worth.loss_of(cell, Recipe(1, "one"), model, 1)
+        loss = worth.EnsembleLoss(cell, Recipe(1, "one"), model, 1)
         x0 = torch.zeros(4096, cell.density.elements)
         loss(x0, torch.Generator().manual_seed(0))
         levels.append(cell.schedule.log_sigma_hat(times[0]).mean())
@@ -432,7 +566,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     one, other = {"commit": "a"}, {"commit": "b"}
     first = run(one)
     assert first["facts"]["elements"] == 2
-    assert len(trained) == len(names) + 4 + 2 + 2 * 3
+    families = {recipe.family for recipe in worth.rows(cell).values()}
+    assert len(families) == 4 + 6
+    assert len(trained) == len(names) + len(families) + 2 + 2 * 3
     for name in names:
         row = first["rows"][name]
         assert torch.tensor(row["kl"]).shape == torch.tensor(row["log_score"]).shape == (5, 8)
