@@ -128,6 +128,17 @@ def test_averaged_targets_are_a_few_products_with_the_reference(order, products)
     assert found < 1.02 * plain
 
 
+@pytest.mark.parametrize("order", [1, 3])
+def test_pairs_cost_what_as_many_samples_cost_in_one_call(order):
+    network, costs = Residual(), []
+    model = hosm.ScoreModel(network, VP)
+    for count, options in ((8, {}), (4, {"antithetic": True})):
+        network.calls.clear()
+        x0 = torch.randn(count, 1, 8, 8)
+        costs.append((flops(lambda: FUNCTIONS[order](model, x0, **options)), [*network.calls]))  # noqa: B023
+    assert costs[0] == costs[1]
+
+
 def test_a_fraction_costs_its_part():
     x0 = torch.randn(8, 1, 6, 6)
     whole, _ = ratio(3, x0)

@@ -23,7 +23,7 @@ from tests.versions import OLD, SHARDS_ON_CPU
 pytestmark = pytest.mark.slow
 
 CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
-CASES += [(3, {"targets": hosm.TargetScores(torch.neg, 2.0)})]
+CASES += [(3, {"targets": hosm.TargetScores(torch.neg, 2.0)}), (3, {"antithetic": True})]
 COMPILES = CASES[:3]  # losses that become one graph
 BATCH = 4
 
@@ -174,12 +174,25 @@ def inside():
     return [expected, *found]
 
 
+def learnt():
+    """The m of each process after it learnt from data of its own, and after the next step."""
+    _, module, x0, _ = setting(1, {"time_sampler": hosm.AdaptiveTimes()})
+    wrapped, times = DistributedDataParallel(module), module.time_sampler
+    times.learn(wrapped, x0 + dist.get_rank())
+    found = [times.m.clone()]
+    wrapped(x0).backward()
+    found.append(times.m.clone())
+    both = [torch.empty(2, *found[0].shape, dtype=times.m.dtype) for _ in range(2)]
+    dist.all_gather(both, torch.stack(found))
+    return torch.stack(both)
+
+
 WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": accumulated}
 WORK["fsdp1"] = fsdp1
 WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
-OTHERS = {"likelihood": likelihood, "inside": inside}
+OTHERS = {"likelihood": likelihood, "inside": inside, "learnt": learnt}
 
 
 def work(rank, folder, kind):
@@ -229,6 +242,14 @@ def test_the_model_inside_a_wrapped_module_is_evaluated(tmp_path):
     assert expected.isfinite().all()
     for numbers in found:
         torch.testing.assert_close(numbers, expected)
+
+
+def test_a_step_takes_the_times_that_the_first_process_learnt(tmp_path):
+    mp.spawn(work, (str(tmp_path), "learnt"), nprocs=2)
+    (own, after), (other, also_after) = torch.load(tmp_path / "found.pt")
+    assert not torch.equal(own, other)
+    assert torch.equal(after, own)
+    assert torch.equal(also_after, own)
 
 
 @pytest.fixture

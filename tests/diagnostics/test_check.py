@@ -650,7 +650,7 @@ def test_a_network_that_writes_to_its_inputs_changes_no_tensor_of_the_caller(mod
 def test_a_network_that_cannot_be_copied_is_an_error_that_says_so():
     network = MLP(4)
     network.kept = network.inner.weight * 2
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"which says: .*deepcopy.* Check it in a fresh process"):
         hosm.check_derivatives(hosm.ScoreModel(network, VP), TABLE)
 
 

@@ -40,7 +40,8 @@ def test_a_training_step() -> None:
         ),
         hosm.third_order_dsm(model, x0, probes="exact", time_sampler=sampler),
         hosm.second_order_dsm(model, x0, probes=hosm.Paired(), weights="paper"),
-        hosm.first_order_dsm(model, x0, targets=torch.randn(4, 3)),
+        hosm.first_order_dsm(model, x0, antithetic=True, time_sampler=hosm.AdaptiveTimes()),
+        hosm.first_order_dsm(model, x0, t=torch.rand(4), noise=x0, targets=torch.randn(4, 3)),
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),
         hosm.third_order_dsm(model, x0, targets=hosm.TargetScores(-x0, information=1.0)),
     ]

@@ -20,6 +20,7 @@ from hosm_losses._checks import (
     check_choice,
     check_model_kwargs,
     check_sample_batch,
+    describe_value,
     error_message,
 )
 from hosm_losses._torch_internals import leave_inference_mode
@@ -34,6 +35,7 @@ from hosm_losses.diagnostics.localize import (
 )
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
+    UNSHARD,
     BoundModel,
     ScoreModel,
     bind_model,
@@ -216,7 +218,16 @@ def check_derivatives(
 
 
 def _copy_model(model: ScoreModel) -> ScoreModel:
-    copied = model._deep_copy({})  # copy.deepcopy would refuse a function, which may use modules
+    try:
+        # copy.deepcopy would refuse a function, because it may refer to modules.
+        copied = model._deep_copy({})
+    except Exception as error:
+        sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
+        remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
+        expected = "a network that copy.deepcopy can copy, so that yours stays unchanged"
+        got = f"{describe_value(model.network)}, which says: {str(error).splitlines()[0]}"
+        text = error_message("network", expected, model.network, remedy, got=got)
+        raise TypeError(text) from error
     if not isinstance(copied.network, nn.Module) and copied.network is model.network:
         # A function is not copied, but anything cached about this function must not outlive the
         # check.
