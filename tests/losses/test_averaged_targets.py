@@ -4,6 +4,7 @@ In between `test_random_options` compares them with sums over the reference, one
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -174,3 +175,42 @@ def test_data_far_from_zero_lose_no_digits():
     apart = noise[:, None].double() + (x0[:, None].double() - x0) / schedule.sigma(t.double())[0]
     weights = (-apart.square().sum(-1) / 2).softmax(1)
     assert_same(found.first.double(), (weights[..., None] * apart).sum(1).square().mean(1), 1e-6)
+
+
+class GaussianMoments(NamedTuple):
+    """Those of ε given x, for data with the variance 0.3 in each direction."""
+
+    weights: torch.Tensor  # of which only the size and the dtype count, (B, 1)
+    mean: torch.Tensor  # E[ε | x] − ε, (B, d)
+    variance: torch.Tensor  # (B, 1)
+
+    def at(self, index):
+        return GaussianMoments(*(part[index] for part in self))
+
+    def along(self, v, ell, *, third):
+        return self.variance * v, torch.zeros_like(v) if third else None
+
+
+class OfGaussians(hosm.AveragedTargets):
+    """Targets of the user's own."""
+
+    def posterior(self, x0, noise, alpha, sigma, kwargs):
+        alpha, sigma = alpha[:, None], sigma[:, None]
+        x0 = x0.repeat(len(noise) // len(x0), 1)
+        whole = 0.3 * alpha.square() + sigma.square()
+        mean = sigma * (alpha * x0 + sigma * noise) / whole - noise
+        return GaussianMoments(torch.ones_like(alpha), mean, 0.3 * alpha.square() / whole)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize(("loss", "options"), LOSSES)
+def test_targets_of_ones_own_leave_no_noise_at_the_true_score(loss, options, antithetic):
+    def network(x, t):
+        alpha, sigma = (part[:, None] for part in VP(t))
+        return sigma * x / (0.3 * alpha.square() + sigma.square())
+
+    x0 = 0.3**0.5 * torch.randn(16, D)
+    model = hosm.ScoreModel(network, VP)
+    value = loss(model, x0, targets=OfGaussians(), antithetic=antithetic, **options)
+    assert abs(float(value)) < 1e-20
+    assert float(loss(model, x0, antithetic=antithetic, **options)) > 1e-3
