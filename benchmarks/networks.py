@@ -152,10 +152,12 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Residual blocks at 16×16 and 8×8 with skips, attention at 8×8, 64 and 128 channels."""
 
-    def __init__(self, width: int = 64, factors: tuple[int, ...] = (1, 2), blocks: int = 2):
+    def __init__(
+        self, width: int = 64, factors: tuple[int, ...] = (1, 2), blocks: int = 2, channels=3
+    ) -> None:
         super().__init__()
         self.width, self.time = width, time_layers(width, 4 * width)
-        self.inner, self.outer = conv(3, width), conv(width, 3)
+        self.inner, self.outer = conv(channels, width), conv(width, channels)
         self.levels = Level(width, [factor * width for factor in factors], blocks, 4 * width)
         self.norm = nn.GroupNorm(8, width)
 

@@ -1,0 +1,178 @@
+"""What are quiet batches worth on natural images at equal evaluations of the network?
+
+    python -m benchmarks.patches [--row ROW] [--dirty | --smoke]
+
+The protocol, fixed before anything was run:
+    1. Photographs that scikit-image and scikit-learn contain become grey, the mean of the colours:
+       256 levels on [−1, 1], uniform within each. They are cut into tiles of 64×64. Two whole
+       photographs and every tenth tile of the others are for validation, as many for the test. A
+       patch of 8×8 lies anywhere within one tile.
+    2. A U-Net of 136,000 parameters trains with order one, Adam and a cosine decay to zero, for
+       6,000 steps of 64 rows.
+    3. A pair of opposite noises counts as two rows. `learn` takes 64 rows every 25 steps, which
+       are taken off the steps. The reference of averaged targets is the 64 patches that plain
+       order one would draw.
+    4. Every row trains two seeds at each of RATES. The validation loss chooses one for each seed,
+       whose final weights are judged by the NLL of 256 patches, the same for all.
+    5. The difference to "plain" is paired by patch, and its standard error is over patches; one
+       for each seed.
+
+Each row is written to results/patches.json at once, and a second run goes on where the first one
+stopped. To measure a row anew, remove it from the file.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hosm_losses as hosm
+from benchmarks import experiment, results
+from benchmarks.experiment import Row
+from benchmarks.networks import UNet
+
+FILE = results.DIRECTORY / "patches.json"
+ROWS = ("plain", "times", "pairs, times", "averaged, pairs, times")
+RATES = (1e-3, 3e-3, 1e-2)
+SEEDS, EVERY = 2, 25  # EVERY: steps between calls of `learn`
+SIDE, TILE, LEVELS = 8, 64, 256
+STD = 0.4  # of a pixel
+# Below half a level there is only the dequantization's noise. The largest principal standard
+# deviation of patches, nearly along their mean, is seven to ten times that of a pixel.
+SCHEDULE = hosm.VESchedule(sigma_min=0.01 * STD, sigma_max=50 * STD)
+# With scikit-image, which would download others.
+SHIPPED = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon")
+VALIDATION, TEST = 0, 1  # of every ten tiles in turn, and those of whole photographs
+WHOLE = {"chelsea": VALIDATION, "flower": VALIDATION, "coffee": TEST, "china": TEST}
+
+
+class Sizes(NamedTuple):
+    steps: int = 6_000
+    batch: int = 64
+    validation: int = 4_096
+    test: int = 256
+
+
+def photographs() -> dict[str, Tensor]:
+    """Grey levels (H, W), by name."""
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_image
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"expected the extra benchmarks; got no {error.name}") from None
+    found = {name: getattr(data, name)() for name in SHIPPED}
+    found |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    grey = {name: np.atleast_3d(picture).mean(2) for name, picture in found.items()}
+    return {name: torch.tensor(each).round().float() for name, each in grey.items()}
+
+
+def split(pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles (N, 64, 64) for training, validation and test."""
+    tiles, tenths = [], []
+    for name, picture in pictures.items():
+        tiles.append(picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE).flatten(0, 1))
+        tenth = torch.arange(len(tiles[-1])) % 10
+        tenths.append(torch.full_like(tenth, WHOLE[name]) if name in WHOLE else tenth)
+    every, tenth = torch.cat(tiles), torch.cat(tenths)
+    return every[tenth > TEST], every[tenth == VALIDATION], every[tenth == TEST]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(tiles: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Patches (count, 1, 8, 8) from anywhere within tiles, dequantized."""
+    windows = tiles.unfold(1, SIDE, 1).unfold(2, SIDE, 1)
+    index = [torch.randint(size, (count,), generator=generator) for size in windows.shape[:3]]
+    levels = windows[tuple(index)][:, None]
+    return 2 * (levels + torch.rand(levels.shape, generator=generator)) / LEVELS - 1
+
+
+class Network(nn.Module):
+    """Adds a U-Net to the noise's exact predictor for Gaussian pixels, scaled as in EDM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet(32, (1, 1), blocks=1, channels=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        sigma = SCHEDULE.sigma(t)[:, None, None, None]
+        scale = (sigma**2 + STD**2).sqrt()
+        return (sigma * x / scale + STD * self.unet(x / scale, t)) / scale
+
+
+def steps_of(row: str, budget: int) -> int:
+    """How many steps cost no more than `budget` plain ones; a call of `learn` costs one."""
+    return budget - budget // (EVERY + 1) if "times" in row else budget
+
+
+def trained(row: str, tiles: Tensor, sizes: Sizes, rate: float, seed: int) -> hosm.ScoreModel:
+    """The model at the end of a training."""
+    torch.manual_seed(seed)
+    model, generator = hosm.ScoreModel(Network(), SCHEDULE), seeded(seed)
+    sampler = hosm.AdaptiveTimes() if "times" in row else None
+    loss = hosm.FirstOrderDSM(model, antithetic="pairs" in row, time_sampler=sampler)
+
+    def batch() -> Row:
+        x = draw(tiles, sizes.batch, generator)
+        targets = hosm.AveragedTargets(x, own=False) if "averaged" in row else None
+        x0 = x[: len(x) // 2] if "pairs" in row else x
+        return {"x0": x0, "targets": targets, "generator": generator}
+
+    steps = steps_of(row, sizes.steps)
+    every = experiment.training(model, lambda: loss(**batch()), steps, rate)
+    for step, optimizer in enumerate(every, 1):
+        if sampler is not None and step % EVERY == 0 and step < steps:
+            sampler.learn(loss, optimizer=optimizer, rows=sizes.batch, **batch())
+    return model.requires_grad_(False)
+
+
+def measure(row: str, splits: tuple[Tensor, Tensor, Tensor], sizes: Sizes, seed: int) -> Row:
+    """The validation loss at each rate, and the test's NLL in nats, by patch."""
+    tiles, *held_out = splits
+    validation = draw(held_out[VALIDATION], sizes.validation, seeded(0))
+    test, solver = draw(held_out[TEST], sizes.test, seeded(0)), hosm.FixedGrid(40)
+    models = [trained(row, tiles, sizes, rate, seed) for rate in RATES]
+    losses = [float(hosm.first_order_dsm(m, validation, generator=seeded(0))) for m in models]
+    best = models[losses.index(min(losses))]
+    judged = hosm.ode_nll(best, test, solver=solver, divergence="exact", batch_size=64)
+    numbers = {"nll": judged.nll.tolist(), "solver_error": float(judged.solver_error.mean())}
+    return {"validation": losses} | numbers
+
+
+def paired(above: list[float], below: list[float]) -> tuple[float, float]:
+    """The mean difference over patches, and its standard error."""
+    difference = np.subtract(above, below)
+    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+
+
+def compared(rows: Row) -> Row:
+    """The rows with their differences to "plain", once this is there."""
+    for row in rows.values() if "plain" in rows else ():
+        seeds = zip(row["seeds"], rows["plain"]["seeds"], strict=True)
+        row["over plain"] = [paired(each["nll"], plain["nll"]) for each, plain in seeds]
+    return rows
+
+
+def main() -> None:
+    parser = experiment.parser(__doc__)
+    parser.add_argument("--row", choices=ROWS, help="all of them by default")
+    options = parser.parse_args()
+    where = experiment.environment(options)
+    sizes = Sizes(30, 8, 8, 4) if options.smoke else Sizes()
+    torch.set_num_threads(1)
+    splits = split(photographs())
+    for row in [options.row] if options.row else ROWS:
+        if options.smoke or row not in results.read(FILE):
+            seeds = [measure(row, splits, sizes, seed) for seed in range(SEEDS)]
+            print(row, [float(np.mean(each["nll"])) for each in seeds], flush=True)
+            if not options.smoke:
+                found = {"seeds": seeds, "environment": where}
+                results.write(FILE, compared(results.read(FILE) | {row: found}))
+    print({row: found.get("over plain") for row, found in results.read(FILE).items()})
+
+
+if __name__ == "__main__":
+    main()
