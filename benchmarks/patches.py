@@ -133,7 +133,7 @@ def measure(row: str, splits: tuple[Tensor, Tensor, Tensor], sizes: Sizes, seed:
     """The validation loss at each rate, and the test's NLL in nats, by patch."""
     tiles, *held_out = splits
     validation = draw(held_out[VALIDATION], sizes.validation, seeded(0))
-    test, solver = draw(held_out[TEST], sizes.test, seeded(0)), hosm.FixedGrid(40)
+    test, solver = draw(held_out[TEST], sizes.test, seeded(0)), hosm.FixedGrid()
     models = [trained(row, tiles, sizes, rate, seed) for rate in RATES]
     losses = [float(hosm.first_order_dsm(m, validation, generator=seeded(0))) for m in models]
     best = models[losses.index(min(losses))]
