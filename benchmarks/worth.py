@@ -379,11 +379,20 @@ class Study:
         return self.rows[name]
 
     def train(
-        self, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float], bar: str
+        self,
+        model: hosm.ScoreModel,
+        recipe: Recipe,
+        steps: int,
+        rates: Sequence[float],
+        bar: str,
+        watch: Callable[[int], None] | None = None,
     ) -> Row:
+        """All steps; `watch` is called after each."""
         every = training(self.cell, model, recipe, steps, rates)
-        for _ in tqdm(every, f"{self.name}: {bar}", steps, leave=False, mininterval=30):
-            pass
+        bar = f"{self.name}: {bar}"
+        for step, _ in enumerate(tqdm(every, bar, steps, leave=False, mininterval=30), 1):
+            if watch is not None:
+                watch(step)
         weights = weights_of(recipe, self.cell.density.elements)
         evaluations = recipe.evaluations_in(steps, self.cell.batch)
         return {"steps": steps, "weights": weights, "evaluations": evaluations}

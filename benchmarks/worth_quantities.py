@@ -15,7 +15,7 @@ then paired by seed and by points, and so are log-ratios of score errors.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -215,7 +215,7 @@ def base_of(name: str) -> str:
     return "".join(["one, scores, averaged" if "scores" in name else "one, averaged", *quiet])
 
 
-def ratios(report: Row) -> Row:
+def ratios(report: Row, base_of: Callable[[str], str] = base_of) -> Row:
     """For each row of a cell: nats, the ratios to its base, and how many seeds lost a mode.
 
     Where the density is not known: nats, the difference from its base, and 0 lost modes.

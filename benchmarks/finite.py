@@ -1,0 +1,166 @@
+"""What are quiet batches worth on finite data, where a validation set chooses when to stop?
+
+    python -m benchmarks.finite [--cells REGEX] [--rows REGEX] [--out DIR] [--dirty | --smoke]
+
+The protocol, fixed before anything was run. Cells, networks, budgets and batches are those of
+`benchmarks.worth`, which must have searched the rates of the families; there are five seeds.
+    1. Each seed has points of its own, which its batches draw with replacement; the references of
+       averaged targets are the batch. Digits are those of the split, dequantized in every draw.
+    2. After every tenth of the steps, order one's loss validates each seed, at noises and times
+       (uniform in log σ̂) that never change. Its points are as many fresh ones as it trains on, at
+       most MOST, or those of the split; fewer points are repeated, to some MOST rows in all. These
+       are not counted as evaluations.
+    3. Each seed is judged where its validation loss was least, and at the end, and compared with
+       plain order one by seed. A seed that has lost a mode is not left out: it is overfitting that
+       is measured here.
+    4. The cells that search their rates also train for LONG steps, on fresh data.
+
+Each row is written to results/finite/CELL.json at once, and a second run goes on where the first
+one stopped. A row is one command:
+
+    python -m benchmarks.finite --cells '^checkerboard, d = 2, 1,000' --rows '^one, averaged$'
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hosm_losses as hosm
+from benchmarks import experiment, results, worth
+from benchmarks.worth_problems import CELLS, Cell, Digits
+from benchmarks.worth_quantities import Row, by_member, judge, ratios
+
+DIRECTORY = results.DIRECTORY / "finite"
+ROWS = ("one", "one, averaged", "one, averaged, pairs, times")
+MOST, TENTHS, LONG = 10_000, 10, 81_000
+CHANGES = {
+    "checkerboard, d = 2, 1,000 points": {"fixed": 1_000},
+    "checkerboard, d = 2, 10,000 points": {"fixed": 10_000},
+    "many-well, d = 8, rotated, 2,000 points": {"fixed": 2_000},
+    "many-well, d = 8, rotated, 20,000 points": {"fixed": 20_000},
+    "digits, d = 64": {},
+} | {f"{name}, {LONG:,} steps": {"budget": LONG} for name in worth.SEARCHED}
+
+
+@dataclass(frozen=True)
+class FiniteCell(Cell):
+    """A cell whose members have a number of points to train on, or what the cell draws."""
+
+    fixed: int | None = None
+
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """The points of each member (N, S, d): what it trains on, and what it is validated by."""
+        train = self.fixed or 0
+        if isinstance(self.density, Digits):
+            rows = self.density.validation
+            points = self.density.dequantize(rows, torch.Generator().manual_seed(1))
+            every = [points] * self.seeds
+        else:
+            count = train + min(self.fixed or MOST, MOST)
+            every = [
+                Cell.draw(self, count, torch.Generator().manual_seed(100 + seed))
+                for seed in range(self.seeds)
+            ]
+        points = torch.stack(every, 1)
+        return points[:train], points[train:]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows of all members in turns, (count, d)."""
+        if self.fixed is None:
+            return super().draw(count, generator)
+        rows = torch.randint(self.fixed, (count // self.seeds, self.seeds), generator=generator)
+        return self.data[0][rows, torch.arange(self.seeds)].flatten(0, 1)
+
+    def validate(self, model: hosm.ScoreModel) -> Tensor:
+        """Order one's loss of each member (S,), always at the same times and noises."""
+        points = self.data[1]
+        x0 = points.repeat(max(1, MOST // len(points)), 1, 1)
+        low, high = self.schedule.log_sigma_hat_range
+        t = self.schedule.time(torch.linspace(low, high, len(x0))).repeat_interleave(self.seeds)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3)).flatten(0, 1)
+        with torch.no_grad():
+            terms = hosm.first_order_dsm(
+                model, x0.flatten(0, 1), t=t, noise=noise, reduction="none"
+            )
+        return by_member(terms, self.seeds).mean(1)
+
+
+class FiniteStudy(worth.Study):
+    """Rows that are judged at the end, and at the choice of each member."""
+
+    cell: FiniteCell
+
+    def train(
+        self, model: hosm.ScoreModel, recipe: worth.Recipe, steps: int, *options: Any
+    ) -> Row:
+        """All steps; the networks that are left are those chosen."""
+        cell, states, losses = self.cell, [], []
+        marks = sorted({round(steps * k / TENTHS) for k in range(1, TENTHS + 1)})
+
+        def watch(step: int) -> None:
+            if step in marks:
+                states.append([parameter.detach().clone() for parameter in model.parameters()])
+                losses.append(cell.validate(model))
+
+        row = super().train(model, recipe, steps, *options, watch)
+        validation, members = torch.stack(losses), torch.arange(cell.seeds)
+        chosen = validation.argmin(0)
+        end = judge(cell, model, cell.seeds)
+        with torch.no_grad():
+            for parameter, each in zip(model.parameters(), zip(*states, strict=True), strict=True):
+                parameter.copy_(torch.stack(each)[chosen, members])
+        row |= {"validation": validation.tolist(), "chosen": [marks[i] for i in chosen]}
+        return row | {"end": end}
+
+
+def finite_cell(title: str) -> FiniteCell:
+    """The cell of the study that a title begins with, changed."""
+    name = re.sub(r", [\d,]+ (points|steps)$", "", title)
+    changes = {"seeds": 5, "long": None, "spares": None} | CHANGES[title]
+    return replace(FiniteCell(**vars(CELLS[name]())), **changes)
+
+
+def compared(report: Row) -> Row:
+    """Every row at the choice and at the end, beside plain order one there."""
+    found: Row = {}
+    for when in ("choice", "end"):
+        rows = {}
+        for name, row in report["rows"].items():
+            at = row if when == "choice" else row.get("end", row)
+            rows[name] = at | {"lost": [0.0] * len(at["lost"])} if "lost" in at else at
+        for name, row in ratios({"rows": rows}, lambda _: "one").items():
+            found[f"{name}, {when}"] = row
+    return found
+
+
+def main() -> None:
+    parser = experiment.parser(__doc__)
+    parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
+    parser.add_argument("--out", type=Path, default=Path("finite_out"), help="of --smoke")
+    arguments = parser.parse_args()
+    directory = arguments.out if arguments.smoke else DIRECTORY
+    where = experiment.environment(arguments)
+    torch.set_num_threads(1)
+    for name in filter(partial(re.search, arguments.cells), CHANGES):
+        cell = finite_cell(name)
+        if arguments.smoke:
+            cell = replace(cell.small(), seeds=2, fixed=cell.fixed and 16)
+        study = FiniteStudy(name, cell, where, directory, arguments.out)
+        for row in filter(partial(re.search, arguments.rows), ROWS):
+            recipe = worth.rows(cell)[row]
+            rate = 1e-3
+            if not arguments.smoke:
+                rate = worth.transferred_rate(recipe.family, worth.DIRECTORY)
+            study.row(row, partial(study.finish, cell.model, recipe, rate, row))
+        results.show(name, compared(study.report))
+
+
+if __name__ == "__main__":
+    main()
