@@ -44,6 +44,7 @@ TARGETS = {
     "both": hosm.TargetScores(score, averaged=AVERAGED["batch"]),
     "both, reference": hosm.TargetScores(score, 2.0, AVERAGED["reference"]),
 }
+ZERO, T = torch.zeros(B, D, dtype=torch.float64), torch.full((B,), 0.5, dtype=torch.float64)
 PROBES = [1, 3, "exact", hosm.Paired(), hosm.Paired(4, "gaussian")]
 
 
@@ -164,6 +165,13 @@ def test_a_tensor_of_targets_belongs_to_one_noise_and_is_refused():
         hosm.first_order_dsm(model, x0, noise=noise, targets=noise, antithetic=True, **inputs)
     with pytest.raises(TypeError, match="antithetic: expected True or False"):
         hosm.first_order_dsm(model, x0, antithetic=1, **inputs)
+
+
+@pytest.mark.parametrize("given", [{"t": T}, {"noise": ZERO}])
+def test_a_tensor_of_targets_is_refused_without_what_it_belongs_to(given):
+    model, x0 = hosm.ScoreModel(MLP(D), hosm.VPSchedule()), torch.randn(B, D)
+    with pytest.raises(ValueError, match="targets: expected t and noise beside a tensor"):
+        hosm.first_order_dsm(model, x0, targets=torch.zeros(B, D), **given)
 
 
 def test_a_loss_that_is_not_finite_names_samples_and_not_rows():
