@@ -595,8 +595,8 @@ losses/objective.py losses/test_antithetic.py
 + torch.cat([rows, rows])
 - term.reshape(2, -1).mean(0)
 + term.reshape(-1, 2).mean(1)
-- v = torch.cat([v, v], 1)
-+ v = v.repeat_interleave(2, 1)
+-             v = torch.cat([v, v], 1) if options.antithetic else v
++             v = v.repeat_interleave(2, 1) if options.antithetic else v
 - others = _of_samples(DSMTerms(others), options).first
 + others = others[: len(remaining)]
 - check_result(loss, terms, time)
@@ -639,8 +639,6 @@ losses/times.py losses/test_times.py
 losses/objective.py losses/test_times.py
 - if options.is_uniform else None
 + if False else None
-- v[:, index], order
-+ v[:, :1], order
 losses/weighting.py losses/test_times.py
 - uniform=weighting == "likelihood"
 + uniform=False

@@ -258,6 +258,11 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
+def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return α x₀ + σ ε for x₀ and ε (B, *) and for α and σ (B,) or of a shape that broadcasts."""
+    return expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
+
+
 def widest_dtype(tensor: Tensor) -> torch.dtype:
     """Return float64, or float32 on devices without float64; for sums, states and targets."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

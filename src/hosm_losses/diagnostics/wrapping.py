@@ -47,13 +47,13 @@ from hosm_losses._checks import (
     check_model_kwargs,
     check_sample_batch,
     error_message,
-    expand_right,
+    noised,
     sum_elements,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.model import ScoreModel, bind_model, check_model
+from hosm_losses.model import ScoreModel, apply_affine, bind_model, check_model
 from hosm_losses.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -435,13 +435,13 @@ class _Search:
         if schedule.integer_time and self.model.schedule.integer_time:
             t = t.long()
         candidate = _with(self.model, schedule=schedule, time=inputs.time)
-        alpha, sigma = (expand_right(c, data) for c in candidate.coefficients(t, data))
-        x = (alpha * (units.scale * data + units.shift) + sigma * noise).to(data.dtype)
+        x0 = units.scale * data + units.shift
+        x = noised(x0, noise, *candidate.coefficients(t, data)).to(data.dtype)
         self.calls += 1
         output, losses = candidate.predict(x, t, **self.kwargs), {}
         for kind in KINDS:
             p, q = _with(candidate, prediction=kind).affine(t, x)
-            part = output if p is None else p * output
+            part = apply_affine(output, None, p, None)
             of_x = -noise if q is None else q * x - noise
             for sign in (1, -1):
                 loss = _mean_square(sign * part + of_x)

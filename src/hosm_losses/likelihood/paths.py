@@ -41,6 +41,7 @@ from hosm_losses._checks import (
     check_like,
     error_message,
     expand_right,
+    noised,
     sum_elements,
     warn,
     widest_dtype,
@@ -259,7 +260,7 @@ class Paths:
         """Draw noise ε, and return the pair (α x + σ ε, ε) at a noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
-        return level.alpha * x + level.sigma * noise, noise
+        return noised(x, noise, level.alpha, level.sigma), noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
         """Bind the model to a noise level, for the given rows (n,) of the batch (all if None)."""

@@ -8,6 +8,7 @@ times and with the same probes and conditions. The terms are means over the two 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from hosm_losses._checks import (
     check_like,
     check_model_kwargs,
     check_sample_batch,
-    expand_right,
     generator_kwargs,
+    noised,
 )
 from hosm_losses._torch_internals import (
     is_traced,
@@ -121,8 +122,9 @@ def dsm(
             if rows is not None:
                 both = _both(rows, len(x0), options)
                 bound_rows, noisy_rows = bound.rows(both), batch.at(both)
-            second = is_used(weights[1])
-            terms = _higher_terms(bound_rows, noisy_rows, v, order, options, second=second)
+            v = torch.cat([v, v], 1) if options.antithetic else v
+            terms = _higher_terms(options, weights)(bound_rows, noisy_rows, v, order, options)
+            terms = _of_samples(terms, options)
             if rows is not None and remaining is not None:
                 first = _first_of_all(terms.first, bound, batch, rows, remaining, options)
                 terms = terms._replace(first=first)
@@ -176,6 +178,7 @@ def row_losses(
     if options.antithetic:
         bound = bound.repeat(2)
     v = None if order == 1 else _probes(x0, rows, None, options, generator)
+    v = torch.cat([v, v], 1) if v is not None and options.antithetic else v
     both = _both(rows, len(x0), options)
     bound, batch = bound.rows(both), batch.at(both)
     of_first, of_higher = (None if factor is None else factor[rows] for factor in factors)
@@ -185,10 +188,10 @@ def row_losses(
         of_own = bound.rows(own), batch.at(own)
         if v is None:
             residual = first_residual(of_own[0], of_own[1], of_own[0].native(of_own[1].x))
-            terms = _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options)
+            terms = DSMTerms(first_term(residual, batch.dimensions))
         else:
-            second = is_used(weights[1])
-            terms = _higher_terms(*of_own, v[:, index], order, options, second=second)
+            terms = _higher_terms(options, weights)(*of_own, v[:, own], order, options)
+        terms = _of_samples(terms, options)
         first, higher = (None if f is None else f[index] for f in (of_first, of_higher))
         return _reduce(terms, weights, (first, higher), None, "sum")
 
@@ -244,7 +247,7 @@ def perturb(
         count = len(eps) // len(x0)
         data, t = x0.repeat(count, *(1,) * (x0.ndim - 1)), t.repeat(count)
     alpha, sigma = model.coefficients(t, data)
-    x = expand_right(alpha, data) * data + expand_right(sigma, data) * eps
+    x = noised(data, eps, alpha, sigma)
     target = model.noise_without_x(t, data, eps)
     if isinstance(targets, Tensor):
         target = target + (at_least_float32(targets) - eps)
@@ -285,23 +288,11 @@ def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
     return DSMTerms._make(None if term is None else term.reshape(2, -1).mean(0) for term in terms)
 
 
-def _higher_terms(
-    bound: BoundModel,
-    batch: NoisyBatch,
-    v: Tensor,
-    order: int,
-    options: LossOptions,
-    *,
-    second: bool,
-) -> DSMTerms:
-    """Return the terms of each sample, for probes v (K, n, *)."""
-    if options.antithetic:
-        v = torch.cat([v, v], 1)
+def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTerms]:
+    """Return the function that computes the terms."""
     if isinstance(options.probes, Paired):
-        terms = paired_terms(bound, batch, v, order, options, second=second)
-    else:
-        terms = squared_terms(bound, batch, v, order, options)
-    return _of_samples(terms, options)
+        return partial(paired_terms, second=is_used(weights[1]))
+    return squared_terms
 
 
 def _first_of_all(

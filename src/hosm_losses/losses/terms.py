@@ -68,7 +68,7 @@ from hosm_losses._checks import (
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.targets import ControlledMoments, NoiseMoments, cumulants
-from hosm_losses.model import BoundModel
+from hosm_losses.model import BoundModel, apply_affine
 
 
 class DSMTerms(NamedTuple):
@@ -171,7 +171,7 @@ def mean_over_probes(estimates: Tensor) -> Tensor:
 def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
     """Return r1 = f + ε, (1, B, *), from the network's prediction at x, as float32 or float64."""
     p, _ = model.model.affine(model.t, batch.x)
-    value = -(prediction if p is None else p * prediction)
+    value = -apply_affine(prediction, None, p, None)
     return (at_least_float32(value) + at_least_float32(batch.noise_without_x)).unsqueeze(0)
 
 

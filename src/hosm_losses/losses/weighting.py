@@ -87,7 +87,7 @@ Weighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | AdaptiveTimes | DrawTime | None
-"""How t is drawn: a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
+"""How t is drawn, by a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
