@@ -92,6 +92,7 @@ autosummary_context = {
         "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
         "OnSubspace": "reduce, expand, project, forward",
         "DivergenceEstimator": "products, is_random, draw, estimate",
+        "AdaptiveTimes": "learn, density",
         "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob, expand",
         "TargetScores": "information_of",
         "NLLResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
