@@ -131,7 +131,7 @@ nitpick_ignore = [
     ("py:class", "hosm_losses.likelihood.result.Quantization"),
     ("py:class", "hosm_losses.likelihood.weights.Expectation"),
     ("py:class", "hosm_losses.likelihood.weights.Sandwich"),
-    ("py:class", "torch.optim.optimizer.Optimizer"),  # PyTorch documents it as torch.optim.Optimizer
+    ("py:class", "torch.optim.optimizer.Optimizer"),  # documented as torch.optim.Optimizer
 ]
 
 # The tutorials set no style, so a downloaded tutorial uses matplotlib's default.
