@@ -288,8 +288,8 @@ losses/options.py losses/test_ramps.py
 - if order == 3 and not is_used(weights[3]):
 + if order == 3 and weights[3] is None:
 losses/objective.py losses/test_ramps.py
-- needed_order(options.order, weights), None
-+ options.order, None
+- bound, checked, needed_order(options.order, checked)
++ bound, checked, options.order
 losses/objective.py losses/test_random_options.py
 - torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
 + torch.randperm(len(x), device=x.device)
@@ -434,8 +434,8 @@ diagnostics/values.py diagnostics/test_check.py
 - moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 + moves = (places.roll(1),)
 diagnostics/check.py diagnostics/test_check.py
-- torch.random.fork_rng(devices, device_type=
-+ torch.random.fork_rng(devices, False, device_type=
+- fork_rng(device),
++ torch.enable_grad(),
 interop.py interop/test_stand_ins.py
 - owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
 + owner.alphas_cumprod, device="cpu").detach().double()
@@ -595,10 +595,10 @@ losses/objective.py losses/test_antithetic.py
 + torch.cat([rows, rows])
 - term.reshape(2, -1).mean(0)
 + term.reshape(-1, 2).mean(1)
--             v = torch.cat([v, v], 1) if options.antithetic else v
-+             v = v.repeat_interleave(2, 1) if options.antithetic else v
-- others = _of_samples(DSMTerms(others), options).first
-+ others = others[: len(remaining)]
+- return torch.cat([v, v], 1)
++ return v.repeat_interleave(2, 1)
+- others = _first(bound, batch, options)
++ others = _first(bound, batch, options).flip(0)
 - check_result(loss, terms, time)
 + check_result(loss, terms, batch.t)
 - if t is None or noise is None:
@@ -618,8 +618,8 @@ losses/times.py losses/test_times.py
 + (above[bins] - total * unit) / weights.max()
 - torch.minimum(torch.maximum(index - 1, start), stop - 1)
 + start
-- torch.random.fork_rng(devices, device_type=kind)
-+ torch.random.fork_rng(devices, False, device_type=kind)
+- with fork_rng(device), outside
++ with outside
 - unit[order[:count]] = (torch.arange(count, device=device) + unit[:count]) / count
 + pass
 - torch.where(bins.masses > 0, 1 / bins.masses, 0.0)

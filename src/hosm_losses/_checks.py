@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from numbers import Integral, Number, Real
 from typing import Any
@@ -283,6 +283,13 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
     torch.compile rejects generator=None if tensor sizes may vary between calls.
     """
     return {} if generator is None else {"generator": generator}
+
+
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores the global random state of the CPU and of `device`."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 @contextmanager

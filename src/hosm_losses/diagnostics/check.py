@@ -22,6 +22,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     describe_value,
     error_message,
+    fork_rng,
 )
 from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.derivatives import ENGINES, FOREIGN_CHECKPOINTS, Network, refusal
@@ -185,9 +186,8 @@ def check_derivatives(
     times = _spread_times(model, x0) if t is None else check_time(model, x0, t)
     kwargs = check_model_kwargs(model_kwargs)
     device = x0.device
-    devices = [] if device.type == "cpu" else [device]
     with (
-        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+        fork_rng(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),

@@ -90,28 +90,21 @@ def dsm(
             time = check_time(score_model, x0, t)
         if isinstance(targets, Tensor):
             targets = _check_tensor_targets(targets, x0, t, noise, options)
-        eps = _noise(x0, noise, options, generator)
-        batch = perturb(score_model, x0, time, eps, targets, kwargs)
-        # torch.compile of PyTorch 2.6 knows no property of a named tuple, as batch.dimensions is.
-        d = x0[0].numel()
-        weights = _weights(weights, options, d)
-        order, v = needed_order(options.order, weights), None
-        if higher and probe is not None:
-            v = _check_probe(x0, probe, options)
+        batch, bound, weights, order = _prepare(
+            score_model, x0, time, options, noise, targets, weights, generator, kwargs
+        )
+        v = _check_probe(x0, probe, options) if higher and probe is not None else None
         how = {"from_schedule": t is None and sampler == "schedule", "order": order}
         factors = time_factors(score_model, x0, time, weighting, spread, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        bound = bind_model(score_model, len(x0), kwargs, time)
-        check_conditions(targets, bound.kwargs)
-        if options.antithetic:
-            bound = bound.repeat(2)
         rows = None
         if order == 1:
             # A single call of the network without primitives or copies, as in any trainer.
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            terms = DSMTerms(first_term(residual, d))
+            # torch.compile of PyTorch 2.6 knows no property of a named tuple: batch.dimensions.
+            terms = DSMTerms(first_term(residual, x0[0].numel()))
             reduced = terms = _of_samples(terms, options)
             if factors[0] is None and options.reduction == "mean":
                 reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
@@ -122,7 +115,6 @@ def dsm(
             if rows is not None:
                 both = _both(rows, len(x0), options)
                 bound_rows, noisy_rows = bound.rows(both), batch.at(both)
-            v = torch.cat([v, v], 1) if options.antithetic else v
             terms = _higher_terms(options, weights)(bound_rows, noisy_rows, v, order, options)
             terms = _of_samples(terms, options)
             if rows is not None and remaining is not None:
@@ -165,20 +157,13 @@ def row_losses(
     The targets are those of the whole batch. The factor of the time sampler is left out, and all
     samples have the higher terms.
     """
-    kwargs = check_model_kwargs(model_kwargs)
-    checked = check_targets(targets, tensor=False)
-    eps = _noise(x0, None, options, generator)
-    batch = perturb(model, x0, t, eps, checked, kwargs)
-    weights = _weights(weights, options, batch.dimensions)
-    order = needed_order(options.order, weights)
+    kwargs, targets = check_model_kwargs(model_kwargs), check_targets(targets, tensor=False)
+    batch, bound, weights, order = _prepare(
+        model, x0, t, options, None, targets, weights, generator, kwargs
+    )
     spread = ends_of(model.schedule)[1] if options.is_uniform else None
     factors = time_factors(model, x0, t, options.weighting, spread, order=order)
-    bound = bind_model(model, len(x0), kwargs, t)
-    check_conditions(checked, bound.kwargs)
-    if options.antithetic:
-        bound = bound.repeat(2)
     v = None if order == 1 else _probes(x0, rows, None, options, generator)
-    v = torch.cat([v, v], 1) if v is not None and options.antithetic else v
     both = _both(rows, len(x0), options)
     bound, batch = bound.rows(both), batch.at(both)
     of_first, of_higher = (None if factor is None else factor[rows] for factor in factors)
@@ -187,15 +172,35 @@ def row_losses(
         own = _both(index, len(rows), options)
         of_own = bound.rows(own), batch.at(own)
         if v is None:
-            residual = first_residual(of_own[0], of_own[1], of_own[0].native(of_own[1].x))
-            terms = DSMTerms(first_term(residual, batch.dimensions))
+            terms = DSMTerms(_first(*of_own, options))
         else:
             terms = _higher_terms(options, weights)(*of_own, v[:, own], order, options)
-        terms = _of_samples(terms, options)
+            terms = _of_samples(terms, options)
         first, higher = (None if f is None else f[index] for f in (of_first, of_higher))
         return _reduce(terms, weights, (first, higher), None, "sum")
 
     return RowLosses(model, loss)
+
+
+def _prepare(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    options: LossOptions,
+    noise: object,
+    targets: Targets,
+    weights: object,
+    generator: torch.Generator | None,
+    kwargs: dict[str, Any],
+) -> tuple[NoisyBatch, BoundModel, Weights, int]:
+    """Return the noisy batch, the model bound to it, the weights, and the order they need."""
+    batch = perturb(model, x0, t, _noise(x0, noise, options, generator), targets, kwargs)
+    checked = _weights(weights, options, x0[0].numel())
+    bound = bind_model(model, len(x0), kwargs, t)
+    check_conditions(targets, bound.kwargs)
+    if options.antithetic:
+        bound = bound.repeat(2)
+    return batch, bound, checked, needed_order(options.order, checked)
 
 
 def _check_tensor_targets(
@@ -295,6 +300,12 @@ def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTe
     return squared_terms
 
 
+def _first(bound: BoundModel, batch: NoisyBatch, options: LossOptions) -> Tensor:
+    """Return the first term of each sample."""
+    residual = first_residual(bound, batch, bound.native(batch.x))
+    return _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options).first
+
+
 def _first_of_all(
     first: Tensor,
     bound: BoundModel,
@@ -311,8 +322,7 @@ def _first_of_all(
     before = versions(trained)
     both = _both(remaining, len(rows) + len(remaining), options)
     bound, batch = bound.rows(both), batch.at(both)
-    others = first_term(first_residual(bound, batch, bound.native(batch.x)), batch.dimensions)
-    others = _of_samples(DSMTerms(others), options).first
+    others = _first(bound, batch, options)
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "
@@ -341,11 +351,16 @@ def _probes(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors."""
+    """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
+
+    With pairs, they are (K, 2n, *), the same for both halves.
+    """
     if probe is not None:
-        return probe if rows is None else probe[:, rows]
-    like, probes = x if rows is None else x[rows], options.probes
-    return unit_vectors(like) if isinstance(probes, str) else probes.draw(like, generator)
+        v = probe if rows is None else probe[:, rows]
+    else:
+        like, probes = x if rows is None else x[rows], options.probes
+        v = unit_vectors(like) if isinstance(probes, str) else probes.draw(like, generator)
+    return torch.cat([v, v], 1) if options.antithetic else v
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:

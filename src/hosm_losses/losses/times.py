@@ -33,6 +33,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     check_whole,
     error_message,
+    fork_rng,
     generator_kwargs,
     widest_dtype,
 )
@@ -240,15 +241,9 @@ class AdaptiveTimes(nn.Module):
         x0, device = check_sample_batch("x0", x0), x0.device
         count = min(check_whole("rows", rows, 1), len(x0))
         trained = _trained(loss, optimizer)
-        devices = [] if device.type == "cpu" else [device]
-        kind = device.type if devices else "cuda"
         counting = [m for m in loss.modules() if getattr(m, "track_running_stats", False)]
         counting = [module for module in counting if module.training]
-        with (
-            torch.random.fork_rng(devices, device_type=kind),
-            outside_inference_mode(),
-            torch.enable_grad(),
-        ):
+        with fork_rng(device), outside_inference_mode(), torch.enable_grad():
             rng = generator
             if rng is None:  # not the random numbers of the next step
                 seed = int(torch.randint(2**62, (), device="cpu"))
