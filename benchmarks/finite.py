@@ -24,7 +24,6 @@ one stopped. A row is one command:
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,14 +139,9 @@ def compared(report: Row) -> Row:
 
 
 def main() -> None:
-    parser = experiment.parser(__doc__)
-    parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--out", type=Path, default=Path("finite_out"), help="of --smoke")
-    arguments = parser.parse_args()
+    arguments = worth.arguments_of(__doc__, "finite_out", "of --smoke")
     directory = arguments.out if arguments.smoke else DIRECTORY
     where = experiment.environment(arguments)
-    torch.set_num_threads(1)
     for name in filter(partial(re.search, arguments.cells), CHANGES):
         cell = finite_cell(name)
         if arguments.smoke:

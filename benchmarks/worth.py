@@ -44,6 +44,7 @@ which come first, it also searches the rates of the row's family:
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -513,15 +514,20 @@ def transferred_rate(family: str, directory: Path) -> float:
     return median_low(chosen)
 
 
-def main() -> None:
-    parser = experiment.parser(__doc__)
+def arguments_of(doc: str | None, out: str, told: str) -> Namespace:
+    """The arguments of a study's command, in a process that it limits to one thread."""
+    parser = experiment.parser(doc)
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(out), help=told)
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of(__doc__, "worth_out", "for weights")
     directory = arguments.out if arguments.smoke else DIRECTORY
     where = experiment.environment(arguments)
-    torch.set_num_threads(1)
     for name, make in CELLS.items():
         if re.search(arguments.cells, name):
             try:

@@ -11,3 +11,20 @@ def _double_precision():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)  # a comparison with JAX is made in float64
+
+
+@pytest.fixture
+def rows_called(monkeypatch):
+    """A function of a class of networks: the sizes of the batches that these are called with."""
+
+    def watch(network):
+        rows, forward = [], network.forward
+
+        def counted(self, x, t):
+            rows.append(len(x))
+            return forward(self, x, t)
+
+        monkeypatch.setattr(network, "forward", counted)
+        return rows
+
+    return watch

@@ -78,14 +78,8 @@ def test_steps_are_as_many_as_the_budget_allows(budget, monkeypatch):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_evaluations_are_equal(row, monkeypatch):
-    rows, forward = [], UNet.forward
-
-    def counted(self, x, t):
-        rows.append(len(x))
-        return forward(self, x, t)
-
-    monkeypatch.setattr(UNet, "forward", counted)
+def test_evaluations_are_equal(row, monkeypatch, rows_called):
+    rows = rows_called(UNet)
     monkeypatch.setattr(patches, "EVERY", 3)
     train = patches.split(numbered())[0].float() % patches.LEVELS
     model = patches.trained(row, train, SMALL, 1e-3, 0)

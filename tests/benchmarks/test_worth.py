@@ -359,15 +359,9 @@ def test_a_member_learns_its_times_as_it_would_alone(name):
         ("two, averaged, pairs, times", 7),
     ],
 )
-def test_all_evaluations_are_counted(name, steps, monkeypatch, tmp_path):
+def test_all_evaluations_are_counted(name, steps, monkeypatch, rows_called, tmp_path):
     """Those of a step and of a call of `learn`, row by row, in a backward for each."""
-    rows, forward = [], Ensemble.forward
-
-    def counted(self, x, t):
-        rows.append(len(x))
-        return forward(self, x, t)
-
-    monkeypatch.setattr(Ensemble, "forward", counted)
+    rows = rows_called(Ensemble)
     monkeypatch.setattr(times, "SMALL", 0)
     monkeypatch.setattr(worth, "EVERY", 3)
     monkeypatch.setattr(worth, "LEARNT", 2)
