@@ -597,8 +597,8 @@ losses/objective.py losses/test_antithetic.py
 + term.reshape(-1, 2).mean(1)
 - return torch.cat([v, v], 1)
 + return v.repeat_interleave(2, 1)
-- others = _first(bound, batch, options)
-+ others = _first(bound, batch, options).flip(0)
+- _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options).first
++ first_term(residual[:, : len(batch.x) // (1 + options.antithetic)], batch.dimensions)
 - check_result(loss, terms, time)
 + check_result(loss, terms, batch.t)
 - if t is None or noise is None:
