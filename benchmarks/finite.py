@@ -139,9 +139,8 @@ def compared(report: Row) -> Row:
 
 
 def main() -> None:
-    arguments = worth.arguments_of(__doc__, "finite_out", "of --smoke")
+    arguments, where = worth.begin(__doc__, "finite_out", "of --smoke")
     directory = arguments.out if arguments.smoke else DIRECTORY
-    where = experiment.environment(arguments)
     for name in filter(partial(re.search, arguments.cells), CHANGES):
         cell = finite_cell(name)
         if arguments.smoke:

@@ -514,20 +514,21 @@ def transferred_rate(family: str, directory: Path) -> float:
     return median_low(chosen)
 
 
-def arguments_of(doc: str | None, out: str, told: str) -> Namespace:
-    """The arguments of a study's command, in a process that it limits to one thread."""
+def begin(doc: str | None, out: str, told: str) -> tuple[Namespace, Row]:
+    """The arguments of a study and its environment, in a process limited to one thread."""
     parser = experiment.parser(doc)
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path(out), help=told)
+    arguments = parser.parse_args()
+    where = experiment.environment(arguments)
     torch.set_num_threads(1)
-    return parser.parse_args()
+    return arguments, where
 
 
 def main() -> None:
-    arguments = arguments_of(__doc__, "worth_out", "for weights")
+    arguments, where = begin(__doc__, "worth_out", "for weights")
     directory = arguments.out if arguments.smoke else DIRECTORY
-    where = experiment.environment(arguments)
     for name, make in CELLS.items():
         if re.search(arguments.cells, name):
             try:
