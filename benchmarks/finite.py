@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import hosm_losses as hosm
-from benchmarks import experiment, results, worth
+from benchmarks import results, worth
 from benchmarks.worth_problems import CELLS, Cell, Digits
 from benchmarks.worth_quantities import Row, by_member, judge, ratios
 
@@ -121,7 +121,7 @@ class FiniteStudy(worth.Study):
 def finite_cell(title: str) -> FiniteCell:
     """The cell of the study that a title begins with, changed."""
     name = re.sub(r", [\d,]+ (points|steps)$", "", title)
-    changes = {"seeds": 5, "long": None, "spares": None} | CHANGES[title]
+    changes = {"seeds": 5, "long": None} | CHANGES[title]
     return replace(FiniteCell(**vars(CELLS[name]())), **changes)
 
 

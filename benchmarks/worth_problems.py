@@ -425,7 +425,8 @@ class Cell:
         points: in a block, where the KL divergence is measured, and of samples.
         scored: in a block, where the score of the ODE is measured.
         seeds: that are reported.
-        spares: further seeds, by which rates are chosen; None where rates are transferred.
+        spares: further seeds, by which rates are chosen.
+        searched: whether every family chooses its rate here; else it has that of other cells.
         uniform_in_t: whether times are uniform in t, with the default weighting, and not in log σ̂.
     """
 
@@ -440,7 +441,8 @@ class Cell:
     points: int = 256
     scored: int = 64
     seeds: int = 5
-    spares: int | None = None
+    spares: int = 2
+    searched: bool = False
     uniform_in_t: bool = False
 
     def model(self, seeds: Sequence[int]) -> hosm.ScoreModel:
@@ -512,7 +514,7 @@ class Cell:
         """The same with next to no work, for a try."""
         sizes = self.sizes._replace(width=8, depth=2)
         few = {"budget": 8, "long": self.long and 8, "solver": 8, "batch": 8, "scored": 2}
-        return replace(self, sizes=sizes, points=4, spares=1, **few)
+        return replace(self, sizes=sizes, points=4, spares=1, searched=True, **few)
 
 
 def mixture() -> Product:
@@ -535,7 +537,7 @@ def _cells() -> dict[str, Callable[[], Cell]]:
     ve = hosm.VESchedule(sigma_max=20.0)
     low, wide = Sizes(64, waves=4), Sizes(128)
     transferred = {"solver": 48, "points": 128, "scored": 32}
-    searched = {"long": 81_000, "spares": 2}
+    searched = {"long": 81_000, "searched": True}
 
     def wells(elements: int, **changes: Any) -> Cell:
         changes = {"solver": 96} | changes if elements < 8 else transferred | changes

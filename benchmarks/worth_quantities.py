@@ -27,6 +27,7 @@ import hosm_losses as hosm
 from benchmarks.intervals import Estimate, over_seeds
 from benchmarks.worth_problems import BLOCKS, Cell, Digits, Lattice
 
+OWN = ", own rate"  # ends the name of a row whose rate is chosen in its cell
 ROWS = 8192  # of a batch, over the elements of a sample; larger ones cost more than they save
 LOST_RATIO, LOST_SHARE = 5.0, 0.01
 Row = dict[str, Any]
@@ -202,9 +203,12 @@ def base_of(name: str) -> str:
     """The row that a row is compared with, which differs from it in one respect.
 
     Targets are compared with plain order one, orders with order one under the same targets, quiet
-    batches with the same targets as drawn, a long training with one of a third of its steps, and
-    second stages with order one continued.
+    batches with the same targets as drawn, each of these at its own rate with the other at its
+    own, a long training with one of a third of its steps, and second stages with order one
+    continued.
     """
+    if name.endswith(OWN) and name != "one" + OWN:
+        return base_of(name.removesuffix(OWN)) + OWN
     if name.startswith("after"):
         return "after: one, averaged"
     if name == "long":

@@ -21,7 +21,7 @@ QUIET = "one, averaged, pairs, times"
 
 def small(name="many-well, d = 2", *, fixed: int | None = 16, **changes) -> finite.FiniteCell:
     cell = finite.FiniteCell(**vars(CELLS[name]()), fixed=fixed)
-    return replace(cell.small(), **{"seeds": 2, "spares": None, "long": None} | changes)
+    return replace(cell.small(), **{"seeds": 2, "long": None} | changes)
 
 
 def points(rows):
@@ -173,7 +173,7 @@ def test_cells_are_those_of_the_study_with_five_seeds():
     for name in ("digits, d = 64", *worth.SEARCHED, "many-well, d = 8, rotated"):
         changed = [title for title in finite.CHANGES if title.startswith(name)]
         for title in changed:
-            fields = {"seeds": 5, "long": None, "spares": None} | finite.CHANGES[title]
+            fields = {"seeds": 5, "long": None} | finite.CHANGES[title]
             expected = replace(finite.FiniteCell(**vars(CELLS[name]())), density=None, **fields)
             assert repr(replace(finite.finite_cell(title), density=None)) == repr(expected)
     assert finite.finite_cell("checkerboard, d = 2, 10,000 points").fixed == 10_000

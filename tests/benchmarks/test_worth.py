@@ -32,6 +32,7 @@ from benchmarks.worth_problems import (
     mixture,
 )
 from benchmarks.worth_quantities import (
+    OWN,
     base_of,
     by_rate,
     compare,
@@ -408,6 +409,9 @@ def test_a_row_that_was_cut_off_is_made_as_one_that_was_not(tmp_path, monkeypatc
         ("one, scores, averaged, times", "one, scores, averaged"),
         ("two, averaged, pairs, times", "one, averaged, pairs, times"),
         ("three, averaged, fraction 1, weights × .1", "one, averaged"),
+        ("one, own rate", "one"),
+        ("one, averaged, own rate", "one, own rate"),
+        ("one, averaged, pairs, times, own rate", "one, averaged, own rate"),
     ],
 )
 def test_a_row_is_compared_with_one_that_differs_in_one_respect(name, base):
@@ -496,7 +500,7 @@ def test_rates_are_chosen_by_the_mean_of_the_spare_seeds():
 
 def test_one_cell_of_each_low_dimension_searches_its_rates():
     cells = {name: make() for name, make in CELLS.items() if "digits" not in name}
-    searched = [name for name, cell in cells.items() if cell.spares]
+    searched = [name for name, cell in cells.items() if cell.searched]
     assert searched == list(worth.SEARCHED)
     assert [cells[name].density.elements for name in searched] == [1, 2, 4]
 
@@ -542,6 +546,17 @@ def test_a_rate_is_transferred_from_all_cells_that_searched(tmp_path):
         report = {"rows": {"rates: one": {"kl": kl}}}
         (tmp_path / f"{i}.json").write_text(json.dumps(report))
     assert worth.transferred_rate("one", tmp_path) == worth.RATES[1]
+
+
+def test_a_rate_of_its_own_is_chosen_where_others_are_transferred(tmp_path, monkeypatch):
+    monkeypatch.setattr(worth, "transferred_rate", lambda family, _: f"transferred: {family}")
+    cell = small(searched=False)
+    study, recipes = worth.Study("cell", cell, {}, tmp_path, tmp_path), worth.rows(cell)
+    assert not [name for name in worth.rows(small()) if name.endswith(OWN)]
+    assert study.rate(recipes["one"], cell.model) == "transferred: one"
+    assert not study.rows
+    assert study.rate(recipes["one, own rate"], cell.model) in worth.RATES
+    assert [*study.rows] == ["rates: one, own rate"]
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
