@@ -507,15 +507,47 @@ def test_one_cell_of_each_low_dimension_searches_its_rates():
 
 def test_settings_of_the_recipe_differ_from_its_base(tmp_path):
     studies = list(recipe.studies("", {}, smoke=False, out=tmp_path))
-    assert len(studies) == len(worth.SEARCHED) * len(recipe.SETTINGS) + 4
+    timed = [study for *_, study in studies if isinstance(study, recipe.TimedStudy)]
+    assert [study.cell.sizes.width for study in timed] == [512] * 4
+    settings = [name for name in recipe.SETTINGS if "equal time" not in name]
     cells = {}
     for name, setting, study in studies:
-        rate = recipe.SETTINGS[setting].rate
-        cells.setdefault(name, set()).add((rate, repr(replace(study.cell, density=None))))
+        if study in timed:
+            continue
+        rate, kind = recipe.SETTINGS[setting].rate, type(study)
+        cells.setdefault(name, set()).add((rate, kind, repr(replace(study.cell, density=None))))
     *searched, transferred = cells.values()
-    assert [len(settings) for settings in searched] == [len(recipe.SETTINGS)] * 3
-    assert sorted(rate for rate, _ in transferred) == [3e-4, 1e-3, 3e-3, 1e-2]
-    assert len({text for _, text in transferred}) == 1
+    assert [len(found) for found in searched] == [len(settings)] * 3
+    assert sorted(rate for rate, *_ in transferred) == [3e-4, 1e-3, 3e-3, 3e-3, 1e-2]
+    assert len({text for *_, text in transferred}) == 1
+
+
+@pytest.mark.parametrize("name", [*recipe.ROWS])
+def test_a_network_alone_trains_by_the_modules_as_one_of_an_ensemble(monkeypatch, name):
+    monkeypatch.setattr(worth, "EVERY", 2)
+    monkeypatch.setattr(recipe, "EVERY", 2)
+    cell = small(uniform_in_t=True)
+    row, member = worth.rows(cell)[name], cell.model([1])
+    *_, alone = recipe.training_alone(cell, row, 6, 1e-3, 1)
+    list(worth.training(cell, member, row, 6, [1e-3]))
+    for own, other in zip(alone.parameters(), member.parameters(), strict=True):
+        assert torch.allclose(own, other, rtol=0, atol=1e-6)
+
+
+def test_a_timed_row_has_the_steps_that_its_cost_leaves(tmp_path, monkeypatch):
+    costs = {"one": 1.0, "one, averaged": 1.25, "one, averaged, pairs, times": 2.0}
+
+    def times(routes, rounds):
+        for route in routes.values():
+            route()
+        return {name: [0.5 * costs[name], 1.5 * costs[name]] * (rounds // 2) for name in routes}
+
+    monkeypatch.setattr(recipe.experiment, "times", times)
+    study = recipe.TimedStudy("cell", small(), {}, tmp_path, tmp_path)
+    row = study.finish(study.cell.model, worth.rows(study.cell)["one, averaged"], 1e-3, "")
+    assert row["steps"] == round(study.cell.budget / 1.25)
+    assert study.rows["costs"]["over plain"] == costs
+    assert study.rows["costs"]["seconds"] == 1.0
 
 
 def test_times_are_those_of_the_schedule_where_a_cell_says_so():
