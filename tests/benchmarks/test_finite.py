@@ -21,7 +21,7 @@ QUIET = "one, averaged, pairs, times"
 
 def small(name="many-well, d = 2", *, fixed: int | None = 16, **changes) -> finite.FiniteCell:
     cell = finite.FiniteCell(**vars(CELLS[name]()), fixed=fixed)
-    return replace(cell.small(), **{"seeds": 2, "long": None} | changes)
+    return replace(cell.small(), **{"seeds": 2, "long": None, "rates": (1e-3,)} | changes)
 
 
 def points(rows):
@@ -29,10 +29,13 @@ def points(rows):
 
 
 def test_members_draw_points_of_their_own_that_stay():
-    cell = small(seeds=3)
-    drawn = [cell.draw(3 * 200, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    assert torch.equal(cell.draw(3 * 200, torch.Generator().manual_seed(1)), drawn[0])
-    own = [points(torch.cat(drawn)[i::3]) for i in range(3)]
+    """And so does each rate of a seed, in its own order."""
+    cell = small(seeds=3, rates=(1e-2, 1e-3))
+    drawn = [cell.draw(6 * 200, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    assert torch.equal(cell.draw(6 * 200, torch.Generator().manual_seed(1)), drawn[0])
+    assert not torch.equal(drawn[0][::6], drawn[0][1::6])
+    own = [points(torch.cat(drawn)[2 * i :: 6]) for i in range(3)]
+    assert [points(torch.cat(drawn)[2 * i + 1 :: 6]) for i in range(3)] == own
     assert [len(each) for each in own] == [16] * 3
     assert len(set().union(*own)) == 48
     train, validation = small(seeds=3).data
@@ -86,10 +89,11 @@ def test_a_member_is_validated_by_order_one_at_noises_and_times_that_stay(monkey
     assert float(found[1]) == pytest.approx(float(exact.detach()), rel=1e-5)
 
 
-def test_the_choice_of_a_member_is_by_validation_alone(tmp_path, monkeypatch):
-    """Nothing is judged before all are validated; then the end is, and what each has chosen."""
-    losses = iter([[3.0, 2.0], [1.0, 2.0], [1.0, 3.0], [2.0, 1.0], [2.0, 9.0]])
-    events, states = [], []
+def test_the_choice_of_a_seed_is_by_validation_alone(tmp_path, monkeypatch):
+    """Nothing is judged before all are validated; then the choice of each seed is, and its end."""
+    # Of two seeds at two rates each, after each fifth of the steps.
+    every = [[3, 3, 2, 8], [1, 3, 2, 8], [1, 3, 3, 8], [2, 3, 5, 1], [2, 1.5, 9, 4]]
+    losses, events, states = iter(every), [], []
 
     def state(model):
         return torch.cat([each.detach().flatten(1) for each in model.parameters()], 1)
@@ -105,20 +109,20 @@ def test_the_choice_of_a_member_is_by_validation_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(finite, "TENTHS", 5)
     monkeypatch.setattr(finite.FiniteCell, "validate", validate)
-    for module in (finite, worth):
-        monkeypatch.setattr(module, "judge", judge)
-    cell = small(budget=10)
+    monkeypatch.setattr(finite, "judge", judge)
+    cell = small(budget=10, rates=(1e-3, 1e-2))
     study = finite.FiniteStudy("cell", cell, {}, tmp_path, tmp_path)
-    row = study.finish(cell.model, worth.rows(cell)["one"], 1e-2, "")
+    row = study.validated(worth.rows(cell)["one"], "")
     assert events == ["validated"] * 5 + ["judged"] * 2
-    assert row["chosen"] == [4, 8]
-    assert row["validation"] == [[3.0, 2.0], [1.0, 2.0], [1.0, 3.0], [2.0, 1.0], [2.0, 9.0]]
-    assert torch.equal(torch.tensor(row["end"]["kl"]), states[4])
-    assert torch.equal(torch.tensor(row["kl"]), torch.stack([states[1][0], states[3][1]]))
+    assert (row["chosen"], row["rate"]) == ([4, 8], [1e-3, 1e-2])
+    assert (row["end"]["chosen"], row["end"]["rate"]) == ([10, 10], [1e-2, 1e-2])
+    assert torch.tensor(row["validation"]).flatten(1).tolist() == every
+    assert torch.equal(torch.tensor(row["kl"]), torch.stack([states[1][0], states[3][3]]))
+    assert torch.equal(torch.tensor(row["end"]["kl"]), states[4][[1, 3]])
 
 
 def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeypatch):
-    """The end is what it is in the study of fresh data, and so are the evaluations."""
+    """With one rate, the end is what it is in the study of fresh data."""
     rows, forward, validate = [], Ensemble.forward, finite.FiniteCell.validate
 
     def counted(self, x, t):
@@ -143,10 +147,10 @@ def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeyp
         patch.setattr(Ensemble, "forward", counted)
         patch.setattr(finite.FiniteCell, "validate", quietly)
         patch.setattr(finite, "judge", lambda cell, model, members: {})
-        row = study.train(cell.model(range(2)), recipe, study.steps(recipe), [1e-3] * 2, "")
+        row = study.validated(recipe, "")
     assert row["evaluations"] == recipe.evaluations * sum(rows) / (2 * cell.batch)
     assert (row["evaluations"], row["steps"]) == (expected["evaluations"], expected["steps"])
-    assert study.finish(cell.model, recipe, 1e-3, "")["end"]["kl"] == expected["kl"]
+    assert study.validated(recipe, "")["end"]["kl"] == expected["kl"]
 
 
 def test_rows_are_compared_with_plain_ones_by_seed_at_the_choice_and_at_the_end():
