@@ -35,6 +35,7 @@ def tree(file: Path) -> Found:
     study = results.read_all(file.parent / "orders")
     found["orders"], found["dependence"] = orders.cells(study), dependence(study)
     found["sources"] = results.sources(file.parent)
+    found["finite"] = orders.finite(results.read_all(file.parent / "finite"))
     found["recipe"] = orders.settings(results.read_all(file.parent / "recipe"))
     return found
 

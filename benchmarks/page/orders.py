@@ -1,4 +1,4 @@
-"""The study of targets and orders, of benchmarks/worth.py and benchmarks/recipe.py.
+"""The study of the losses, of benchmarks/worth.py, benchmarks/finite.py and benchmarks/recipe.py.
 
 A table of the pages names a row, as in `Problem | orders > * > two, averaged | KL = kl | score
 error = score | seeds that lost a mode = lost`.
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.finite import CHANGES, compared
 from benchmarks.page.numbers import Found
 from benchmarks.recipe import PROBLEMS, SETTINGS
 from benchmarks.worth_problems import CELLS
@@ -18,12 +19,13 @@ from benchmarks.worth_quantities import ratios
 # The rows that are drawn, by name.
 SHOWN = {
     "one, averaged": "averaged targets, over plain",
+    "one, averaged, pairs, times": "quiet batches, over averaged targets",
     "one, scores": "target scores, over plain",
     "one, scores, averaged": "both, over plain",
     "two, averaged": "order two, over order one (both averaged)",
     "three, averaged": "order three, over order one (both averaged)",
 }
-MARKERS = "os^DP"
+MARKERS = "ovs^DP"
 LEAST, MOST = 0.01, 5  # a ratio outside is a triangle at the edge
 
 
@@ -36,6 +38,12 @@ def cells(reports: list[Found]) -> Found:
         if any(row.keys() & {"kl", "difference"} for row in rows.values())
     }
     return {name: found[name] for name in CELLS if name in done}
+
+
+def finite(reports: list[Found]) -> Found:
+    """Every cell of the study on finite data, in its order."""
+    found = {report["name"]: compared(report) for report in reports}
+    return {name: found[name] for name in CHANGES if name in found}
 
 
 def settings(reports: list[Found]) -> Found:
@@ -64,7 +72,7 @@ def picture(found: Found) -> Figure:
             look: dict[str, Any] = {"color": f"C{i}", "ls": "none"}
             axes.plot([], [], marker, label=SHOWN[name], **look)
             for line, rows in enumerate(found.values()):
-                place, row = line + 0.14 * (i - 2), rows.get(name, {})
+                place, row = line + 0.13 * (i - 2.5), rows.get(name, {})
                 value, low, high = row.get(key) or (LEAST * row.get("below", np.nan),) * 3
                 if LEAST < value < MOST:
                     reach = [[value - low], [high - value]]

@@ -62,6 +62,15 @@ def test_cells_are_in_the_order_of_the_study_and_have_a_table():
     assert numbers.table(found, table).splitlines()[-1] == "| many-well, d = 4 | 0.5 | 0.25 | 0 |"
 
 
+def test_finite_cells_are_in_the_order_of_their_study():
+    names = ["many-well, d = 8, rotated, 2,000 points", "checkerboard, d = 2, 1,000 points"]
+    rows = {"one": row(0.4, 8.0), "one, averaged": row(0.2, 4.0) | {"end": row(0.1, 1.0)}}
+    found = orders.finite([{"name": name, "rows": rows} for name in names])
+    assert [*found] == names[::-1]
+    ratios = [found[names[0]][f"one, averaged, {when}"]["kl"][0] for when in ("choice", "end")]
+    assert ratios == pytest.approx([1 / 2, 1 / 4])
+
+
 def test_a_ratio_outside_of_the_picture_is_at_its_edge():
     figure = orders.picture(orders.cells([REPORT]))
     kl, score = figure.axes
