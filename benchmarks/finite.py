@@ -91,16 +91,15 @@ class FiniteCell(Cell):
         return self.data[0][rows, torch.tensor(self.members)].flatten(0, 1)
 
     def validate(self, model: hosm.ScoreModel) -> Tensor:
-        """Order one's loss of each member, always at the same times and noises."""
-        points, count = self.data[1][:, self.members], len(self.members)
+        """Order one's loss of each member, always at the same times and noises for a seed."""
+        points, count = self.data[1], len(self.members)
         x0 = points.repeat(max(1, MOST // len(points)), 1, 1)
         low, high = self.schedule.log_sigma_hat_range
         t = self.schedule.time(torch.linspace(low, high, len(x0))).repeat_interleave(count)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3)).flatten(0, 1)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+        x0, noise = (part[:, self.members].flatten(0, 1) for part in (x0, noise))
         with torch.no_grad():
-            terms = hosm.first_order_dsm(
-                model, x0.flatten(0, 1), t=t, noise=noise, reduction="none"
-            )
+            terms = hosm.first_order_dsm(model, x0, t=t, noise=noise, reduction="none")
         return by_member(terms, count).mean(1)
 
 

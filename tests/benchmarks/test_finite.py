@@ -89,6 +89,15 @@ def test_a_member_is_validated_by_order_one_at_noises_and_times_that_stay(monkey
     assert float(found[1]) == pytest.approx(float(exact.detach()), rel=1e-5)
 
 
+def test_the_rates_of_a_seed_are_validated_alike():
+    """Else the noises of the validation would choose among them."""
+    cell = small(rates=(1e-2, 1e-3))
+    a, b, c, d = cell.validate(cell.model(cell.members)).tolist()
+    assert a == pytest.approx(b, rel=1e-6)
+    assert c == pytest.approx(d, rel=1e-6)
+    assert a != pytest.approx(c, rel=1e-3)
+
+
 def test_the_choice_of_a_seed_is_by_validation_alone(tmp_path, monkeypatch):
     """Nothing is judged before all are validated; then the choice of each seed is, and its end."""
     # Of two seeds at two rates each, after each fifth of the steps.
