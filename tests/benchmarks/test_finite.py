@@ -89,6 +89,36 @@ def test_a_member_is_validated_by_order_one_at_noises_and_times_that_stay(monkey
     assert float(found[1]) == pytest.approx(float(exact.detach()), rel=1e-5)
 
 
+def test_what_is_validated_is_a_running_average_of_the_weights(tmp_path, monkeypatch):
+    weights, found = [], []
+
+    def training(cell, model, recipe, steps, rates):
+        for step in range(steps):
+            for parameter in model.parameters():
+                parameter.data.fill_(step)
+            weights.append(float(step))
+            yield
+
+    def validate(cell, model):
+        found.extend(float(p.detach().flatten()[0]) for p in model.parameters())
+        return torch.zeros(2)
+
+    monkeypatch.setattr(finite, "TENTHS", 1)
+    monkeypatch.setattr(finite, "DECAY", 0.5)
+    monkeypatch.setattr(worth, "training", training)
+    monkeypatch.setattr(finite, "judge", lambda cell, model, members: {})
+    monkeypatch.setattr(finite.FiniteCell, "validate", validate)
+    cell = small(budget=20)
+    finite.FiniteStudy("cell", cell, {}, tmp_path, tmp_path).validated(worth.rows(cell)["one"], "")
+    # 1/10, 2/11, … of what was there is kept until half of it is.
+    expected = weights[0]
+    for step, weight in enumerate(weights, 1):
+        kept = min(0.5, step / (step + 9))
+        expected = kept * expected + (1 - kept) * weight
+    assert found == pytest.approx([expected] * len(found), rel=1e-5)
+    assert found[0] < 18.5
+
+
 def test_the_rates_of_a_seed_are_validated_alike():
     """Else the noises of the validation would choose among them."""
     cell = small(rates=(1e-2, 1e-3))
@@ -131,7 +161,7 @@ def test_the_choice_of_a_seed_is_by_validation_alone(tmp_path, monkeypatch):
 
 
 def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeypatch):
-    """With one rate, the end is what it is in the study of fresh data."""
+    """With one rate and no average, the end is what it is in the study of fresh data."""
     rows, forward, validate = [], Ensemble.forward, finite.FiniteCell.validate
 
     def counted(self, x, t):
@@ -144,6 +174,7 @@ def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeyp
         del rows[before:]
         return found
 
+    monkeypatch.setattr(finite, "DECAY", 0.0)
     monkeypatch.setattr(times, "SMALL", 0)
     monkeypatch.setattr(worth, "EVERY", 3)
     monkeypatch.setattr(worth, "LEARNT", 2)
