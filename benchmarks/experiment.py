@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import hosm_losses as hosm
 from benchmarks import results
 
 T = TypeVar("T")
@@ -74,6 +75,36 @@ def training(
         if decay is not None:
             decay.step()
         yield optimizer
+
+
+def training_by_module(
+    loss: nn.Module,
+    draw: Callable[[torch.Generator], Tensor],
+    steps: int,
+    rate: float,
+    generator: torch.Generator,
+    *,
+    averaged: bool,
+    every: int,
+    rows: int,
+) -> Iterator[None]:
+    """`training` of a module of the losses, on half of what is drawn where it makes pairs of it.
+
+    All that is drawn is the reference of averaged targets. After `every` so many steps, times that
+    are learnt learn from some rows of a batch of their own.
+    """
+    sampler = getattr(loss, "time_sampler", None)
+
+    def batch() -> Row:
+        drawn = draw(generator)
+        targets = hosm.AveragedTargets(drawn, own=False) if averaged else None
+        x0 = drawn[: len(drawn) // (1 + loss.options.antithetic)]
+        return {"x0": x0, "targets": targets, "generator": generator}
+
+    for step, optimizer in enumerate(training(loss, lambda: loss(**batch()), steps, rate), 1):
+        if isinstance(sampler, hosm.AdaptiveTimes) and step % every == 0 and step < steps:
+            sampler.learn(loss, optimizer=optimizer, rows=rows, **batch())
+        yield
 
 
 def train(

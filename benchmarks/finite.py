@@ -40,7 +40,6 @@ from benchmarks.worth_problems import CELLS, Cell, Digits
 from benchmarks.worth_quantities import Row, by_member, judge, ratios
 
 DIRECTORY = results.DIRECTORY / "finite"
-ROWS = ("one", "one, averaged", "one, averaged, pairs, times")
 RATES, DECAY = (3e-4, 1e-3, 3e-3, 1e-2), 0.998
 MOST, TENTHS, LONG = 10_000, 10, 81_000
 CHANGES = {
@@ -176,7 +175,7 @@ def main() -> None:
         if arguments.smoke:
             cell = replace(cell.small(), seeds=2, fixed=cell.fixed and 16)
         study = FiniteStudy(name, cell, where, directory, arguments.out)
-        for row in filter(partial(re.search, arguments.rows), ROWS):
+        for row in filter(partial(re.search, arguments.rows), worth.FIRST_ORDER):
             study.row(row, partial(study.validated, worth.rows(cell)[row], row))
         results.show(name, compared(study.report))
 

@@ -111,21 +111,21 @@ def steps_of(row: str, budget: int) -> int:
 def trained(row: str, tiles: Tensor, sizes: Sizes, rate: float, seed: int) -> hosm.ScoreModel:
     """The model at the end of a training."""
     torch.manual_seed(seed)
-    model, generator = hosm.ScoreModel(Network(), SCHEDULE), seeded(seed)
-    sampler = hosm.AdaptiveTimes() if "times" in row else None
-    loss = hosm.FirstOrderDSM(model, antithetic="pairs" in row, time_sampler=sampler)
-
-    def batch() -> Row:
-        x = draw(tiles, sizes.batch, generator)
-        targets = hosm.AveragedTargets(x, own=False) if "averaged" in row else None
-        x0 = x[: len(x) // 2] if "pairs" in row else x
-        return {"x0": x0, "targets": targets, "generator": generator}
-
-    steps = steps_of(row, sizes.steps)
-    every = experiment.training(model, lambda: loss(**batch()), steps, rate)
-    for step, optimizer in enumerate(every, 1):
-        if sampler is not None and step % EVERY == 0 and step < steps:
-            sampler.learn(loss, optimizer=optimizer, rows=sizes.batch, **batch())
+    model, sampler = hosm.ScoreModel(Network(), SCHEDULE), None
+    if "times" in row:
+        sampler = hosm.AdaptiveTimes()
+    every = experiment.training_by_module(
+        hosm.FirstOrderDSM(model, antithetic="pairs" in row, time_sampler=sampler),
+        lambda generator: draw(tiles, sizes.batch, generator),
+        steps_of(row, sizes.steps),
+        rate,
+        seeded(seed),
+        averaged="averaged" in row,
+        every=EVERY,
+        rows=sizes.batch,
+    )
+    for _ in every:
+        pass
     return model.requires_grad_(False)
 
 

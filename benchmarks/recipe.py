@@ -1,6 +1,6 @@
 """Does the recipe hold at other learning rates, times, batches and networks?
 
-    python -m benchmarks.recipe [--cells REGEX] [--dirty | --smoke]
+    python -m benchmarks.recipe [--cells REGEX] [--rows REGEX] [--out DIR] [--dirty | --smoke]
 
 Order one plain, orders one to three with averaged targets, and order one on quiet batches with
 these train from scratch as in `benchmarks.worth`, for equal evaluations of the network, in its
@@ -29,59 +29,63 @@ import torch
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.worth import EVERY, LEARNT, SEARCHED, Recipe, Study, rows
+from benchmarks.worth import (
+    EVERY,
+    FIRST_ORDER,
+    LEARNT,
+    MODULES,
+    SEARCHED,
+    Recipe,
+    Study,
+    begin,
+    rows,
+)
 from benchmarks.worth_problems import CELLS, Cell, Sizes
 from benchmarks.worth_quantities import Row, ratios
 
 DIRECTORY = results.DIRECTORY / "recipe"
 BASE, RATE, SEEDS = "base", 3e-3, 3
-FIRST = ("one", "one, averaged", "one, averaged, pairs, times")
-ROWS = (*FIRST, "two, averaged", "three, averaged")
+ROWS = (*FIRST_ORDER, "two, averaged", "three, averaged")
 TRANSFERRED = "many-well, d = 8, rotated"
 PROBLEMS = (*SEARCHED, TRANSFERRED)
 TIMED = PROBLEMS[2:]
 
 
 def training_alone(
-    cell: Cell, recipe: Recipe, steps: int, rate: float, seed: int
-) -> Iterator[hosm.ScoreModel]:
-    """Train a network by the library's modules, and yield it after each step."""
-    model, generator = cell.model([seed]), torch.Generator().manual_seed(seed)
-    module = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}[recipe.order]
+    cell: Cell, model: hosm.ScoreModel, recipe: Recipe, steps: int, rate: float, seed: int
+) -> Iterator[None]:
+    """A training of one network by the library's modules, a step each time it is advanced."""
     sampler = hosm.AdaptiveTimes() if recipe.times else None
-    loss = module(model, antithetic=recipe.noises == 2, time_sampler=sampler)
-
-    def batch() -> Row:
-        drawn = cell.draw(cell.batch, generator)
-        targets = hosm.AveragedTargets(drawn, own=False) if recipe.averaged else None
-        x0 = drawn[: len(drawn) // recipe.noises]
-        return {"x0": x0, "targets": targets, "generator": generator}
-
-    every = experiment.training(model, lambda: loss(**batch()), steps, rate)
-    for step, optimizer in enumerate(every, 1):
-        if sampler is not None and step % EVERY == 0 and step < steps:
-            sampler.learn(loss, optimizer=optimizer, rows=LEARNT, **batch())
-        yield model
+    return experiment.training_by_module(
+        MODULES[recipe.order](model, antithetic=recipe.noises == 2, time_sampler=sampler),
+        lambda generator: cell.draw(cell.batch, generator),
+        steps,
+        rate,
+        torch.Generator().manual_seed(seed),
+        averaged=recipe.averaged,
+        every=EVERY,
+        rows=LEARNT,
+    )
 
 
 class SingleStudy(Study):
     """Each seed trains alone."""
 
-    def train(
-        self,
-        model: hosm.ScoreModel,
-        recipe: Recipe,
-        steps: int,
-        rates: Sequence[float],
-        *_: Any,
-    ) -> Row:
-        """The networks are copied into those of the ensemble, which is judged."""
-        for seed, rate in enumerate(rates):
-            *_, alone = training_alone(self.cell, recipe, steps, rate, seed)
-            with torch.no_grad():
-                for every, own in zip(model.parameters(), alone.parameters(), strict=True):
-                    every[seed] = own[0]
-        return {"steps": steps, "evaluations": recipe.evaluations_in(steps, self.cell.batch)}
+    def training(
+        self, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float]
+    ) -> Iterator[None]:
+        """The networks take each step in turns; in the end they are copied into the ensemble."""
+        alone = [self.cell.model([seed]) for seed in range(len(rates))]
+        every = [
+            training_alone(self.cell, network, recipe, steps, rates[seed], seed)
+            for seed, network in enumerate(alone)
+        ]
+        for _ in zip(*every, strict=True):
+            yield
+        with torch.no_grad():
+            for seed, network in enumerate(alone):
+                for member, own in zip(model.parameters(), network.parameters(), strict=True):
+                    member[seed] = own[0]
 
 
 class TimedStudy(SingleStudy):
@@ -96,9 +100,10 @@ class TimedStudy(SingleStudy):
         recipes, count = rows(self.cell), min(self.cell.budget, 8 * EVERY)
 
         def route(recipe: Recipe) -> Callable[[], object]:
-            return partial(next, training_alone(self.cell, recipe, count + 1, RATE, 0))
+            model = self.cell.model([0])
+            return partial(next, training_alone(self.cell, model, recipe, count + 1, RATE, 0))
 
-        routes = {name: route(recipes[name]) for name in FIRST}
+        routes = {name: route(recipes[name]) for name in FIRST_ORDER}
         found = experiment.times(routes, count)
         means = {name: sum(seconds) / count for name, seconds in found.items()}
         over = {name: mean / means["one"] for name, mean in means.items()}
@@ -111,6 +116,18 @@ class Setting(NamedTuple):
     changes: dict[str, Any]
     rate: float = RATE
     study: type[Study] = Study
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Where it is tried."""
+        if self.study is TimedStudy:
+            return TIMED
+        return SEARCHED if self.changes else PROBLEMS
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What is trained."""
+        return FIRST_ORDER if self.study is TimedStudy else ROWS
 
 
 SETTINGS = {
@@ -129,11 +146,8 @@ SETTINGS = {
         {"sizes": Sizes(512, 1, waves=2), "predictor": False}
     ),
     "a single network": Setting({}, study=SingleStudy),
-} | {
-    f"equal time, rate {rate:.0e}".replace("e-0", "e-"): Setting(
-        {"sizes": Sizes(512)}, rate, TimedStudy
-    )
-    for rate in (1e-3, 3e-3)
+    "equal time, rate 1e-3": Setting({"sizes": Sizes(512)}, 1e-3, TimedStudy),
+    "equal time, rate 3e-3": Setting({"sizes": Sizes(512)}, 3e-3, TimedStudy),
 }
 
 
@@ -142,32 +156,25 @@ def studies(
 ) -> Iterator[tuple[str, str, Study]]:
     """The cell, the setting and the study of each."""
     for name in PROBLEMS:
-        for setting, (changes, _, study) in SETTINGS.items():
+        for setting, how in SETTINGS.items():
             title = f"{name}, {setting}"
-            timed = study is TimedStudy
-            if not re.search(pattern, title):
+            if name not in how.problems or not re.search(pattern, title):
                 continue
-            if name not in TIMED if timed else name == TRANSFERRED and changes:
-                continue
-            cell = replace(CELLS[name](), **{"batch": 256, "seeds": SEEDS, "long": None} | changes)
+            base = {"batch": 256, "seeds": SEEDS, "long": None}
+            cell = replace(CELLS[name](), **base | how.changes)
             if smoke:
                 cell = replace(cell.small(), seeds=2)
-            yield name, setting, study(title, cell, where, out if smoke else DIRECTORY, out)
+            yield name, setting, how.study(title, cell, where, out if smoke else DIRECTORY, out)
 
 
 def main() -> None:
-    parser = experiment.parser(__doc__)
-    parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--out", type=Path, default=Path("recipe_out"), help="of --smoke")
-    arguments = parser.parse_args()
-    where = experiment.environment(arguments)
-    torch.set_num_threads(1)
+    arguments, where = begin(__doc__, "recipe_out", "of --smoke")
     every = studies(arguments.cells, where, smoke=arguments.smoke, out=arguments.out)
     for name, setting, study in every:
-        recipes, timed = rows(study.cell), isinstance(study, TimedStudy)
-        for row in FIRST if timed else ROWS:
+        recipes, how = rows(study.cell), SETTINGS[setting]
+        for row in filter(partial(re.search, arguments.rows), how.rows):
             make = partial(study.finish, study.cell.model, recipes[row])
-            study.row(row, partial(make, SETTINGS[setting].rate, f"{setting}: {row}"))
+            study.row(row, partial(make, how.rate, f"{setting}: {row}"))
         results.show(f"{name}, {setting}", ratios(study.report))
 
 

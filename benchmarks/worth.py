@@ -84,6 +84,8 @@ SECOND_STAGE = ("one, averaged", "two, averaged", "three, averaged")
 WEIGHTS = {1: (1.0,), 2: (1.0, 0.5, 0.0)}
 INFORMATION_DRAWS = 2**16
 SEARCHED = ("mixture, d = 1, VE", "checkerboard, d = 2", "many-well, d = 4")
+FIRST_ORDER = ("one", "one, averaged", "one, averaged, pairs, times")  # what other studies train
+MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 EVERY, LEARNT = 25, 64  # steps between calls of `learn`, and its samples
 MORE = 2048  # references
 
@@ -124,7 +126,7 @@ def rows(cell: Cell) -> dict[str, Recipe]:
     recipes = rows_as_drawn(cell)
     recipes |= quiet_rows(cell, recipes)
     if not cell.searched:
-        for name in ("one", "one, averaged", "one, averaged, pairs, times"):
+        for name in FIRST_ORDER:
             recipes[name + OWN] = recipes[name]._replace(family=name + OWN)
     return recipes
 
@@ -297,7 +299,6 @@ class EnsembleLoss:
         """Let each member learn its times as it would alone: by its rows and its part of Adam."""
         order, x0 = self.recipe.order, self._samples(drawn)
         targets = MemberTargets(batch=drawn, **self.quiet)
-        modules = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
         for i, times in enumerate(self.times.members):
             alone = self.cell.model([i])
             adam = torch.optim.Adam(alone.parameters())
@@ -306,7 +307,7 @@ class EnsembleLoss:
                 squares = optimizer.state[every]["exp_avg_sq"]
                 adam.state[own] = {"exp_avg_sq": squares[i : i + 1]}
             times.learn(
-                modules[order](alone, **self._options(times)),
+                MODULES[order](alone, **self._options(times)),
                 x0[i :: self.members],
                 adam,
                 rows=LEARNT,
@@ -400,7 +401,7 @@ class Study:
         watch: Callable[[int], None] | None = None,
     ) -> Row:
         """All steps; `watch` is called after each."""
-        every = training(self.cell, model, recipe, steps, rates)
+        every = self.training(model, recipe, steps, rates)
         bar = f"{self.name}: {bar}"
         for step, _ in enumerate(tqdm(every, bar, steps, leave=False, mininterval=30), 1):
             if watch is not None:
@@ -408,6 +409,12 @@ class Study:
         weights = weights_of(recipe, self.cell.density.elements)
         evaluations = recipe.evaluations_in(steps, self.cell.batch)
         return {"steps": steps, "weights": weights, "evaluations": evaluations}
+
+    def training(
+        self, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float]
+    ) -> Iterator[None]:
+        """A training of all members, a step each time it is advanced."""
+        return training(self.cell, model, recipe, steps, rates)
 
     def steps(self, recipe: Recipe) -> int:
         budget = self.cell.budget * 3

@@ -160,13 +160,9 @@ def test_the_choice_of_a_seed_is_by_validation_alone(tmp_path, monkeypatch):
     assert torch.equal(torch.tensor(row["end"]["kl"]), states[4][[1, 3]])
 
 
-def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeypatch):
+def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeypatch, rows_called):
     """With one rate and no average, the end is what it is in the study of fresh data."""
-    rows, forward, validate = [], Ensemble.forward, finite.FiniteCell.validate
-
-    def counted(self, x, t):
-        rows.append(len(x))
-        return forward(self, x, t)
+    validate = finite.FiniteCell.validate
 
     def quietly(cell, model):
         before = len(rows)
@@ -183,8 +179,8 @@ def test_validation_is_no_part_of_the_training_and_not_counted(tmp_path, monkeyp
     plain = worth.Study("plain", cell, {}, tmp_path, tmp_path)
     expected = plain.finish(cell.model, recipe, 1e-3, "")
     study = finite.FiniteStudy("finite", cell, {}, tmp_path, tmp_path)
+    rows = rows_called(Ensemble)
     with monkeypatch.context() as patch:
-        patch.setattr(Ensemble, "forward", counted)
         patch.setattr(finite.FiniteCell, "validate", quietly)
         patch.setattr(finite, "judge", lambda cell, model, members: {})
         row = study.validated(recipe, "")

@@ -527,8 +527,8 @@ def test_a_network_alone_trains_by_the_modules_as_one_of_an_ensemble(monkeypatch
     monkeypatch.setattr(worth, "EVERY", 2)
     monkeypatch.setattr(recipe, "EVERY", 2)
     cell = small(uniform_in_t=True)
-    row, member = worth.rows(cell)[name], cell.model([1])
-    *_, alone = recipe.training_alone(cell, row, 6, 1e-3, 1)
+    row, member, alone = worth.rows(cell)[name], cell.model([1]), cell.model([1])
+    list(recipe.training_alone(cell, alone, row, 6, 1e-3, 1))
     list(worth.training(cell, member, row, 6, [1e-3]))
     for own, other in zip(alone.parameters(), member.parameters(), strict=True):
         assert torch.allclose(own, other, rtol=0, atol=1e-6)
