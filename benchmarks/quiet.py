@@ -1,10 +1,11 @@
 """What a step of order one costs with averaged targets, in pairs and at learnt times.
 
-python -m benchmarks.quiet [NETWORK ...] [--dirty | --smoke]
+python -m benchmarks.quiet [CASE ...] [--dirty | --smoke]
 
 Processor time over that of a plain step with as many rows of the network, all in turns in one
 process of one thread. Pairs are of half as many samples. A call of `learn` is timed beside them
-and spread over 25 steps. Into results/quiet.json. Two minutes.
+and spread over 25 steps. A step of the cases with fewer rows takes some 20 ms.
+Into results/quiet.json. Three minutes.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,31 @@ from benchmarks.steps import NETWORKS, model_of
 
 FILE = results.DIRECTORY / "quiet.json"
 EVERY = 25  # steps for each call of `learn`
+# The network, and the rows of a batch; None is what other benchmarks take.
+CASES: dict[str, tuple[str, int | None]] = {
+    "mlp": ("mlp", None),
+    "mlp, 512 rows": ("mlp", 512),
+    "convolutional, 4 rows": ("convolutional", 4),
+    "unet": ("unet", None),
+    "dit": ("dit", None),
+}
 AVERAGED = {"targets": hosm.AveragedTargets()}
 VARIANTS: dict[str, Row] = {
     "plain": {},
     "averaged": AVERAGED,
     "pairs": {"antithetic": True},
     "times": {"time_sampler": hosm.AdaptiveTimes()},
+    "pairs, times": {"antithetic": True, "time_sampler": hosm.AdaptiveTimes()},
     "quiet": AVERAGED | {"antithetic": True, "time_sampler": hosm.AdaptiveTimes()},
 }
 
 
-def measure(name: str, rounds: int) -> Row:
+def measure(case: str, rounds: int) -> Row:
     """Milliseconds of a plain step, and what the others and `learn` take in units of it."""
     torch.set_num_threads(1)
+    name, rows = CASES[case]
     model, (batch, *shape) = model_of(name), NETWORKS[name][1]
+    batch = rows or batch
     optimizer = torch.optim.Adam(model.parameters())
 
     def route(options: Row) -> Callable[[], None]:
@@ -47,7 +59,7 @@ def measure(name: str, rounds: int) -> Row:
 
     def learn() -> None:
         objective = hosm.FirstOrderDSM(model, **VARIANTS["quiet"])
-        objective.time_sampler.learn(objective, torch.randn(batch // 2, *shape), optimizer)
+        objective.time_sampler.learn(objective, torch.randn(batch, *shape), optimizer)
 
     routes = {key: route(options) for key, options in VARIANTS.items()} | {"learn": learn}
     times(routes, 2)
@@ -55,16 +67,17 @@ def measure(name: str, rounds: int) -> Row:
     found: Row = {"ms": 1e3 * sorted(seconds["plain"])[rounds // 2], "steps": {}}
     for key in VARIANTS:
         found["steps"][key] = ratio_of_medians(seconds[key], seconds["plain"])
-    spread = [seconds["learn"][i] / EVERY + seconds["quiet"][i] for i in range(rounds)]
-    found["steps"]["quiet, learn"] = ratio_of_medians(spread, seconds["plain"])
+    for key in ("pairs, times", "quiet"):
+        spread = [seconds["learn"][i] / EVERY + seconds[key][i] for i in range(rounds)]
+        found["steps"][f"{key}, learn"] = ratio_of_medians(spread, seconds["plain"])
     return found
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("networks", nargs="*", default=["mlp", "unet", "dit"])
+    arguments.add_argument("cases", nargs="*", default=list(CASES))
     options = arguments.parse_args()
-    for name in options.networks[: 1 if options.smoke else None]:
+    for name in options.cases[: 1 if options.smoke else None]:
         where = environment(options)
         found = alone(measure, name, 2 if options.smoke else 40)
         print(name, found)

@@ -13,9 +13,10 @@ second run goes on where the first one stopped.
 Two kinds of setting train without an ensemble, each seed alone and by the library's modules:
     a single network    at equal evaluations, in every cell;
     equal time          order one in four and eight dimensions, on a network whose step takes at
-                        least 20 ms. What a step of each row costs over a plain one, calls of
-                        `learn` included, is measured first, in turns, on an idle machine; the
-                        steps are those of plain order one over this cost.
+                        least 20 ms. A call of `learn` costs five such steps and comes every 100.
+                        What a step of each row costs over a plain one, these calls included, is
+                        measured first, in turns, on an idle machine; the steps are those of
+                        plain order one over this cost.
 """
 
 import re
@@ -52,7 +53,13 @@ TIMED = PROBLEMS[2:]
 
 
 def training_alone(
-    cell: Cell, model: hosm.ScoreModel, recipe: Recipe, steps: int, rate: float, seed: int
+    cell: Cell,
+    model: hosm.ScoreModel,
+    recipe: Recipe,
+    steps: int,
+    rate: float,
+    seed: int,
+    every: int,
 ) -> Iterator[None]:
     """A training of one network by the library's modules, a step each time it is advanced."""
     sampler = hosm.AdaptiveTimes() if recipe.times else None
@@ -63,7 +70,7 @@ def training_alone(
         rate,
         torch.Generator().manual_seed(seed),
         averaged=recipe.averaged,
-        every=EVERY,
+        every=every,
         rows=LEARNT,
     )
 
@@ -71,13 +78,15 @@ def training_alone(
 class SingleStudy(Study):
     """Each seed trains alone."""
 
+    every = EVERY
+
     def training(
         self, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float]
     ) -> Iterator[None]:
         """The networks take each step in turns; in the end they are copied into the ensemble."""
         alone = [self.cell.model([seed]) for seed in range(len(rates))]
         every = [
-            training_alone(self.cell, network, recipe, steps, rates[seed], seed)
+            training_alone(self.cell, network, recipe, steps, rates[seed], seed, self.every)
             for seed, network in enumerate(alone)
         ]
         for _ in zip(*every, strict=True):
@@ -91,17 +100,21 @@ class SingleStudy(Study):
 class TimedStudy(SingleStudy):
     """Each row takes as much processor time as plain order one does for the budget."""
 
+    every = 4 * EVERY
+
     def steps(self, recipe: Recipe) -> int:
         costs = self.row("costs", self.costs)["over plain"]
         return round(self.cell.budget / costs[recipe.family])
 
     def costs(self) -> Row:
         """Seconds of a plain step, and what those of the rows take over it in the mean."""
-        recipes, count = rows(self.cell), min(self.cell.budget, 8 * EVERY)
+        recipes, count = rows(self.cell), min(self.cell.budget, 3 * self.every)
 
         def route(recipe: Recipe) -> Callable[[], object]:
             model = self.cell.model([0])
-            return partial(next, training_alone(self.cell, model, recipe, count + 1, RATE, 0))
+            return partial(
+                next, training_alone(self.cell, model, recipe, count + 1, RATE, 0, self.every)
+            )
 
         routes = {name: route(recipes[name]) for name in FIRST_ORDER}
         found = experiment.times(routes, count)
