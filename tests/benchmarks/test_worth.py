@@ -525,10 +525,9 @@ def test_settings_of_the_recipe_differ_from_its_base(tmp_path):
 @pytest.mark.parametrize("name", [*recipe.ROWS])
 def test_a_network_alone_trains_by_the_modules_as_one_of_an_ensemble(monkeypatch, name):
     monkeypatch.setattr(worth, "EVERY", 2)
-    monkeypatch.setattr(recipe, "EVERY", 2)
     cell = small(uniform_in_t=True)
     row, member, alone = worth.rows(cell)[name], cell.model([1]), cell.model([1])
-    list(recipe.training_alone(cell, alone, row, 6, 1e-3, 1))
+    list(recipe.training_alone(cell, alone, row, 6, 1e-3, 1, 2))
     list(worth.training(cell, member, row, 6, [1e-3]))
     for own, other in zip(alone.parameters(), member.parameters(), strict=True):
         assert torch.allclose(own, other, rtol=0, atol=1e-6)

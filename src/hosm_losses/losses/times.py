@@ -356,8 +356,8 @@ def _squared_gradients(
         total = torch.zeros((), device=device)
         for gradient, (_, factor) in zip(gradients, trained, strict=True):
             if gradient is not None:
-                squares = gradient.float().square()
-                total = total + (squares if factor is None else squares * factor).sum()
+                squares = gradient.float().square().flatten()
+                total = total + (squares.sum() if factor is None else squares @ factor.flatten())
         return total
 
     def of_one(parameters: dict[str, Tensor], i: Tensor) -> Tensor:
