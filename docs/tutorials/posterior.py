@@ -20,7 +20,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
-# The simulator is the two-moons problem of `Greenberg et al. <https://arxiv.org/abs/1905.07488>`_.
+# The simulator is the two-moons problem of `Greenberg et al. (2019) <https://arxiv.org/abs/1905.07488>`_.
 # A point y on a thin crescent is shifted by θ, which has a uniform prior on [−1, 1]². An absolute
 # value hides which side θ was on, so the posterior of θ has two moons.
 
