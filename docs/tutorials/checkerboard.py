@@ -146,5 +146,5 @@ figure.suptitle(
 # %%
 # The density depends on the divergence of the field along the whole path, and its score depends on
 # how that divergence changes. Order one trains neither of the two: see :ref:`Theory <why>`. These
-# results are from one seed; :doc:`/worth` has the study, and :doc:`/paper_losses` says when a higher
-# order is worth its price.
+# results are from one seed; :doc:`/worth` has the study, and :doc:`/paper_losses` says when a
+# higher order is worth its price.

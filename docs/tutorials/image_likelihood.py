@@ -139,5 +139,4 @@ bits, given = (each.bits_per_dim(levels=17).mean() for each in (drawn, result))
 figure.suptitle(f"Samples take {bits:.2f} bits/dim, held-out images {given:.2f}")
 
 # %%
-# Continue with :doc:`/likelihood`, or train the network further with another loss:
-# :doc:`/which_loss`.
+# Continue with :doc:`/likelihood`, or choose a loss to train with: :doc:`/which_loss`.
