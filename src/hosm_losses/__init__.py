@@ -1,4 +1,4 @@
-"""High-order denoising score matching and likelihoods of diffusion ODEs, for PyTorch.
+"""Denoising score matching of orders one to three and likelihoods of diffusion ODEs, for PyTorch.
 
 Five starting points, shown here for standard normal data, whose optimal network is known:
 
@@ -19,13 +19,15 @@ Five starting points, shown here for standard normal data, whose optimal network
     True
 
 The losses are `first_order_dsm`, `second_order_dsm` and `third_order_dsm`; each of them is also
-available as a module, such as `ThirdOrderDSM`:
+available as a module, such as `FirstOrderDSM`:
 
-    >>> loss = hosm.third_order_dsm(model, x0)
+    >>> loss = hosm.first_order_dsm(model, x0)
 
-In each loss, the noise that was drawn can be replaced by targets that vary less:
+In few dimensions, the gradient has less noise with targets averaged over the batch, pairs of
+opposite noises, and times that `AdaptiveTimes.learn` chooses:
 
-    >>> loss = hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets())
+    >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
+    >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))
 
 `ode_nll` returns negative log-likelihoods under the model's ODE, with error estimates:
 
