@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hosm_losses import ScoreModel, ThirdOrderDSM, VPSchedule
+from hosm_losses import AdaptiveTimes, AveragedTargets, FirstOrderDSM, ScoreModel, VPSchedule
 
 
 class Network(nn.Module):
@@ -34,16 +34,20 @@ def main() -> None:
     torch.manual_seed(0)
     network = Network().to(device)
     # - model = DistributedDataParallel(network)
-    objective = ThirdOrderDSM(ScoreModel(network, VPSchedule()), weights=(1, 0.5, 0.5, 0.1))  # +
+    times, scored = AdaptiveTimes(), ScoreModel(network, VPSchedule())  # +
+    objective = FirstOrderDSM(scored, antithetic=True, time_sampler=times)  # +
     model = DistributedDataParallel(objective, device_ids=[rank] if cuda else None)  # +
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     torch.manual_seed(1 + rank)  # own data, times, noise and probes in every process
-    for _ in range(50):
+    for step in range(100):
         angle = 6.2832 * torch.rand(64, device=device)
-        x0 = torch.stack([angle.cos(), angle.sin()], 1)
+        x = torch.stack([angle.cos(), angle.sin()], 1)
+        batch = {"x0": x[:32], "targets": AveragedTargets(x, own=False)}  # +
         optimizer.zero_grad()
-        model(x0).backward()
+        model(**batch).backward()
         optimizer.step()
+        if step % 50 == 49:
+            times.learn(model, optimizer=optimizer, **batch)  # + in every process
     weight = network.layers[0].weight.detach()
     weights = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
     dist.all_gather(weights, weight)

@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import ThirdOrderDSM, from_diffusers
+from hosm_losses import AdaptiveTimes, FirstOrderDSM, from_diffusers
 
-STEPS = 20
+STEPS = 60
 
 
 def main() -> None:
@@ -31,26 +31,29 @@ def main() -> None:
     )
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    images = torch.rand(1024, 3, 1, 1).expand(-1, -1, 8, 8) * 2 - 1
+    images = torch.rand(2048, 3, 1, 1).expand(-1, -1, 8, 8) * 2 - 1
     loader = DataLoader(TensorDataset(images), batch_size=16, shuffle=True)
     # - unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
-    objective = ThirdOrderDSM(from_diffusers(unet, scheduler), weighting="native")  # +
+    times, model = AdaptiveTimes(), from_diffusers(unet, scheduler)  # +
+    objective = FirstOrderDSM(model, weighting="native", time_sampler=times)  # +
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)  # +
     ema = EMAModel(unet.parameters())
     torch.manual_seed(accelerator.process_index)
     for step, (clean,) in zip(range(STEPS), loader, strict=False):
-        noise = torch.randn_like(clean)
-        timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device)
+        # - noise = torch.randn_like(clean)
+        # - timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device)
         # - noisy = scheduler.add_noise(clean, noise, timesteps)
         # - loss = F.mse_loss(unet(noisy, timesteps).sample, noise)
-        loss, terms = objective(clean, t=timesteps, noise=noise, return_terms=True)  # +
+        loss = objective(clean)  # + the same mean, as it draws noise and timesteps
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
-        if step % 5 == 4:
-            accelerator.print(step + 1, *(f"{term.mean():.4f}" for term in terms))
+        if step % 50 == 49:
+            times.learn(objective, clean, optimizer)  # +
+        if step % 10 == 9:
+            accelerator.print(step + 1, f"{loss:.4f}")
     accelerator.end_training()
 
 

@@ -1,14 +1,24 @@
-"""A Lightning module that trains with three orders and validates by the ODE's likelihood.
+"""A Lightning module that trains with quiet batches and validates by the ODE's likelihood.
 
 python docs/examples/lightning_module.py
 """
+
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import FixedGrid, ScoreModel, ThirdOrderDSM, VPSchedule, ode_nll
+from hosm_losses import (
+    AdaptiveTimes,
+    AveragedTargets,
+    FirstOrderDSM,
+    FixedGrid,
+    ScoreModel,
+    VPSchedule,
+    ode_nll,
+)
 
 
 class Network(nn.Module):
@@ -29,13 +39,24 @@ class Diffusion(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         model = ScoreModel(Network(), VPSchedule())
-        self.objective = ThirdOrderDSM(model, weights=(1, 0.5, 0.5, 0.1))
+        self.objective = FirstOrderDSM(model, antithetic=True, time_sampler=AdaptiveTimes())
+
+    def quiet(self, x: torch.Tensor) -> dict[str, Any]:
+        """Return half of the batch, for pairs, and all of it as the reference of averages."""
+        return {"x0": x[: len(x) // 2], "targets": AveragedTargets(x, own=False)}
 
     def training_step(self, batch: list[torch.Tensor], _index: int) -> torch.Tensor:
-        """Return the loss, and log its terms."""
-        loss, terms = self.objective(batch[0], return_terms=True)
-        self.log_dict({name: value.mean() for name, value in terms._asdict().items()})
+        """Return the loss, and log it."""
+        loss = self.objective(**self.quiet(batch[0]))
+        self.log("loss", loss)
         return loss
+
+    def on_train_batch_end(self, _outputs: Any, batch: list[torch.Tensor], index: int) -> None:
+        """Every 50 steps, learn at which times gradients are noisy."""
+        if index % 50 == 49:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            quiet = self.quiet(batch[0])
+            self.objective.time_sampler.learn(self.objective, optimizer=optimizer, **quiet)
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
         """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
