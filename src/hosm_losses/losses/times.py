@@ -126,7 +126,7 @@ class AdaptiveTimes(nn.Module):
     gradient has less noise. Logged terms contain more of the difficult times than of others.
 
     A loss only reads what was learnt, from the buffer `m`. At first it is 1 everywhere. Call
-    `learn` every 25 steps or so of the training.
+    `learn` every 50 steps or so of the training.
 
     Attributes:
         m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
