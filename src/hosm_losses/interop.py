@@ -90,7 +90,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
             pipeline = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
             model = from_diffusers(pipeline.unet, pipeline.scheduler)
-            loss = third_order_dsm(model, images, weighting="native")
+            loss = first_order_dsm(model, images, weighting="native")
     """
     if not isinstance(model, nn.Module):  # perhaps a pipeline
         expected = "an nn.Module, such as pipeline.unet or pipeline.transformer"
@@ -179,7 +179,7 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
             diffusion = GaussianDiffusion(Unet(dim=64), image_size=32)
             model = from_denoising_diffusion(diffusion)
-            loss = third_order_dsm(model, diffusion.normalize(images))
+            loss = first_order_dsm(model, diffusion.normalize(images))
     """
     names = ("model", "objective", "alphas_cumprod")
     check_has("diffusion", diffusion, "a GaussianDiffusion with {}", *names)
@@ -306,7 +306,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 
             unet, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults())
             model = from_guided_diffusion(unet, diffusion)
-            loss = third_order_dsm(model, images, model_kwargs={"y": classes})
+            loss = first_order_dsm(model, images, model_kwargs={"y": classes})
     """
     names = ("alphas_cumprod", "model_mean_type", "model_var_type")
     check_has("diffusion", diffusion, "a GaussianDiffusion with {}", *names)
@@ -347,7 +347,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 
             sde = sde_lib.VESDE(sigma_min=0.01, sigma_max=50, N=1000)
             model = from_score_sde(score_model.module, sde, continuous=True)
-            loss = third_order_dsm(model, images)
+            loss = first_order_dsm(model, images)
     """
     if hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max"):
         _refuse_discrete(model, continuous, DISCRETE_VE)
