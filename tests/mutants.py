@@ -628,7 +628,7 @@ losses/times.py losses/test_times.py
 + module.training = True
 - {name: buffer.detach().clone() for
 + {name: buffer.detach() for
-- (squares if factor is None else squares * factor).sum()
+- squares @ factor.flatten()
 + squares.sum()
 - (v.float().sqrt() + eps[p])
 + v.float().sqrt()
