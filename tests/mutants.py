@@ -492,8 +492,12 @@ likelihood/weights.py likelihood/test_weights.py
 + pass
 - torch.where(result.failed, 0.0, result._errors().detach())
 + result._errors().detach()
-- self.effective_sample_size < min(DOUBTED, count / 2)
-+ self.effective_sample_size < DOUBTED
+- self.effective_sample_size < count / 4
++ self.effective_sample_size < count / 2
+- w = torch.cat([self.normalized, self.normalized.max()[None]])
++ w = self.normalized
+- c = math.cbrt(1 - gamma * u)
++ c = 1.0
 - _pareto_k(self.normalized[self.normalized > 0])
 + _pareto_k(self.normalized)
 - (tail * shape + 10 * 0.5) / (tail + 10)

@@ -10,16 +10,24 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
 
     Standard errors come from a jackknife that leaves out one sample and its probes at a time.
 
+    The interval for log Z ends 1.96 standard errors below the estimate, and further above it: if
+    weights are skewed, samples that miss large ones have both a low mean and a low standard error.
+    With the largest weight counted twice, let there be n weights of mean m, standard error s and
+    skewness γ √n. If T = (m − Z)/s, Hall's g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard
+    normal, and equals −1.96 at the upper end of Z,
+        m + 3 s u/(1 + c + c²),     u = 1.96 + γ/6,     c = (1 − γ u)^{1/3}
+
     The weights apply to x itself: q is the exact density of x at t_min, where x still contains
     noise with standard deviation σ(t_min). The noise at t_min lowers the effective sample size but
     adds no bias. Samples that were denoised afterwards have a different density, so the weights do
     not apply to them.
 
 Source:
-    Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
-    Yao and Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024), for k; Zhang and
-    Stephens, "A new and efficient estimation method for the generalized Pareto distribution",
-    Technometrics 51 (2009), for the estimate of k.
+    Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Hall, "On the removal of
+    skewness by transformation", JRSS B 54 (1992), for the interval. Vehtari, Simpson, Gelman, Yao
+    and Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024), for k; Zhang and Stephens, "A
+    new and efficient estimation method for the generalized Pareto distribution", Technometrics 51
+    (2009), for the estimate of k.
 """
 
 import math
@@ -35,12 +43,7 @@ from hosm_losses._checks import check_like, error_message, warn
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
-# Pareto's k above which the mean of the weights has no usable variance.
-MEANINGLESS = 0.7
-# If the effective sample size is below this number and below half the number of samples, standard
-# errors are doubtful. Otherwise, if the weights have a variance, intervals contain log Z in at
-# least 0.9 of cases (`benchmarks/weights.py`).
-DOUBTED = 200
+NORMAL = 1.959964  # the quantile of 0.975
 FEWEST = 21  # the smallest number of weights above zero whose tail has five weights
 SMALL, LARGE = 0.25, 1.0  # limits of the weighted mean variance due to the probes
 
@@ -98,14 +101,30 @@ class Weights:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z`, which is often too small if the effective sample size is low.
+        """Standard error of `log_z`, which is often too small: see `log_z_interval`.
 
-        "Low" means below 200 and below half the number of samples. The standard error is
-        meaningless if `pareto_k` is above 0.7, and NaN if one sample has all the weight. The
-        standard error does not account for what the samples miss, such as a mode, or a tail that
-        is heavier than the model's tail.
+        The standard error is NaN if one sample has all the weight.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
+
+    @property
+    def log_z_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of log Z, in nats, which allows for skewed weights.
+
+        The interval does not account for what the samples miss, such as a mode, or a tail that is
+        much heavier than the model's tail. Its ends are NaN if one sample has all the weight.
+        """
+        if math.isnan(self.log_z_error):
+            return math.nan, math.nan
+        w = torch.cat([self.normalized, self.normalized.max()[None]])
+        mean, error = float(w.mean()), float(w.std()) / len(w) ** 0.5
+        third = float((w - mean).pow(3).mean())
+        gamma = third / (error**3 * len(w) ** 2) if error > 0 else 0.0
+        u = NORMAL + gamma / 6
+        c = math.cbrt(1 - gamma * u)
+        upper = mean + error * 3 * u / (1 + c + c**2)
+        above = math.log(upper * len(self.normalized))
+        return self.log_z - NORMAL * self.log_z_error, self.log_z + above
 
     @property
     def log_z_bias(self) -> float:
@@ -119,9 +138,7 @@ class Weights:
     def effective_sample_size(self) -> float:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        If this size is below 200 and below half the number of samples, standard errors are often
-        too small. For a target in 32 dimensions, the fraction of 95 % intervals that contained
-        log Z was 0.83 in runs with such a small effective sample size, and 0.95 in all other runs.
+        Do not select runs by this size: samples that miss the large weights have a larger one.
         """
         return self._effective_size(self.normalized.square())
 
@@ -153,12 +170,10 @@ class Weights:
     def pareto_k(self) -> float:
         """The shape parameter of the tail of the positive weights.
 
-        If k is above 0.7, the standard errors are meaningless. A lower k does not show that the
-        standard errors are right, because samples that miss the regions of large weight also have
-        a low k. Therefore, do not select runs by k. `pareto_k` is NaN if fewer than 21 weights are
-        above zero, or if about a quarter or more of the weights in the tail, but not all, equal
-        the largest weight below the tail. `pareto_k` is -inf if all weights in the tail equal the
-        largest weight below the tail.
+        Do not select runs by k: samples that miss the large weights have a lower k. `pareto_k` is
+        NaN if fewer than 21 weights are above zero, or if about a quarter or more of the weights
+        in the tail, but not all, equal the largest weight below the tail. `pareto_k` is -inf if
+        all weights in the tail equal the largest weight below the tail.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
 
@@ -221,16 +236,17 @@ class Weights:
         )
 
     def __str__(self) -> str:
-        """Return a line of text with log Z, the effective sample size and any warnings."""
-        count, k = len(self.x), self.pareto_k
-        error, positive = f"± {self.log_z_error:.4f} nats", int((self.normalized > 0).sum())
-        if math.isnan(self.log_z_error):
-            error = "nats, its error unknown as one sample has all the weight"
+        """Return a line of text with log Z, the effective sample size and any advice."""
+        count, k, positive = len(self.x), self.pareto_k, int((self.normalized > 0).sum())
+        lower, upper = self.log_z_interval
+        interval = f"nats (95 %: {lower:.4f} to {upper:.4f})"
+        if math.isnan(lower):
+            interval = "nats, its error unknown as one sample has all the weight"
         reason = f"weights above zero: {positive}, needed: {FEWEST}"
         reason = reason if positive < FEWEST else "too many weights are equal"
         outside = float(self.log_weights.isneginf().double().mean()) - self.failed_share
         shown = [
-            f"log Z = {self.log_z:.4f} {error}, solver error about {self.log_z_bias:.2g}",
+            f"log Z = {self.log_z:.4f} {interval}, solver error about {self.log_z_bias:.2g}",
             f"effective sample size {self.effective_sample_size:.1f} of {count}",
             f"largest share {self.largest_share:.3g}",
             f"Pareto k unknown ({reason})" if math.isnan(k) else f"Pareto k {k:.2f}",
@@ -242,11 +258,9 @@ class Weights:
             shown.append(f"{self.failed_share:.2%} failed, with weight zero")
         if outside > 0:
             shown.append(f"{outside:.2%} outside the target, with weight zero")
-        if k > MEANINGLESS:
-            shown.append(f"the errors are meaningless, as k is above {MEANINGLESS}")
-        elif self.effective_sample_size < min(DOUBTED, count / 2):
-            reason = f"fewer than {DOUBTED} and than half of the samples are effective"
-            shown.append(f"the errors may be too small, as {reason}")
+        if self.effective_sample_size < count / 4:
+            reason = "fewer than a quarter of the samples are effective"
+            shown.append(f"{reason}: compare several runs, and their bounds by sandwich(...)")
         shown.append("a mode that the samples miss shows only in sandwich(...)")
         return "; ".join(shown)
 
