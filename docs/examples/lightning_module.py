@@ -10,15 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import (
-    AdaptiveTimes,
-    AveragedTargets,
-    FirstOrderDSM,
-    FixedGrid,
-    ScoreModel,
-    VPSchedule,
-    ode_nll,
-)
+import hosm_losses as hosm
 
 
 class Network(nn.Module):
@@ -38,12 +30,14 @@ class Diffusion(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        model = ScoreModel(Network(), VPSchedule())
-        self.objective = FirstOrderDSM(model, antithetic=True, time_sampler=AdaptiveTimes())
+        model = hosm.ScoreModel(Network(), hosm.VPSchedule())
+        self.objective = hosm.FirstOrderDSM(
+            model, antithetic=True, time_sampler=hosm.AdaptiveTimes()
+        )
 
     def quiet(self, x: torch.Tensor) -> dict[str, Any]:
         """Return half of the batch, for pairs, and all of it as the reference of averages."""
-        return {"x0": x[: len(x) // 2], "targets": AveragedTargets(x, own=False)}
+        return {"x0": x[: len(x) // 2], "targets": hosm.AveragedTargets(x, own=False)}
 
     def training_step(self, batch: list[torch.Tensor], _index: int) -> torch.Tensor:
         """Return the loss, and log it."""
@@ -60,8 +54,8 @@ class Diffusion(pl.LightningModule):
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
         """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
-        model, solver = self.objective.model, FixedGrid(20)
-        result = ode_nll(model, batch[0], solver=solver, divergence="exact")
+        model, solver = self.objective.model, hosm.FixedGrid(20)
+        result = hosm.ode_nll(model, batch[0], solver=solver, divergence="exact")
         self.log("nll", result.nll.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
