@@ -159,7 +159,8 @@ class Job:
         ):
             mean, std = map(expand_moment, self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
-            coordinates = Coordinates(model.schedule, mean, std, log_size)
+            dtype = x.dtype if x.is_floating_point() else network_options(model)["dtype"]
+            coordinates = Coordinates(model, dtype, mean, std, log_size)
             if self.dequantization is not None:
                 coordinates = self.dequantization.start_coordinates(coordinates)
             start = self.at_start and coordinates.start is None
@@ -169,7 +170,6 @@ class Job:
                 x=leave_inference_mode(x),
                 model=bind_model(model, len(x), self.kwargs, graph=self.graph),
                 coordinates=coordinates,
-                dtype=x.dtype if x.is_floating_point() else network_options(model)["dtype"],
                 log_prior=self.log_prior,
                 generator=self.generator,
                 advance=advance,

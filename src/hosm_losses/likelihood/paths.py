@@ -50,7 +50,7 @@ from hosm_losses._torch_internals import is_traced
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, DivergenceEstimator
-from hosm_losses.model import BoundModel
+from hosm_losses.model import Affine, BoundModel, ScoreModel
 from hosm_losses.schedules import Schedule
 from hosm_losses.taylor import refuse_constants
 
@@ -63,22 +63,30 @@ TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 class NoiseLevel(NamedTuple):
     """α, σ and the scale c at given u = log σ̂; all fields but t broadcast against a batch."""
 
-    t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
+    t: Tensor  # the network's time (n,), never outside [t_min, t_max]
     alpha: Tensor
     sigma: Tensor
     sigma_hat: Tensor  # σ/α
+    affine: Affine  # (p, q) in ε̂ = p · prediction + q x
     scale: Tensor  # c, per element if the data's std is per element
+    ratio: Tensor  # σ̂/c
 
 
 @dataclass(frozen=True)
 class Coordinates:
     """z = (x/α − mean)/c with c² = std² + σ̂²."""
 
-    schedule: Schedule
+    model: ScoreModel
+    dtype: torch.dtype  # the network's
     mean: Tensor  # of the data, broadcast to (1, *)
     std: Tensor  # of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ at the data end; None for t_min
+
+    @property
+    def schedule(self) -> Schedule:
+        """The model's schedule."""
+        return self.model.schedule
 
     @property
     def span(self) -> Span:
@@ -94,13 +102,16 @@ class Coordinates:
         have as many elements as a sample, so it is computed only for the slice.
         """
         t = self.schedule.time(log_sigma_hat)
-        alpha, sigma = self.schedule(t)
-        alphas, sigmas = expand_right(alpha, self.mean), expand_right(sigma, self.mean)
+        alpha, sigma = (expand_right(part, self.mean) for part in self.schedule(t))
+        t = t.to(torch.promote_types(self.dtype, torch.float32))
+        p, q = self.model.affine(t, self.mean)
+        parts, variance = (t, alpha, sigma, sigma / alpha), self.std.square()
 
         def level(place: slice) -> NoiseLevel:
-            sigma_hat = sigmas[place] / alphas[place]
-            scale = torch.sqrt(self.std.square() + sigma_hat.square())
-            return NoiseLevel(t[place], alphas[place], sigmas[place], sigma_hat, scale)
+            *fields, sigma_hat = (part[place] for part in parts)
+            affine = p if p is None else p[place], q if q is None else q[place]
+            scale = torch.sqrt(variance + sigma_hat.square())
+            return NoiseLevel(*fields, sigma_hat, affine, scale, sigma_hat / scale)
 
         return level
 
@@ -123,13 +134,11 @@ class Coordinates:
 
     def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         """dz/du for the predicted noise ε̂."""
-        ratio = level.sigma_hat / level.scale
-        return ratio * (noise - ratio * z)
+        return level.ratio * (noise - level.ratio * z)
 
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = (level.sigma_hat / level.scale).square()
-        return level.sigma.reshape(-1) * divergence - sum_elements(shrinking, 1)
+        return level.sigma.reshape(-1) * divergence - sum_elements(level.ratio.square(), 1)
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
@@ -236,7 +245,6 @@ class Paths:
     x: Tensor  # (B, *), in the precision of sums
     model: BoundModel
     coordinates: Coordinates
-    dtype: torch.dtype  # the network's
     log_prior: Callable[[Tensor], Tensor] | None  # None for N(0, prior_std² I)
     generator: torch.Generator | None
     advance: Callable[[float], object]  # advances the progress bar by a number of samples
@@ -252,6 +260,11 @@ class Paths:
         return replace(self, x=points, model=model, nll_offset=offset)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The network's dtype."""
+        return self.coordinates.dtype
+
+    @property
     def dimensions(self) -> int:
         """The dimension d of a sample."""
         return self.x[0].numel()
@@ -265,8 +278,8 @@ class Paths:
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
         """Bind the model to a noise level, for the given rows (n,) of the batch (all if None)."""
         model = self.model if rows is None else self.model.rows(rows)
-        t = level.t.to(torch.promote_types(self.dtype, torch.float32))
-        return model.at(t.expand(len(self.x) if rows is None else len(rows)))
+        t = level.t.expand(len(self.x) if rows is None else len(rows))
+        return model.at(t, level.affine)
 
     def draw_probes(self, z: Tensor) -> Tensor | None:
         """Draw the probes of an evaluation at states z (B, *), in the network's dtype."""

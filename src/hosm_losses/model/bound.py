@@ -23,7 +23,7 @@ from hosm_losses.derivatives import (
     quadratic_forms,
 )
 from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
-from hosm_losses.model.score_model import ScoreModel, apply_affine
+from hosm_losses.model.score_model import Affine, ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
 
 # Which safe primitives are active: all, those for the first derivative of one sample, or none.
@@ -44,6 +44,7 @@ class BoundModel:
         kwargs: the network's keyword arguments, bound to the batch as described in `conditions`.
         batch: the number of samples in the batch to which the arguments were bound.
         primitives: which of the safe primitives are active.
+        known: (p, q) at the times t, if they are known, so that the schedule is not evaluated.
     """
 
     model: ScoreModel
@@ -51,6 +52,7 @@ class BoundModel:
     kwargs: dict[str, Any]
     batch: int
     primitives: Primitives
+    known: Affine | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the prediction at x; the network is called with copies of its arguments."""
@@ -79,13 +81,20 @@ class BoundModel:
         """The model with PyTorch's operators, which suffice for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
-    def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
+    def _with(
+        self,
+        t: Any,
+        kwargs: Any,
+        primitives: Primitives | None = None,
+        affine: Affine | None = None,
+    ) -> "BoundModel":
         # torch.compile of PyTorch 2.6 does not support dataclasses.replace.
-        return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
+        primitives = primitives or self.primitives
+        return BoundModel(self.model, t, kwargs, self.batch, primitives, affine)
 
-    def at(self, t: Tensor) -> "BoundModel":
-        """Return the same model at the times t (B,)."""
-        return self._with(leave_inference_mode(t), self.kwargs)
+    def at(self, t: Tensor, affine: Affine | None = None) -> "BoundModel":
+        """Return the same model at the times t (B,), with `affine` = (p, q) at t if it is known."""
+        return self._with(leave_inference_mode(t), self.kwargs, affine=affine)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
         """Return the same model for the samples at `index`."""
@@ -102,7 +111,11 @@ class BoundModel:
 
     def f(self, x: Tensor) -> Tensor:
         """Return f = −ε̂ at x."""
-        return -apply_affine(self(x), x, *self.model.affine(self.t, x))
+        return -apply_affine(self(x), x, *self.affine(x))
+
+    def affine(self, like: Tensor) -> Affine:
+        """Return (p, q) at the times t, expanded to the dimensions of `like`."""
+        return self.model.affine(self.t, like) if self.known is None else self.known
 
     def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
         """Return f and its derivatives at x along w (K, B, *), as `derivatives.derive` does."""
@@ -113,7 +126,7 @@ class BoundModel:
 
         If x is None, the returned `value` is f + q x rather than f.
         """
-        p, q = self.model.affine(self.t, prediction.value[0])
+        p, q = self.affine(prediction.value[0])
         third = prediction.third
         return Derivatives(
             -apply_affine(prediction.value, x, p, q),
@@ -133,7 +146,7 @@ class BoundModel:
         self, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return f and ∇·f from vᵀ ∂prediction/∂x v and ‖v‖² (K, B), or from their sums over v."""
-        p, q = self.model.affine(self.t, x)
+        p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()
         q_rows = None if q is None else q.flatten()
         return -apply_affine(prediction, x, p, q), -apply_affine(forms, squares, p_rows, q_rows)
@@ -145,7 +158,7 @@ class BoundModel:
 
         The `value` of the derivatives is f + q x rather than f.
         """
-        p, q = self.model.affine(self.t, x)
+        p, q = self.affine(x)
 
         def of_prediction(value: Tensor) -> Tensor:
             return cotangent(-apply_affine(value, None, p, q)).to(value.dtype)

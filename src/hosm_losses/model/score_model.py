@@ -52,6 +52,7 @@ from hosm_losses.taylor import Jet, transformable
 Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
 Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
 """The quantity that a network predicts; the last four are synonyms, three from diffusers."""
+Affine = tuple[Tensor | None, Tensor | None]  # (p, q); None stands for a p of 1 and a q of 0
 SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
     "If the network is wrapped in fully_shard, its parameters are sharded between steps: call "
@@ -160,7 +161,7 @@ class ScoreModel(Wrapper):
             raise TypeError(error_message("t", expected, t))
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
-    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def affine(self, t: Tensor, like: Tensor) -> Affine:
         """Return (p, q) in ε̂ = p · prediction + q x, expanded to the dimensions of `like`.
 
         A p of None stands for 1, and a q of None stands for 0.
@@ -173,7 +174,7 @@ class ScoreModel(Wrapper):
         wronskian = alpha * b - sigma * a
         return alpha / wronskian, -a / wronskian
 
-    def affine_of_data(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def affine_of_data(self, t: Tensor, like: Tensor) -> Affine:
         """Return (p, q) in x̂₀ = p · prediction + q x, expanded to the dimensions of `like`.
 
         A p of None stands for 1, and a q of None stands for 0.
