@@ -348,8 +348,8 @@ likelihood/multistep.py likelihood/test_multistep.py
 # counts less and less.
 - if index == 4:
 + if index == -1:
-- self.total = self.lowest = self.highest = torch.zeros_like(self.total)
-+ pass
+- self.effects.pop()
++ self.effects[-1]
 - share = share.clamp(min=least)
 + pass
 likelihood/multistep.py likelihood/test_start.py

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import (
@@ -199,7 +200,7 @@ def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size
-    index = torch.arange(d, device=like.device)
-    for rows in index.split(size):
-        units = (rows[:, None] == index).to(like.dtype)
-        yield units.reshape(len(rows), 1, *like.shape[1:]).expand(-1, *like.shape)
+    for start in range(0, d, size):
+        units = torch.eye(min(size, d - start), d - start, dtype=like.dtype, device=like.device)
+        units = F.pad(units, (start, 0))
+        yield units.reshape(-1, 1, *like.shape[1:]).expand(-1, *like.shape)

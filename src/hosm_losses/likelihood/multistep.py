@@ -173,8 +173,8 @@ class AdamsSolver:
     def __init__(self, y: Tensor, h: float, steps: int, runge_kutta: int = 0) -> None:
         self.h, self.steps, self.runge_kutta = h, steps, runge_kutta
         self.y = self.first = self.before = self.covector = y
-        self.total = self.lowest = self.highest = y.new_zeros(len(y))
-        self.share = torch.ones_like(self.total)  # ρ
+        self.share = y.new_ones(len(y))  # ρ
+        self.effects: list[Tensor] = []  # e_i
         self.slopes: list[Tensor] = []
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
@@ -190,8 +190,7 @@ class AdamsSolver:
             corrected = self.before + self.h * combine(MOULTON[min(index, 4) - 1], self.slopes)
             if index == 4:
                 corrected = self.first + self.h * combine(BOOLE, self.slopes)
-            with torch.no_grad():
-                self._estimate(index, node.covector, corrected - self.y)
+            self._estimate(index, node.covector, (corrected - self.y).detach())
             self.y = corrected
         self.before, self.covector = self.y, node.covector
 
@@ -201,9 +200,8 @@ class AdamsSolver:
             with torch.no_grad():
                 moved = node.integrand - self.integrands[1]
                 moved = moved + sum_elements(node.covector * (node.slope - self.slopes[0]), 1)
-                true = 2 * (self.h * moved / self.total).abs()
+                true = 2 * (self.h * moved / self.effects.pop()).abs()
                 self.share = true.nan_to_num(1.0).clamp(max=1.0)
-            self.total = self.lowest = self.highest = torch.zeros_like(self.total)
         self.integrands[-1], self.slopes[0] = node.integrand, node.slope
         if node.variance is not None:
             self.variances[-1] = node.variance
@@ -216,17 +214,16 @@ class AdamsSolver:
             self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Add e, the effect of a step's error on the answer, to the running sums."""
+        """Append e, the effect of a step's error on the answer."""
         share = self.share
         if index >= 4:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
             share = share.clamp(min=least)
         effect = share * sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
-            effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
-        self.total = self.total + effect
-        self.lowest = torch.minimum(self.lowest, self.total)
-        self.highest = torch.maximum(self.highest, self.total)
+            next_term = combine(NEXT_TERM, self.slopes).detach()
+            effect = effect + sum_elements(covector * self.h * next_term, 1)
+        self.effects.append(effect)
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
         """∫ q ds, (B,), over `steps` steps (all if None), each of which spans `stride` nodes."""
@@ -237,7 +234,8 @@ class AdamsSolver:
     @property
     def path_error(self) -> Tensor:
         """The estimate p of the path's error, (B,)."""
-        return self.highest - self.lowest
+        sums = torch.stack(self.effects).cumsum(0)
+        return sums.amax(0).clamp(min=0) - sums.amin(0).clamp(max=0)
 
     @property
     def variance(self) -> Tensor:
@@ -277,7 +275,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     # Clamped to the span, because the logistic part has no mass far from its centre.
     centre = sorted((*span, coordinates.log_size))[1]
     grid, rates = mesh_points(span, s, centre)
-    levels = coordinates.levels(grid)
+    levels, rates = coordinates.levels(grid), rates.unbind()
 
     def slope(place: int, z: Tensor) -> Tensor:
         level = levels(slice(place, place + 1))
@@ -302,9 +300,12 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                     y = solver.y
                     noise, dz_du, integrands = paths.slope_at(y, level, probes)
                     integrands, count = rates[place] * integrands, len(integrands)
-                    variance = integrands.detach().var(0) / count if count > 1 else None
+                    integrand, variance = integrands[0], None
+                    if count > 1:
+                        integrand = integrands.mean(0)
+                        variance = integrands.detach().var(0) / count
                     covector = coordinates.covector(noise.detach(), level)
-                    take(NodeValue(rates[place] * dz_du, integrands.mean(0), variance, covector))
+                    take(NodeValue(rates[place] * dz_du, integrand, variance, covector))
                 if len(solver.integrands) > runge_kutta:
                     solver.predict()
                 else:

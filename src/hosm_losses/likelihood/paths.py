@@ -67,9 +67,9 @@ class NoiseLevel(NamedTuple):
     alpha: Tensor
     sigma: Tensor
     sigma_hat: Tensor  # σ/α
-    affine: Affine  # (p, q) in ε̂ = p · prediction + q x
     scale: Tensor  # c, per element if the data's std is per element
     ratio: Tensor  # σ̂/c
+    affine: Affine  # (p, q) in ε̂ = p · prediction + q x
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,14 @@ class Coordinates:
         alpha, sigma = (expand_right(part, self.mean) for part in self.schedule(t))
         t = t.to(torch.promote_types(self.dtype, torch.float32))
         p, q = self.model.affine(t, self.mean)
-        parts, variance = (t, alpha, sigma, sigma / alpha), self.std.square()
+        sigma_hats, variance = sigma / alpha, self.std.square()
 
         def level(place: slice) -> NoiseLevel:
-            *fields, sigma_hat = (part[place] for part in parts)
-            affine = p if p is None else p[place], q if q is None else q[place]
+            sigma_hat = sigma_hats[place]
             scale = torch.sqrt(variance + sigma_hat.square())
-            return NoiseLevel(*fields, sigma_hat, affine, scale, sigma_hat / scale)
+            coefficients = t[place], alpha[place], sigma[place]
+            affine = None if p is None else p[place], None if q is None else q[place]
+            return NoiseLevel(*coefficients, sigma_hat, scale, sigma_hat / scale, affine)
 
         return level
 

@@ -81,20 +81,14 @@ class BoundModel:
         """The model with PyTorch's operators, which suffice for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
-    def _with(
-        self,
-        t: Any,
-        kwargs: Any,
-        primitives: Primitives | None = None,
-        affine: Affine | None = None,
-    ) -> "BoundModel":
+    def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
         # torch.compile of PyTorch 2.6 does not support dataclasses.replace.
-        primitives = primitives or self.primitives
-        return BoundModel(self.model, t, kwargs, self.batch, primitives, affine)
+        return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
-    def at(self, t: Tensor, affine: Affine | None = None) -> "BoundModel":
-        """Return the same model at the times t (B,), with `affine` = (p, q) at t if it is known."""
-        return self._with(leave_inference_mode(t), self.kwargs, affine=affine)
+    def at(self, t: Tensor, known: Affine | None = None) -> "BoundModel":
+        """Return the same model at the times t (B,); `known` is (p, q) at t, if it is known."""
+        t = leave_inference_mode(t)
+        return BoundModel(self.model, t, self.kwargs, self.batch, self.primitives, known)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
         """Return the same model for the samples at `index`."""
