@@ -511,5 +511,10 @@ def quadratic_forms(
         # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)
-    forms = torch.cat([sum_elements(pull_each(back, w, in_turn) * w) for w in directions])
+
+    def pulled(w: Tensor) -> Tensor:
+        # Without a graph, two backward passes take less time and memory than one under vmap.
+        return pull_each(back, w, in_turn or (len(w) == 2 and not wanted))
+
+    forms = torch.cat([sum_elements(pulled(w) * w) for w in directions])
     return (value, forms) if wanted else (value.detach(), forms.detach())
