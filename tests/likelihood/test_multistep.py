@@ -48,7 +48,7 @@ def walk_of(node, y, h, steps, slope=None):
         if index >= first_steps:
             solver.predict()
             continue
-        y, first = solver.y, solver.slopes[0]
+        y, first = solver.y, solver.differences[0]
         second = slope(index + 0.5, y + h / 2 * first)
         third = slope(index + 0.5, y + h / 2 * second)
         fourth = slope(index + 1, y + h * third)

@@ -13,9 +13,10 @@ Grid:
       data_std.
 
 Formula:
-    The Adams-Bashforth predictor gives ŷ, and the Adams-Moulton corrector gives y:
-        ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
-        y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720.
+    The Adams-Bashforth predictor gives ŷ, and the Adams-Moulton corrector gives y. With the
+    backward differences ∇f_i = f_i − f_{i−1}, ∇²f_i = ∇f_i − ∇f_{i−1}, …,
+        ŷ_{i+1} = y_i + h (f_i + 1/2 ∇f_i + 5/12 ∇²f_i + 3/8 ∇³f_i),
+        y_{i+1} = ŷ_{i+1} + h 251/720 ∇⁴f_{i+1}.
     f_i is the slope dy/ds at ŷ_i; only one node is evaluated a second time. ∫ q ds is computed
     with the trapezoid rule and Gregory's end corrections up to fourth differences; this corrected
     rule has order six.
@@ -24,7 +25,8 @@ Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
     - Node 1 is evaluated a second time, at the corrected state y₁.
     - y₄ is recomputed with Boole's rule, which has order six:
-          y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
+          y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45
+             = y₀ + h (4 f₄ − 8 ∇f₄ + 20/3 ∇²f₄ − 8/3 ∇³f₄ + 14/45 ∇⁴f₄).
     - If σ̂ at the start of a path is close to the data's scale, the state changes noticeably
       in the first steps. The path then begins with two steps of the classical Runge-Kutta method,
       and the node that is evaluated twice is not node 1 but node 3, the first predicted node.
@@ -93,6 +95,7 @@ Source:
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -105,20 +108,9 @@ from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
 from hosm_losses.likelihood.result import solver_limit
 
 WIDTH = 1.0  # scale of the logistic distribution
-BASHFORTH = (  # orders one to four
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-MOULTON = (  # orders two to five
-    (1 / 2, 1 / 2),
-    (5 / 12, 8 / 12, -1 / 12),
-    (9 / 24, 19 / 24, -5 / 24, 1 / 24),
-    (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720),
-)
-BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
-NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
+ADAMS = (1, 1 / 2, 5 / 12, 3 / 8, 251 / 720)  # coefficients of the backward differences
+BOOLE = (4, -8, 20 / 3, -8 / 3, 14 / 45)  # coefficients of the backward differences
+NEXT_TERM = 3 / 160  # coefficient of the fifth backward difference
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # coefficients of the differences at either end
 BISECTIONS = 60
 # With fewer steps, the order is unknown, so the estimate is the difference of two integrals.
@@ -172,10 +164,10 @@ class AdamsSolver:
 
     def __init__(self, y: Tensor, h: float, steps: int, runge_kutta: int = 0) -> None:
         self.h, self.steps, self.runge_kutta = h, steps, runge_kutta
-        self.y = self.first = self.before = self.covector = y
+        self.y = self.first = self.covector = y
         self.share = y.new_ones(len(y))  # ρ
         self.effects: list[Tensor] = []  # e_i
-        self.slopes: list[Tensor] = []
+        self.differences: list[Tensor] = []  # f, ∇f, …, ∇⁵f at the last node
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
 
@@ -185,33 +177,36 @@ class AdamsSolver:
         self.integrands.append(node.integrand)
         if node.variance is not None:
             self.variances.append(node.variance)
-        self.slopes = [node.slope, *self.slopes[: len(NEXT_TERM) - 1]]
+        self.differences = [*accumulate(self.differences[:5], torch.sub, initial=node.slope)]
         if index > self.runge_kutta:
-            corrected = self.before + self.h * combine(MOULTON[min(index, 4) - 1], self.slopes)
+            order = min(index, 4)
+            corrected = self.y + self.h * ADAMS[order] * self.differences[order]
             if index == 4:
-                corrected = self.first + self.h * combine(BOOLE, self.slopes)
+                corrected = self.first + self.h * combine(BOOLE, self.differences)
             self._estimate(index, node.covector, (corrected - self.y).detach())
             self.y = corrected
-        self.before, self.covector = self.y, node.covector
+        self.covector = node.covector
 
     def correct_again(self, node: NodeValue) -> None:
         """Replace the last node's values with values computed at its corrected state."""
+        change = node.slope - self.differences[0]
         if not self.runge_kutta:
             with torch.no_grad():
                 moved = node.integrand - self.integrands[1]
-                moved = moved + sum_elements(node.covector * (node.slope - self.slopes[0]), 1)
+                moved = moved + sum_elements(node.covector * change, 1)
                 true = 2 * (self.h * moved / self.effects.pop()).abs()
                 self.share = true.nan_to_num(1.0).clamp(max=1.0)
-        self.integrands[-1], self.slopes[0] = node.integrand, node.slope
+        self.integrands[-1] = node.integrand
+        self.differences = [difference + change for difference in self.differences]
         if node.variance is not None:
             self.variances[-1] = node.variance
         self.covector = node.covector
 
     def predict(self) -> None:
         """Predict the state at the next node, if there is one."""
-        count = len(self.integrands)
-        if count <= self.steps:
-            self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
+        if len(self.integrands) <= self.steps:
+            for coefficient, difference in zip(ADAMS, self.differences[:4], strict=False):
+                self.y = self.y.add(difference, alpha=self.h * coefficient)
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
         """Append e, the effect of a step's error on the answer."""
@@ -220,9 +215,9 @@ class AdamsSolver:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
             share = share.clamp(min=least)
         effect = share * sum_elements((covector - self.covector) * correction, 1)
-        if len(self.slopes) == len(NEXT_TERM):
-            next_term = combine(NEXT_TERM, self.slopes).detach()
-            effect = effect + sum_elements(covector * self.h * next_term, 1)
+        if index > 4:
+            next_term = NEXT_TERM * self.h * self.differences[5].detach()
+            effect = effect + sum_elements(covector * next_term, 1)
         self.effects.append(effect)
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
@@ -309,7 +304,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                 if len(solver.integrands) > runge_kutta:
                     solver.predict()
                 else:
-                    y, h, first = solver.y, solver.h, solver.slopes[0]
+                    y, h, first = solver.y, solver.h, solver.differences[0]
                     second = slope(place + stride // 2, y + h / 2 * first)
                     third = slope(place + stride // 2, y + h / 2 * second)
                     fourth = slope(place + stride, y + h * third)
