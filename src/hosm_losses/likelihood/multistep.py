@@ -102,7 +102,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import sum_elements, warn
+from hosm_losses._checks import expand_right, sum_elements, warn
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
 from hosm_losses.likelihood.result import solver_limit
@@ -214,17 +214,16 @@ class AdamsSolver:
         if index >= 4:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
             share = share.clamp(min=least)
-        effect = share * sum_elements((covector - self.covector) * correction, 1)
+        effect = expand_right(share, covector) * (covector - self.covector) * correction
         if index > 4:
-            next_term = NEXT_TERM * self.h * self.differences[5].detach()
-            effect = effect + sum_elements(covector * next_term, 1)
-        self.effects.append(effect)
+            effect = effect + covector * (NEXT_TERM * self.h * self.differences[5].detach())
+        self.effects.append(sum_elements(effect, 1))
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
         """∫ q ds, (B,), over `steps` steps (all if None), each of which spans `stride` nodes."""
         steps = self.steps if steps is None else steps
         chosen = self.integrands[: stride * steps + 1 : stride]
-        return self.h * stride * combine(gregory_weights(steps), chosen)
+        return self.h * stride * weighted_sum(gregory_weights(steps), chosen)
 
     @property
     def path_error(self) -> Tensor:
@@ -241,7 +240,7 @@ class AdamsSolver:
             inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
             variances = [inner[0], *inner, inner[-1]]
         weights = [weight**2 for weight in gregory_weights(self.steps)]
-        return self.h**2 * combine(weights, variances)
+        return self.h**2 * weighted_sum(weights, variances)
 
     @property
     def quadrature_error(self) -> Tensor:
@@ -252,6 +251,12 @@ class AdamsSolver:
             return difference
         rough = self.h * q.diff(n=7, dim=0).norm(dim=0)
         return torch.maximum(difference / 15, rough / 30)
+
+
+def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """Return Σ_i w_i q_i, (B,), for values q_i (B,) of as many nodes as there are weights."""
+    q = torch.stack([*values], 1)
+    return (q * torch.tensor(weights, dtype=q.dtype, device="cpu").to(q.device)).sum(1)
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
