@@ -112,7 +112,7 @@ ADAMS = (1, 1 / 2, 5 / 12, 3 / 8, 251 / 720)  # coefficients of the backward dif
 BOOLE = (4, -8, 20 / 3, -8 / 3, 14 / 45)  # coefficients of the backward differences
 NEXT_TERM = 3 / 160  # coefficient of the fifth backward difference
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # coefficients of the differences at either end
-BISECTIONS = 60
+BISECTIONS, NEWTON_STEPS = 20, 2  # the error of 1e-6 of the span is squared twice
 # With fewer steps, the order is unknown, so the estimate is the difference of two integrals.
 KNOWN_ORDER = 16
 RUNGE_KUTTA = 2  # number of Runge-Kutta steps if a path starts in the middle
@@ -138,14 +138,22 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     low, high = torch.full_like(s, start), torch.full_like(s, end)
     logistic_start = torch.sigmoid((low - centre) / WIDTH)
     mass = torch.sigmoid((high - centre) / WIDTH) - logistic_start
+
+    def share_below(u: Tensor) -> Tensor:
+        logistic = torch.sigmoid((u - centre) / WIDTH)
+        return ((u - start) / (end - start) + (logistic - logistic_start) / mass) / 2
+
+    def rate(u: Tensor) -> Tensor:
+        density = torch.sigmoid((u - centre) / WIDTH) * torch.sigmoid((centre - u) / WIDTH) / WIDTH
+        return 2 / (1 / (end - start) + density / mass)
+
     for _ in range(BISECTIONS):
         u = (low + high) / 2
-        logistic = torch.sigmoid((u - centre) / WIDTH)
-        is_below = ((u - start) / (end - start) + (logistic - logistic_start) / mass) / 2 < s
+        is_below = share_below(u) < s
         low, high = torch.where(is_below, u, low), torch.where(is_below, high, u)
-    logistic = torch.sigmoid((low - centre) / WIDTH)
-    density = logistic * torch.sigmoid((centre - low) / WIDTH) / WIDTH
-    return low, 2 / (1 / (end - start) + density / mass)
+    for _ in range(NEWTON_STEPS):
+        low = (low + rate(low) * (s - share_below(low))).clamp(*sorted(span))
+    return low, rate(low)
 
 
 def gregory_weights(steps: int) -> list[float]:
