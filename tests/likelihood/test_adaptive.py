@@ -1,6 +1,7 @@
 """The adaptive solver: its table, its tolerance, each sample as if alone, its cap."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,55 @@ def test_a_sample_whose_rounding_alone_is_too_large_fails_at_once(solve, network
     alone = solve(model, x[[0, 3]], solver=hosm.Adaptive())
     assert torch.equal(found.nfe[[0, 3]], alone.nfe)
     torch.testing.assert_close(found.nll[[0, 3]], alone.nll, rtol=1e-12, atol=0)
+
+
+def never(x, t):
+    raise AssertionError("the network was called")
+
+
+@pytest.mark.parametrize(
+    ("solver", "dtype", "least"),
+    [
+        (hosm.Adaptive(1e-9), torch.float32, "at least 1.2e-09 nats"),
+        (hosm.Adaptive(1e-9), torch.bfloat16, "at least 1.2e-09 nats"),
+        (hosm.Adaptive(0.0), torch.float64, "at least 2.2e-18 nats"),
+        (hosm.ToTolerance(9e-7), torch.float32, "at least 1e-06 nats"),
+    ],
+)
+def test_a_tolerance_below_rounding_is_refused_before_the_network_is_called(solver, dtype, least):
+    model, x = hosm.ScoreModel(never, VP), torch.zeros(2, 3, dtype=dtype)
+    for solve in (hosm.ode_nll, partial(hosm.ode_nll, clean=True), hosm.ode_sample):
+        with pytest.raises(ValueError, match=f"{least}, .* {dtype}; got .* x in float64"):
+            solve(model, x, solver=solver)
+
+
+def test_the_least_tolerances_are_accepted():
+    """Nothing is rounded in a network of zeros, and float64 gets below what float32 does."""
+    model, x = hosm.ScoreModel(lambda x, t: 0 * x, VP), torch.ones(2, 1)
+    tenth = hosm.ScoreModel(lambda x, t: x / 10, VP)
+    for solver in (hosm.Adaptive(1.2e-9), hosm.ToTolerance(1e-6)):
+        assert not hosm.ode_nll(model, x.float(), solver=solver).failed.any()
+    assert not hosm.ode_nll(tenth, x, solver=hosm.Adaptive(1e-9)).failed.any()
+
+
+def test_what_the_first_solution_fails_is_not_solved_a_second_time(monkeypatch):
+    """The network of the second sample is too quick for its evaluations."""
+    monkeypatch.setattr(source, "MAX_EVALUATIONS", 300)
+    calls = []
+
+    def network(x, t):
+        calls.append(len(x))
+        return torch.where(x > 5, (3e4 * t[:, None]).sin(), x / 2)
+
+    model, x = hosm.ScoreModel(network, VP), torch.tensor([[0.3], [90.0], [-0.2]])
+    found = hosm.ode_nll(model, x, solver=hosm.Adaptive(1e-2))
+    assert found.cause.tolist() == [0, Cause.ARRIVAL, 0]
+    assert 290 < int(found.nfe[1]) <= 301
+    assert sum(calls) == int(found.nfe.sum())
+    alone = hosm.ode_nll(model, x[[0, 2]], solver=hosm.Adaptive(1e-2))
+    assert torch.equal(found.nfe[[0, 2]], alone.nfe)
+    torch.testing.assert_close(found.nll[[0, 2]], alone.nll, rtol=1e-12, atol=0)
+    assert "rounding in torch.float64" in found.failures()[1]
 
 
 NARROW = torch.tensor([0.6, 0.001])

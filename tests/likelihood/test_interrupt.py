@@ -24,6 +24,9 @@ def model(stops_at):
 
 CALLS = {
     "nll": lambda model: hosm.ode_nll(model, X, solver=GRID, batch_size=2),
+    "to a tolerance": lambda model: hosm.ode_nll(
+        model, X, solver=hosm.ToTolerance(1e-5, data_std=0.3), batch_size=2
+    ),
     "samples": lambda model: hosm.ode_sample(model, X, solver=GRID, batch_size=2),
     "samples alone": lambda model: hosm.ode_sample(
         model, X, solver=GRID, divergence=None, batch_size=2

@@ -25,6 +25,7 @@ def full(n=3, d=4, **changes):
         "cause": torch.zeros(n, dtype=torch.uint8),
         "prior_error": 0.1 * torch.arange(n) - 0.1,
         "quantization": Quantization(256, -1.0, 1.0),
+        "steps": torch.arange(n) + 64,
     }
     return NLLResult(**(parts | changes))
 
@@ -88,14 +89,13 @@ def test_cat_joins_every_field_in_order():
     parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
     joined = NLLResult.cat(iter(parts))
     for field in dataclasses.fields(NLLResult):
-        if field.name not in ("quantization", "steps", "widening", "dimensions"):
+        if field.name not in ("quantization", "widening", "dimensions"):
             expected = torch.cat([getattr(part, field.name) for part in parts])
             assert torch.equal(getattr(joined, field.name), expected)
     assert joined.quantization == parts[0].quantization
-    options = {"steps": 64, "widening": 2.0, "standard_error": None}
+    options = {"widening": 2.0, "standard_error": None}
     joined = NLLResult.cat([full(**options), full(**options)])
-    assert (joined.steps, joined.widening, joined.standard_error) == (64, 2.0, None)
-    assert NLLResult.cat([full(steps=64), full(steps=32)]).steps is None
+    assert (joined.widening, joined.standard_error) == (2.0, None)
 
 
 def test_what_failed_says_why():

@@ -24,11 +24,10 @@ def test_without_a_divergence_nothing_is_differentiated(solver):
     bare = hosm.ScoreModel(detached, VP)
     drawn = hosm.ode_sample(bare, latent, divergence=None, solver=solver)
     assert drawn.nll is drawn.standard_error is drawn.solver_error is None
-    if solver != TOLERANCE:
-        assert sum(calls) == int(drawn.nfe.sum())
+    assert sum(calls) == int(drawn.nfe.sum())
     tolerance = 1e-2 if solver == hosm.Adaptive() else 1e-12  # the density has a part in its steps
     same = hosm.ode_sample(model, latent, solver=solver)
-    assert same.steps == drawn.steps
+    assert str(same.steps) == str(drawn.steps)
     torch.testing.assert_close(drawn.x, same.x, rtol=0, atol=tolerance)
     with pytest.raises(hosm.DerivativeError):
         hosm.ode_sample(bare, latent, solver=hosm.FixedGrid(9))

@@ -11,6 +11,15 @@ Formula:
     is the order.
     Samples that have reached the end of the span are no longer evaluated.
 
+Rounding:
+    Rounding in the network, of relative size ε, changes the error of a step by about 0.2 ε times
+    the integral over the step: ε/√12 is the root mean square of a rounding error, and 0.75 the
+    norm of ERROR. `MAX_EVALUATIONS` allow 1666 steps, and even in one dimension, |integrand| sums
+    to some 8 nats. The second tolerance is therefore out of reach below 0.001 ε, and the first
+    below 0.01 ε, which is 1.2e-9 in float32. Linear networks reached 2e-9 to 3e-8 there, others
+    3e-8 to 3e-6. Only outputs near zero get below, and `solver_error` is never below 1e-6 anyway.
+    Narrower types round in large steps, so the bound for float32 is used for them.
+
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
     assumption", Computers & Mathematics with Applications 62 (2011), table 1; Abramowitz and
@@ -53,6 +62,7 @@ FIRST_STEP = 0.003
 MAX_EVALUATIONS = 10_000
 STATE_TOLERANCE = 0.03
 FINER = 10  # the second solution divides the tolerance by this number
+LEAST_TOLERANCE = 0.01  # in units of ε, see Rounding
 # Two signs of kinks: the factor by which the number of evaluations grows at a tenth of the
 # tolerance, and the fraction of the evaluations spent on rejected steps. Sharp densities show only
 # the first sign, with factors up to 1.85; smooth networks show only the second.
@@ -166,7 +176,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
     with torch.no_grad():
         coarse = _solve(paths, z, span, probes, tolerance)
-    fine = _solve(paths, z, span, probes, tolerance / FINER)
+    fine = _solve(paths, z, span, probes, tolerance / FINER, coarse.cause > 0)
     end, integrals = fine.state[:, :size].reshape(z.shape), fine.state[:, size:]
     coarse_end, coarse_integrals = coarse.state[:, :size].reshape(z.shape), coarse.state[:, size:]
     with torch.no_grad():
@@ -189,7 +199,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         products=evaluations * paths.divergence.products,
         standard_error=standard_error,
         solver_error=solver_error.clamp(min=rounding(paths.dtype)),
-        cause=torch.where(fine.cause == 0, coarse.cause, fine.cause),
+        cause=torch.where(coarse.cause == 0, fine.cause, coarse.cause),
         widening=widening,
         kinks=kinks,
     )
@@ -207,13 +217,19 @@ def _difference_of_ends(paths: Paths, end: Tensor, coarse_end: Tensor, span: Spa
 
 
 def _solve(
-    paths: Paths, z: Tensor, span: Span, probes: Tensor | None, tolerance: float
+    paths: Paths,
+    z: Tensor,
+    span: Span,
+    probes: Tensor | None,
+    tolerance: float,
+    failed: Tensor | None = None,
 ) -> AdaptiveSolution:
     """Solve with steps in r = σ̂/(σ̂ + s), where s is the data's standard deviation.
 
     Hence du = dr/(r (1 − r)), and both ends of the span are finite in r. A step is accepted if its
     error is at most `tolerance` nats in the integral, at most `tolerance` nats in the log-density
     due to the state, and, as a root mean square, at most 0.03 times `tolerance` in the state.
+    Samples that have `failed` (B,) before leave after one evaluation.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions
@@ -234,6 +250,7 @@ def _solve(
         # If rounding the state alone changes the answer beyond the limit, no step is small enough.
         rounding = torch.finfo(y.dtype).eps * (covector * y[:, :elements].detach()).abs().sum(1)
         hopeless = rounding > solver_limit(paths.dimensions)
+        hopeless = hopeless if failed is None else hopeless | failed[rows]
         dy_du = dy_du.masked_fill(hopeless[:, None], math.nan)
         cause = torch.zeros_like(rows, dtype=torch.uint8).masked_fill(hopeless, Cause.ROUNDING)
         cause = cause.masked_fill(~integrand.isfinite().all(0), Cause.DIVERGENCE)
@@ -252,6 +269,11 @@ def _solve(
     solution = adaptive(slope, start, (sign * low, sign * high), judge, MAX_EVALUATIONS)
     paths.advance(active)
     return solution
+
+
+def least_tolerance(dtype: torch.dtype) -> float:
+    """The least step_tolerance that rounding in a network of this dtype leaves within reach."""
+    return LEAST_TOLERANCE * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def student_factor(freedom: int) -> float:

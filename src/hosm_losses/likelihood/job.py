@@ -119,12 +119,12 @@ class Job:
 
     def run(
         self,
-        solve: Callable[[Paths, int | None], NLLResult],
+        solve: Callable[[Paths, Tensor | None], NLLResult],
         convert: Callable[[NLLResult], Any] = lambda joined: joined,
     ) -> Any:
         """Return what `convert` makes of the joined results of all batches.
 
-        `solve` is called with a batch and the number of steps that the first batch took, or None
+        `solve` is called with a batch and the numbers of steps that the first batch took, or None
         in the first batch. A KeyboardInterrupt carries the converted result of the finished
         batches as `result`, or None.
         """

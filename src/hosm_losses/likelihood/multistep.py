@@ -94,18 +94,15 @@ Source:
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import expand_right, sum_elements, warn
+from hosm_losses._checks import expand_right, sum_elements
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
-from hosm_losses.likelihood.result import solver_limit
 
 WIDTH = 1.0  # scale of the logistic distribution
 ADAMS = (1, 1 / 2, 5 / 12, 3 / 8, 251 / 720)  # coefficients of the backward differences
@@ -119,8 +116,6 @@ RUNGE_KUTTA = 2  # number of Runge-Kutta steps if a path starts in the middle
 MIDDLE = 3.0  # a start is in the middle if |log σ̂ − log of the data's size| is smaller
 LEAST_SHARE = 0.15  # r at node 4; r rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
-# The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
-GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class NodeValue(NamedTuple):
@@ -344,7 +339,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         standard_error=standard_error,
         solver_error=solver_error.clamp(min=rounding(paths.dtype)),
         cause=torch.zeros_like(nfe, dtype=torch.uint8),
-        steps=steps,
+        steps=torch.full_like(nfe, steps),
     )
 
 
@@ -361,48 +356,3 @@ def companion_error(
         difference = difference + log_prior(latent) - log_prior(other)
         error = torch.maximum(solution.path_error, difference.abs() / 8)
     return torch.where(error.isfinite(), error, solution.path_error)
-
-
-def fewest_steps(
-    paths: Paths,
-    z: Tensor,
-    span: Span,
-    companion: bool,
-    *,
-    tolerance: float,
-    group: "dist.ProcessGroup | None",
-) -> int:
-    """Return the smallest step count in GRIDS whose solver error on a batch is within tolerance.
-
-    The processes of a group share their largest error after every trial, so that all of them run
-    the same number of trials. The trials do not advance the caller's generator. Samples that
-    failed on both the current and the previous grid are ignored.
-    """
-    divergence = paths.divergence
-    if divergence.is_random and not companion:
-        divergence = NO_DIVERGENCE  # only the path's error counts
-    # The trials draw their probes from a generator of their own.
-    own = torch.Generator(z.device).manual_seed(0)
-    trial = replace(paths, advance=lambda _: None, generator=own, divergence=divergence)
-    largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
-    for steps in GRIDS:
-        with torch.no_grad():
-            error = solve_on_grid(trial, z, span, steps, companion).solver_error
-        failed = ~(error <= solver_limit(paths.dimensions))
-        error = error.masked_fill(failed, math.inf)
-        error = error.masked_fill(failed & failed_before, -math.inf)
-        most = error.max()  # infinite if a sample failed, −∞ if no sample counts
-        if group is not None:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group)
-        largest = math.inf if most < 0 else float(most)
-        if largest <= tolerance:
-            return steps
-        failed_before = failed
-    got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error for any sample"
-    warn(
-        f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "
-        f"{GRIDS[-1]} steps; got {got} on the finest grid. Use a larger tolerance, float64 if "
-        "rounding limits the error, or Adaptive(). If no error is finite, check the network's "
-        "outputs."
-    )
-    return GRIDS[-1]

@@ -11,23 +11,28 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import sum_elements
-from hosm_losses.likelihood.adaptive import solve_adaptive
+from hosm_losses._checks import error_message, sum_elements, warn
+from hosm_losses.likelihood.adaptive import least_tolerance, solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
-from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
-from hosm_losses.likelihood.paths import Paths, all_finite
+from hosm_losses.likelihood.multistep import solve_on_grid
+from hosm_losses.likelihood.paths import Paths, all_finite, rounding
 from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
 from hosm_losses.model import ScoreModel, check_model
+
+# The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
+GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 def ode_nll(
@@ -127,8 +132,8 @@ def ode_nll(
         at_start=not clean,
     )
 
-    def solve_batch(batch: Paths, steps: int | None) -> NLLResult:
-        result = solve(_from_clean(batch) if clean else batch, solver, steps)
+    def solve_batch(batch: Paths, steps: Tensor | None) -> NLLResult:
+        result = solve(batch, solver, steps, clean=clean)
         prior_error = _prior_error(batch, result) if solver.knows_data else None
         return replace(result, nfe=result.nfe + clean, prior_error=prior_error)
 
@@ -234,15 +239,21 @@ def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -
 def solve(
     paths: Paths,
     solver: FixedGrid | ToTolerance | Adaptive,
-    steps: int | None = None,
+    steps: Tensor | None = None,
     *,
     backwards: bool = False,
+    clean: bool = False,
 ) -> NLLResult:
     """Solve the ODE from data to latents, or from latents to data if `backwards` is True.
 
-    The `latent` of the result contains the end points of the paths. `steps` is the number of steps
-    that `ToTolerance` chose for an earlier batch.
+    The `latent` of the result contains the end points of the paths. `steps` are the numbers of
+    steps that `ToTolerance` chose for the samples of an earlier batch.
     """
+    _check_tolerance(solver, paths.dtype)
+    if clean:
+        paths = _from_clean(paths)
+    if isinstance(solver, ToTolerance):
+        return _solve_to_tolerance(paths, solver, steps, backwards=backwards)
     coordinates = paths.coordinates
     low, high = coordinates.span
     data, noise = coordinates.ends((low, high))
@@ -252,12 +263,7 @@ def solve(
         solution = solve_adaptive(paths, z, span, tolerance=solver.step_tolerance)
     else:
         companion = solver.companion and paths.divergence != NO_DIVERGENCE
-        if isinstance(solver, FixedGrid):
-            steps = solver.steps
-        elif steps is None:
-            options = {"tolerance": solver.tolerance, "group": solver.group}
-            steps = fewest_steps(paths, z, span, companion, **options)
-        solution = solve_on_grid(paths, z, span, steps, companion)
+        solution = solve_on_grid(paths, z, span, solver.steps, companion)
     cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
     fields: dict[str, Any] = solution._asdict() | {"cause": cause, "failed": cause > 0}
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
@@ -277,6 +283,69 @@ def solve(
         causes.append((of_prior, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
     return mark_failed(NLLResult(nll, at_end, **fields), *causes)
+
+
+def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dtype) -> None:
+    """Raise ValueError if rounding in a network of this dtype puts a tolerance out of reach."""
+    if isinstance(solver, FixedGrid):
+        return
+    if isinstance(solver, Adaptive):
+        name, value, least = "step_tolerance", solver.step_tolerance, least_tolerance(dtype)
+    else:
+        name, value, least = "tolerance", solver.tolerance, rounding(dtype)
+    if not value >= least:
+        expected = f"at least {least:.2g} nats, because of rounding in {dtype}"
+        remedy = "Few networks get below 1e-06 in float32: pass that, or x in float64."
+        raise ValueError(error_message(f"solver.{name}", expected, value, remedy))
+
+
+def _solve_to_tolerance(
+    paths: Paths, solver: ToTolerance, steps: Tensor | None, *, backwards: bool
+) -> NLLResult:
+    """Solve each sample on the coarsest of `GRIDS` whose `solver_error` is within the tolerance.
+
+    Only the samples above the tolerance are solved again, with new probes; not those whose error
+    was not finite on two grids. A later batch starts from the first one's median number of steps.
+
+    The processes of a group have to evaluate the network equally often. They share their largest
+    error after each grid of the first batch, and solve either all samples again or none.
+    """
+    first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
+    grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
+    if solver.group is not None and steps is not None:
+        return solve(paths, grids[0], backwards=backwards)
+    rows = torch.arange(len(paths.x), device=paths.x.device)
+    nfe = products = torch.zeros_like(rows)
+    lost = torch.zeros_like(rows, dtype=torch.bool)
+    parts: list[NLLResult] = []
+    places: list[Tensor] = []
+    for grid in grids:
+        chosen = replace(paths.rows(paths.x, rows, paths.nll_offset), advance=lambda _: None)
+        part: Any = solve(chosen, grid, backwards=backwards)
+        nfe, products = nfe + part.nfe, products + part.products
+        lost_before, lost = lost, ~part.solver_error.isfinite()
+        error = part.solver_error.masked_fill(lost, math.inf)
+        error = error.masked_fill(lost & lost_before, -math.inf)
+        if solver.group is not None:
+            most = error.max()
+            dist.all_reduce(most, dist.ReduceOp.MAX, solver.group)
+            error = most.expand_as(error)
+        again = error > tolerance
+        if grid is grids[-1] and bool(again.any()):
+            warn(
+                f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at "
+                f"most {grid.steps} steps; got {float(error.max()):.2g} on the finest grid. Use a "
+                "larger tolerance, float64 if rounding limits the error, or Adaptive()."
+            )
+            again = torch.zeros_like(again)
+        if not bool(again.all()):
+            parts.append(replace(part, nfe=nfe, products=products)[~again])
+            places.append(rows[~again])
+            paths.advance(len(places[-1]))
+        rows, nfe, products, lost = (each[again] for each in (rows, nfe, products, lost))
+        if not len(rows):
+            break
+    return NLLResult.cat(parts)[torch.cat(places).argsort()]
 
 
 @torch.no_grad()

@@ -395,6 +395,6 @@ class ODESolution(NamedTuple):
     standard_error: Tensor | None  # error of the integral due to the probes, (B,); None if unknown
     solver_error: Tensor  # estimate, (B,)
     cause: Tensor  # why the solver gave up on a path, (B,); 0 if it did not, see `result`
-    steps: int | None = None  # number of steps of a grid that the batch shares
+    steps: Tensor | None = None  # number of steps of the grid, (B,)
     widening: float = 1.0  # Student's factor in standard_error
     kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if unknown

@@ -51,7 +51,8 @@ REASONS = {
     Cause.ROUNDING: "rounding its path alone changes the nll by more than {limit:g} nats: look at "
     "x, which may be far from the data",
     Cause.ARRIVAL: "Adaptive ran out of evaluations (see nfe) or reached its smallest step: "
-    "use a larger step_tolerance or FixedGrid(), or look for jumps",
+    "use a larger step_tolerance, as rounding in {dtype} limits it, or FixedGrid(), or look for "
+    "jumps",
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
     Cause.PRIOR: "log_prior is not finite, although its latent is: look at log_prior there",
@@ -149,7 +150,7 @@ class Result:
     failed: Tensor
     products: Tensor | None = None
     quantization: Quantization | None = None
-    steps: int | None = None
+    steps: Tensor | None = None
     widening: float = 1.0
     kinks: Tensor | None = None
     cause: Tensor | None = None
@@ -323,8 +324,6 @@ class Result:
     def cat(cls, results: Sequence[Self]) -> Self:
         """Concatenate the results of batches or ranks, on the device of the first result.
 
-        `steps` is None if the results have different numbers of steps.
-
         Raises:
             ValueError: if the list is empty, if the shapes of samples differ between results, if
                 only some results have a standard error, products, a quantization or steps, or if
@@ -349,8 +348,6 @@ class Result:
         for name, first in joined.items():
             if isinstance(first, Tensor):
                 joined[name] = torch.cat([getattr(result, name).to(device) for result in every])
-        if len({result.steps for result in every}) > 1:
-            joined["steps"] = None
         return cls(**joined)
 
     def _kind(self) -> str:
@@ -410,7 +407,7 @@ class NLLResult(Result):
         products: the number of vector-Jacobian products, (B,), not included in nfe; None for a
             bound.
         quantization: the levels and the range of dequantized data; None for continuous data.
-        steps: the number of steps of the fixed grid; None with `Adaptive` or for a bound.
+        steps: the number of steps of the fixed grid, (B,); None with `Adaptive` or for a bound.
         widening: Student's factor, by which `Adaptive` widens standard_error; 1 if not widened.
         kinks: whether the path seems to have kinks, (B,), as with ReLU networks; None if unknown.
             The solver's order of accuracy drops at kinks, so solver_error is increased.
@@ -444,7 +441,7 @@ class SampleResult(Result):
             a failed sample is NaN, and `failures` returns the reason.
         products: as in `NLLResult`.
         quantization: always None.
-        steps: the number of steps of the fixed grid; None with `Adaptive`.
+        steps: as in `NLLResult`.
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.

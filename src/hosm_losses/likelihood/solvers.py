@@ -102,19 +102,18 @@ class FixedGrid(Solver):
 
 @dataclass(frozen=True)
 class ToTolerance(Solver):
-    """The coarsest fixed grid whose `solver_error` is within a tolerance.
+    """For each sample, the coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance on the first
-    batch, and is used for all batches of the call. The trial solutions do not affect the
-    results, and their evaluations are not counted in `nfe`.
+    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance; only samples
+    above it are solved again. `nfe` includes the coarser grids. Later batches start from the first
+    one's median number of steps.
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
-        group: the process group whose processes must use the same number of steps; None if each
-            process may choose its own number.
-        companion: as in `FixedGrid`; a companion is also used in the trials, which then draw their
-            own probes. Without a companion, the true error may exceed the tolerance if a path
-            amplifies small errors.
+        group: the process group whose processes must use the same number of steps, which all
+            samples of the first batch meet, for all samples; None to choose for each sample.
+        companion: as in `FixedGrid`. Without a companion, the true error may exceed the tolerance
+            if a path amplifies small errors.
         data_mean: the mean of the data, as in `FixedGrid`.
         data_std: the standard deviation of the data, as in `FixedGrid`.
 
@@ -145,6 +144,7 @@ class Adaptive(Solver):
     Args:
         step_tolerance: the acceptable error in the log-density, in nats, for each step of the
             first solution; the second solution, which is returned, uses a tenth of this value.
+            In float32, rounding in most networks puts less than about 1e-6 out of reach.
         data_mean: the mean of the data, as in `FixedGrid`.
         data_std: the standard deviation of the data, as in `FixedGrid`.
 
