@@ -259,7 +259,7 @@ class AdamsSolver:
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Return Σ_i w_i q_i, (B,), for values q_i (B,) of as many nodes as there are weights."""
     q = torch.stack([*values], 1)
-    return (q * torch.tensor(weights, dtype=q.dtype, device="cpu").to(q.device)).sum(1)
+    return (q * torch.tensor(weights, dtype=q.dtype, device=q.device)).sum(1)
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
