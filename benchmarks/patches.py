@@ -111,9 +111,8 @@ def steps_of(row: str, budget: int) -> int:
 def trained(row: str, tiles: Tensor, sizes: Sizes, rate: float, seed: int) -> hosm.ScoreModel:
     """The model at the end of a training."""
     torch.manual_seed(seed)
-    model, sampler = hosm.ScoreModel(Network(), SCHEDULE), None
-    if "times" in row:
-        sampler = hosm.AdaptiveTimes()
+    model = hosm.ScoreModel(Network(), SCHEDULE)
+    sampler = hosm.AdaptiveTimes() if "times" in row else None
     every = experiment.training_by_module(
         hosm.FirstOrderDSM(model, antithetic="pairs" in row, time_sampler=sampler),
         lambda generator: draw(tiles, sizes.batch, generator),

@@ -30,11 +30,11 @@ import torch
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
+from benchmarks.steps import LOSSES
 from benchmarks.worth import (
     EVERY,
     FIRST_ORDER,
     LEARNT,
-    MODULES,
     SEARCHED,
     Recipe,
     Study,
@@ -64,7 +64,7 @@ def training_alone(
     """A training of one network by the library's modules, a step each time it is advanced."""
     sampler = hosm.AdaptiveTimes() if recipe.times else None
     return experiment.training_by_module(
-        MODULES[recipe.order](model, antithetic=recipe.noises == 2, time_sampler=sampler),
+        LOSSES[recipe.order](model, antithetic=recipe.noises == 2, time_sampler=sampler),
         lambda generator: cell.draw(cell.batch, generator),
         steps,
         rate,

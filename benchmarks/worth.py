@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
+from benchmarks.steps import LOSSES
 from benchmarks.worth_problems import CELLS, Cell, together
 from benchmarks.worth_quantities import (
     OWN,
@@ -85,7 +86,6 @@ WEIGHTS = {1: (1.0,), 2: (1.0, 0.5, 0.0)}
 INFORMATION_DRAWS = 2**16
 SEARCHED = ("mixture, d = 1, VE", "checkerboard, d = 2", "many-well, d = 4")
 FIRST_ORDER = ("one", "one, averaged", "one, averaged, pairs, times")  # what other studies train
-MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 EVERY, LEARNT = 25, 64  # steps between calls of `learn`, and its samples
 MORE = 2048  # references
 
@@ -307,7 +307,7 @@ class EnsembleLoss:
                 squares = optimizer.state[every]["exp_avg_sq"]
                 adam.state[own] = {"exp_avg_sq": squares[i : i + 1]}
             times.learn(
-                MODULES[order](alone, **self._options(times)),
+                LOSSES[order](alone, **self._options(times)),
                 x0[i :: self.members],
                 adam,
                 rows=LEARNT,

@@ -114,7 +114,8 @@ class Weights:
         The interval does not account for what the samples miss, such as a mode, or a tail that is
         much heavier than the model's tail. Its ends are NaN if one sample has all the weight.
         """
-        if math.isnan(self.log_z_error):
+        below = NORMAL * self.log_z_error
+        if math.isnan(below):
             return math.nan, math.nan
         w = torch.cat([self.normalized, self.normalized.max()[None]])
         mean, error = float(w.mean()), float(w.std()) / len(w) ** 0.5
@@ -124,7 +125,7 @@ class Weights:
         c = math.cbrt(1 - gamma * u)
         upper = mean + error * 3 * u / (1 + c + c**2)
         above = math.log(upper * len(self.normalized))
-        return self.log_z - NORMAL * self.log_z_error, self.log_z + above
+        return self.log_z - below, self.log_z + above
 
     @property
     def log_z_bias(self) -> float:
