@@ -29,9 +29,15 @@ MARKERS = "ovs^DP"
 LEAST, MOST = 0.01, 5  # a ratio outside is a triangle at the edge
 
 
+def with_plain(report: Found) -> Found:
+    """The ratios of each row, and that of its KL divergence to plain order one as "plain"."""
+    plain = ratios(report, lambda _: "one")
+    return {name: row | {"plain": plain[name].get("kl")} for name, row in ratios(report).items()}
+
+
 def cells(reports: list[Found]) -> Found:
     """Every cell with a row that is compared, in the order of the study."""
-    found = {report["name"]: ratios(report) for report in reports}
+    found = {report["name"]: with_plain(report) for report in reports}
     done = {
         name
         for name, rows in found.items()
@@ -51,7 +57,7 @@ def settings(reports: list[Found]) -> Found:
     by_title = {report["name"]: report for report in reports}
     return {
         name: {
-            setting: ratios(by_title[title])
+            setting: with_plain(by_title[title])
             for setting in SETTINGS
             if (title := f"{name}, {setting}") in by_title
         }
