@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import hosm_losses as hosm
+from hosm_losses import taylor
 from tests.cases import FUNCTIONS, VP, CountFlops, OfX
 
 
@@ -184,3 +185,19 @@ def test_pytorchs_own_counter_counts_every_kind_of_probe():
             hosm.third_order_dsm(model, x0, probes=probes).backward()
         total = flops(lambda p=probes: hosm.third_order_dsm(model, x0, probes=p))
         assert counter.get_total_flops() == pytest.approx(total, rel=0.01)
+
+
+def test_a_laplacian_takes_half_the_products_of_a_hessian():
+    """The numbers of docs/wave_functions.md: d + 2 and 2 d + 4 evaluations."""
+    d, width = 6, 64
+    layers = [nn.Linear(d, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    function = nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+    hessian = torch.func.vmap(torch.func.hessian(lambda row: function(row[None])[0]))
+    counts = []
+    for derive in (function, lambda x: taylor.laplacian(function, x), hessian):
+        with torch.no_grad(), CountFlops() as count:
+            derive(torch.randn(5, d))
+        counts.append(count.total)
+    one, ours, theirs = counts
+    assert ours == pytest.approx((d + 2) * one, rel=0.02)
+    assert theirs == pytest.approx((2 * d + 4) * one, rel=0.02)
