@@ -37,6 +37,8 @@ def full(n=3, d=4, **changes):
         ({"levels": 256}, 7.0),
         ({"levels": 256, "low": 0}, 8.0),
         ({"levels": 256, "low": 0, "high": 256}, 0.0),
+        ({"levels": 2, "low": 0}, 1.0),
+        ({"levels": 2**16}, 15.0),
     ],
 )
 def test_levels_add_the_width_of_a_level(levels, offset):
