@@ -188,7 +188,7 @@ def test_pytorchs_own_counter_counts_every_kind_of_probe():
 
 
 def test_a_laplacian_takes_half_the_products_of_a_hessian():
-    """The numbers of docs/wave_functions.md: d + 2 and 2 d + 4 evaluations."""
+    """Those of d + 2 and 2 d + 4 evaluations, as docs/wave_functions.md says."""
     d, width = 6, 64
     layers = [nn.Linear(d, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
     function = nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
