@@ -30,7 +30,7 @@ import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
 from benchmarks.experiment import calls_of, clocked, environment, parser, train
-from benchmarks.peers.likelihoods import follow, log_prior, signs
+from benchmarks.peers.likelihoods import flow, follow, log_prior, signs
 
 FILE = results.DIRECTORY / "densities.json"
 RATE = 2e-3
@@ -179,7 +179,7 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
             x = torch.randn(size.samples, elements, dtype=torch.float64)
             normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
             latent = schedule.prior_std * normal
-            end, gain = follow(model, latent, span, probe[None])
+            end, gain = follow(partial(flow, model), latent, span, probe[None])
             x, log_q = space.expand(end), log_prior(model, latent) - gain
             log_weights = energy.log_target(x) - log_q
             weights.append(hosm.Weights(x, log_weights, zero, zero, energy.log_target))

@@ -111,13 +111,13 @@ class Plane(nn.Module):
 
     scaled = False
 
-    def __init__(self, schedule, std, activation=nn.SiLU):
+    def __init__(self, schedule, std, activation=nn.SiLU, elements=2):
         super().__init__()
         self.schedule, self.std = schedule, std
         layers = []
-        for inner in (3, 96, 96):
+        for inner in (elements + 1, 96, 96):
             layers += [nn.Linear(inner, 96), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(96, 2))
+        self.layers = nn.Sequential(*layers, nn.Linear(96, elements))
 
     def forward(self, x, t):
         alpha, sigma = (each[:, None] for each in self.schedule(t))
@@ -127,6 +127,13 @@ class Plane(nn.Module):
         if self.scaled:
             added = -alpha * self.std / size * added
         return sigma / size**2 * x + added
+
+
+class Velocity(Plane):
+    """The same layers, of x and t as they are."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layers(torch.cat([x, t[:, None]], 1))
 
 
 def _seen(x, t, schedule, std):

@@ -36,6 +36,7 @@ METHODS = {
 SOLVERS = {
     "ours": "ours",
     "torchdiffeq, dopri5": "dopri5",
+    "torchdiffeq, dopri5 in z": "dopri5 in z",
     "torchdiffeq, RK4": "RK4",
     "zuko": "zuko",
 }

@@ -6,6 +6,8 @@ data alone. What a function imports is what it needs.
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,9 +40,13 @@ def flow(model: hosm.ScoreModel, x: Tensor, t: Tensor) -> Tensor:
 
 
 def follow(
-    model: hosm.ScoreModel, x: Tensor, span: Tensor, probes: Tensor, **options: Any
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    span: Tensor,
+    probes: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The end of the path by torchdiffeq, (B, *), and the integral of the divergence, (B,).
+    """The end of a field's path by torchdiffeq, (B, *), and the integral of its divergence, (B,).
 
     As continuous normalising flows use it (FFJORD, arXiv 1810.01367): state and log-density go
     through one call of `odeint` for the whole batch, value and divergence share a forward pass,
@@ -52,7 +58,7 @@ def follow(
         total = torch.zeros_like(state[1])
         with torch.enable_grad():
             point = state[0].detach().requires_grad_()
-            moved = flow(model, point, t)
+            moved = field(point, t)
             for probe in probes:
                 (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
                 total += (pulled * probe).flatten(1).sum(1)
@@ -109,7 +115,7 @@ def by_torchdiffeq(
     span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
     probes = units(x) if exact else signs(x, seed)[None]
     given = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
-    latent, gain = follow(model, x, span, probes, **given)
+    latent, gain = follow(partial(flow, model), x, span, probes, **given)
     return -(log_prior(model, latent) + gain)
 
 

@@ -14,7 +14,7 @@ from tests.oracles import paper_mixture, ring
 def test_both_methods_meet_the_density_of_a_mixture(name, mixture):
     model, x, log_density, log_prior = problem(SCHEDULES[name], mixture())
     options, errors = {"divergence": "exact", "log_prior": log_prior}, []
-    for steps in (256, 512):
+    for steps in (320, 640):
         result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(steps), **options)
         error = (result.nll + log_density).abs()
         errors.append(float(error.max()))
