@@ -33,6 +33,8 @@ VP, TABLE = hosm.VPSchedule(), hosm.DiscreteSchedule([0.9, 0.5, 0.1])
 NETWORK = MLP(2).double()
 MODEL = hosm.ScoreModel(NETWORK, VP)
 WRAPPED = hosm.ScoreModel(nn.DataParallel(NETWORK), VP)
+SCALE = nn.Parameter(torch.ones((), dtype=torch.float64))
+LEARNED = hosm.ScoreModel(NETWORK, own(sigma=lambda t: SCALE.to(t.dtype) * t))
 
 
 def bad(error, *values, named=None):
@@ -310,6 +312,7 @@ TOGETHER = [
         ([hosm.FixedGrid], ValueError, "companion", {"companion": True, "steps": n})
         for n in (6, 63)
     ],
+    (SOLVERS, ValueError, "schedule", {"model": LEARNED, "enable_grad": True}),
     ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
     (

@@ -103,10 +103,19 @@ def test_a_schedule_that_scales_the_data():
         hosm.variational_nll(model, x)
 
 
-def test_a_schedule_that_is_learned_is_looked_at_without_a_graph():
-    rate = torch.tensor(20.0, requires_grad=True)
-    nll = CALLS["graph"](gaussian(Learned(rate)), torch.randn(4, 2)).nll
-    assert torch.isfinite(torch.autograd.grad(nll.sum(), rate)[0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_schedule_that_is_learned_has_no_gradient(frozen):
+    """The grid and the prior would be constants in the graph, and the gradient wrong."""
+    rate, x = torch.tensor(20.0, requires_grad=not frozen), torch.randn(4, 2)
+    model = gaussian(Learned(rate))
+    for call in (CALLS["graph"], partial(CALLS["sample"], enable_grad=True)):
+        said = r"schedule: expected α and σ without .*; got Learned\(.* requires_grad_\(False\)"
+        with contextlib.nullcontext() if frozen else pytest.raises(ValueError, match=said):
+            call(model, x)
+    with torch.no_grad(), contextlib.nullcontext() if frozen else pytest.raises(ValueError):
+        CALLS["graph"](model, x)
+    for name in ("nll", "bound", "sample"):
+        CALLS[name](model, x)
 
 
 def built(*layers):

@@ -56,6 +56,7 @@ from hosm_losses.likelihood.paths import (
 from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.model import ScoreModel, bind_model, check_model
+from hosm_losses.schedules import Schedule
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 FINISHED = (
@@ -157,6 +158,7 @@ class Job:
             torch.set_grad_enabled(self.graph),
             progress_bar(self.progress, total, "sample") as advance,
         ):
+            _refuse_learnt(model.schedule, x.device)
             mean, std = map(expand_moment, self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
             dtype = x.dtype if x.is_floating_point() else network_options(model)["dtype"]
@@ -200,6 +202,19 @@ class Job:
         if self.dequantization is None:
             return draws[0]
         return importance_weighted(draws, self.dequantization.quantization)
+
+
+def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
+    """Raise ValueError if α or σ has a graph, which the solver's grid and the prior leave out."""
+    parts = schedule(torch.full((1,), float(schedule.t_min), device=device))
+    if any(part.requires_grad for part in parts):
+        expected = "α and σ without gradients of their own if enable_grad is True"
+        remedy = (
+            "The gradient in the schedule's parameters would be wrong: call "
+            "requires_grad_(False) on them, or set enable_grad=False and take differences."
+        )
+        got = f"{schedule!r}, whose α or σ requires grad"
+        raise ValueError(error_message("schedule", expected, schedule, remedy, got=got))
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:

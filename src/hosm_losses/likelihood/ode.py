@@ -100,7 +100,8 @@ def ode_nll(
     Raises:
         TypeError: if x or the result of a function has an invalid dtype, for example if images
             have an integer dtype and `dequantization` is None.
-        ValueError: if an argument has an invalid shape, device, name or value.
+        ValueError: if an argument has an invalid shape, device, name or value, or if `enable_grad`
+            is True and the schedule has trained parameters, in which gradients would be wrong.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
@@ -183,7 +184,8 @@ def ode_sample(
 
     Raises:
         TypeError: if the latent or the result of a function has an invalid dtype.
-        ValueError: if an argument has an invalid shape, device, name or value.
+        ValueError: if an argument has an invalid shape, device, name or value, or if `enable_grad`
+            is True and the schedule has trained parameters, in which gradients would be wrong.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
