@@ -239,7 +239,7 @@ losses/targets.py losses/test_averaged_targets.py
 + slack = logits[:, :-1].amax(1), 1.0
 # Scores: the own ones choose C, a part of order two, three or of the sums over j is left out,
 # float32 takes the digits of what cancels, padded coordinates and conditions are not looked
-# at, and no wrong temperature is noticed.
+# at, and wrong temperatures, correlated frames, subspaces or padding are not noticed.
 losses/targets.py losses/test_random_options.py
 - (squares.sum(0) - squares) / max(count - 1, 1)
 + squares.mean(0).expand_as(squares)
@@ -261,13 +261,31 @@ losses/targets.py losses/test_random_options.py
 losses/targets.py losses/test_averaged_targets.py
 - averaged = targets.averaged if isinstance(targets, TargetScores) else targets
 + averaged = targets
-losses/targets.py losses/test_target_scores.py
+losses/score_check.py losses/test_score_check.py
 - <= 5 * error
 + <= 50 * error
+- runs, total = min(RUNS, len(x)), x.sum(0)
++ runs, total = len(x), x.sum(0)
+- weights = 1 / (of_runs.sum(0) - of_runs).square()
++ weights = torch.ones_like(of_runs)
+- .sum(2) / 2 + x.shape[2])
++ .sum(2) / 2)
+- dimension < elements and not matrix
++ False
+- .cpu()) > 1).sum())
++ .cpu()) > 0).sum())
+- .any(1)  # without padding
++ .any(1) | True
+- if len(x) <= count or count > LARGEST:
++ if count > LARGEST:
+- 5 * error > WRONG * wanted
++ error > wanted
 # A small sample seems to have wrong scores; rounding counts as information, that of scores
 # which were converted since too; a matrix may have negative eigenvalues.
--  * (count / (count - 1))
-+
+losses/score_check.py losses/test_score_check.py
+- ((total - own.sum(0)) / (len(x) - len(own)) - own)
++ (total / len(x) - own)
+losses/targets.py losses/test_target_scores.py
 - torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0)
 + eigenvalues
 - max(of_scores**2, of_F, torch.finfo(torch.float32).eps)

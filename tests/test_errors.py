@@ -25,6 +25,7 @@ from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+CORNERS = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
 PROBES = torch.stack([X, -X])
 NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
@@ -151,7 +152,7 @@ BAD = {
     ],
     "averaged": bad(TypeError, True, "batch", hosm.AveragedTargets, X),
     "matrix": FLAG,
-    "dimensions": bad(ValueError, 0, -1, 3) + bad(TypeError, True, 2.0, "2"),
+    "particles": bad(ValueError, 0, 1, 3) + bad(TypeError, True, 2.0, "2"),
     "probes": [
         *bad(TypeError, None, True, False, 2.0, np.array([1, 2]), hosm.Hutchinson),
         *bad(ValueError, 0, -1, "2", "all"),
@@ -225,7 +226,7 @@ CALLS = {
     **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
     hosm.TargetScores: {"scores": -X},
     hosm.DivergenceFunction: {"function": lambda x, t: (x, x[:, 0])},
-    hosm.TargetScores.information_of: {"data": X, "scores": -X},
+    hosm.TargetScores.information_of: {"data": CORNERS, "scores": -0.75 * CORNERS},
     **{value: {} for value in (hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.OnSubspace: {"network": NETWORK, "project": torch.clone, "shape": (2,)},

@@ -158,6 +158,7 @@ def test_both_solvers_give_an_exact_model_the_log_z_of_its_data(project, monkeyp
     assert row["log_z"] == pytest.approx([log_z] * 3, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:TargetScores.information_of. expected enough samples")
 def test_a_smoke_run_reports_every_row(tmp_path):
     found = densities.of_energy("DW4", densities.SMOKE)
     assert found["log_z_error"] > 0

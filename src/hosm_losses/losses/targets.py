@@ -94,10 +94,10 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     shown,
-    warn,
     widest_dtype,
 )
 from hosm_losses._torch_internals import leave_inference_mode
+from hosm_losses.losses.score_check import check_scores
 from hosm_losses.model import per_sample
 
 # A tensor over probes, samples and references is split if it has more elements than this. On the
@@ -394,7 +394,8 @@ class TargetScores:
         >>> x0 = torch.randn(8, 2)
         >>> third_order_dsm(model, x0, targets=TargetScores(-x0)).shape
         torch.Size([])
-        >>> TargetScores(-x0, TargetScores.information_of(x0, -x0))
+        >>> data = torch.randn(40_000, 2)
+        >>> TargetScores(-x0, TargetScores.information_of(data, -data))
         TargetScores(scores=<(8, 2)>, information=<(2,)>, averaged=None)
     """
 
@@ -438,13 +439,16 @@ class TargetScores:
 
     @staticmethod
     def information_of(
-        data: Tensor, scores: Tensor, *, matrix: bool = False, dimensions: int | None = None
+        data: Tensor, scores: Tensor, *, matrix: bool = False, particles: int | None = None
     ) -> Tensor:
         """Return E g gᵀ for the scores g of data, as one number per element or as a matrix.
 
-        Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If the
-        sample mean differs from the dimension by more than five standard errors, a warning is
-        issued, because the scores or the density then violate the conditions of `TargetScores`.
+        By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. A warning is
+        issued if the sample mean differs by more than five standard errors, because the scores or
+        the density then violate the conditions of `TargetScores`. Another warning is issued if
+        five standard errors exceed 10 %, so that even scores as wrong as this may pass. The errors
+        allow for correlated samples if these are in the order of a simulation that is at least a
+        hundred times as long as the correlation.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.
@@ -452,20 +456,22 @@ class TargetScores:
             matrix: whether to return the matrix (d, d) rather than one number per element. The
                 additional noise that the matrix removes, integrated over log σ̂, is
                 ½ log(∏ F_ii / det F).
-            dimensions: the dimension of the subspace in which the data lie, at most d; None means
-                d.
+            particles: the number n of particles if samples are positions (n, D). The same is then
+                also checked along the stiffest pairs, such as bonds, where the mean of
+                −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1 for ℓ = log|x_i − x_j|. In
+                molecules, this mean has far smaller errors.
 
         Returns:
             F, in units of 1/x², as float64 on devices that support float64, otherwise as float32.
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the tensors do not match or are not finite, if `dimensions` is not from
-                1 to d, or if a matrix is requested from fewer than 4 d samples.
+            ValueError: if the tensors do not match or are not finite, if `particles` is below 2 or
+                does not divide d, or if a matrix is requested from fewer than 4 d samples.
 
         Example:
             >>> import torch
-            >>> x = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0)) / 2
+            >>> x = torch.randn(40_000, 3, generator=torch.Generator().manual_seed(0)) / 2
             >>> TargetScores.information_of(x, -4 * x, matrix=True).diagonal().round()
             tensor([4., 4., 4.], dtype=torch.float64)
         """
@@ -474,24 +480,16 @@ class TargetScores:
         check_finite("scores", check_like("scores", scores, *like))
         check_flag("matrix", matrix)
         count, d = len(data), data[0].numel()
-        wanted = d if dimensions is None else check_whole("dimensions", dimensions, 1)
-        if wanted > d:
-            expected = f"a whole number from 1 to d = {d}, the elements of a sample"
-            raise ValueError(error_message("dimensions", expected, dimensions))
+        if particles is not None and d % check_whole("particles", particles, 2):
+            expected = f"a divisor of d = {d}, the elements of a sample"
+            raise ValueError(error_message("particles", expected, particles))
         if matrix and count < 4 * d:
             expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Set matrix=False."
             raise ValueError(error_message("data", expected, data, remedy, got=f"{count}"))
         x, g = (part.detach().reshape(count, d).to(widest_dtype(part)) for part in (data, scores))
         if count > 1:
-            products = -((x - x.mean(0)) * g).sum(1) * (count / (count - 1))
-            mean, error = float(products.mean()), float(products.std()) / math.sqrt(count)
-            if not abs(mean - wanted) <= 5 * error:
-                warn(
-                    "TargetScores.information_of: expected scores whose mean of −(x − x̄)·g is "
-                    f"{wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Check the scores' "
-                    "sign, units and temperature, the edges of the density, and whether the data "
-                    "lie in a subspace (if so, pass its dimension as dimensions=...)."
-                )
+            rounding = max(1e-6, torch.finfo(data.dtype).eps)
+            check_scores(x, g, matrix=matrix, particles=particles, rounding=rounding)
         return g.T @ g / count if matrix else g.square().mean(0).reshape(data.shape[1:])
 
     def posterior(
