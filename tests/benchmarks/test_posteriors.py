@@ -18,7 +18,7 @@ def test_posteriors_are_exact():
     """The joint density pair by pair, and its integral over both of a pair."""
     theta, x = (part.double() for part in posteriors.simulate(3, posteriors.seeded(1)))
     assert (theta.shape, x.shape) == ((3, 10), (3, 10))
-    pairs = zip((theta @ posteriors.rotation().double()).split(2, 1), x.split(2, 1), strict=True)
+    pairs = zip((theta @ posteriors.ROTATION.double()).split(2, 1), x.split(2, 1), strict=True)
     joint = sum(log_joint(*z.unbind(1), *seen.unbind(1)) for z, seen in pairs)
     torch.testing.assert_close(posteriors.log_joint(theta, x), joint, rtol=1e-6, atol=1e-6)
     grid = torch.linspace(-7, 7, 701, dtype=torch.float64)
