@@ -35,8 +35,9 @@ def tree(file: Path) -> Found:
     study = results.read_all(file.parent / "orders")
     found["orders"], found["dependence"] = orders.cells(study), dependence(study)
     found["sources"] = results.sources(file.parent)
-    found["finite"] = orders.finite(results.read_all(file.parent / "finite"))
-    found["recipe"] = orders.settings(results.read_all(file.parent / "recipe"))
+    limited, recipe = (results.read_all(file.parent / name) for name in ("finite", "recipe"))
+    found["finite"], found["recipe"] = orders.finite(limited), orders.settings(recipe)
+    found["gains"] = orders.gains(study, recipe, found["finite"])
     return found
 
 

@@ -254,7 +254,7 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     "calibration": ("calibration", calibration),
     "cost": ("speed", cost),
     "work_precision": ("ode_accuracy", work_precision),
-    "orders": ("orders", orders.picture),
+    "orders": ("gains", orders.picture),
     "pytorch_fault": ("examples > pytorch_fault", pytorch_fault),
     "estimator_variance": ("estimator_variance", estimator_variance),
     "gradient_variance": ("gradient_variance", gradient_variance),

@@ -71,12 +71,34 @@ def test_finite_cells_are_in_the_order_of_their_study():
     assert ratios == pytest.approx([1 / 2, 1 / 4])
 
 
+def test_gains_are_over_plain_order_one_by_what_one_has():
+    """At rates of the cell's own where plain order one has one; a row of base is not compared."""
+    scored = "one, scores, averaged, pairs, times"
+    rows = {"one": row(0.4, 8.0), orders.QUIET: row(0.2, 4.0), scored: row(0.1, 2.0)}
+    own = {"one, own rate": row(0.3, 8.0), f"{orders.QUIET}, own rate": row(0.1, 4.0)}
+    name, other = "many-well, d = 8", "many-well, d = 8, rotated"
+    study = [{"name": name, "rows": rows}, {"name": other, "rows": rows | own}]
+    study.append({"name": "digits, d = 64", "rows": rows})
+    titles = (f"{other}, equal time, rate 3e-3", f"{other}, rate 1e-3")
+    recipe = [{"name": title, "rows": rows} for title in titles]
+    ended = {"one": row(0.4, 8.0), orders.QUIET: row(0.3, 4.0) | {"end": row(0.1, 1.0)}}
+    limited = orders.finite([{"name": f"{other}, 2,000 points", "rows": ended}])
+    found = orders.gains(study, recipe, limited)
+    assert [*found] == [name, other]
+    assert [*found[name]] == ["fresh samples", "with scores"]
+    kept = {what: rows[orders.QUIET]["kl"][0] for what, rows in found[other].items()}
+    fresh = {"fresh samples": 1 / 3, "with scores": 1 / 3}
+    assert kept == pytest.approx(fresh | {"equal time, rate 3e-3": 1 / 2, "2,000 points": 3 / 4})
+
+
 def test_a_ratio_outside_of_the_picture_is_at_its_edge():
-    figure = orders.picture(orders.cells([REPORT]))
-    kl, score = figure.axes
+    report = REPORT | {"name": "many-well, d = 4"}
+    outside = {"one, averaged": row(-0.01, 1.0), orders.QUIET: row(0.8, 1.0)}
+    figure = orders.picture(orders.gains([report | {"rows": report["rows"] | outside}], [], {}))
+    (axes,) = figure.axes
     least, most = (
         [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker]
-        for axes, marker in ((kl, "<"), (score, ">"))
+        for marker in "<>"
     )
     assert (least, most) == ([orders.LEAST], [orders.MOST])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
