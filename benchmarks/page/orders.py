@@ -29,15 +29,9 @@ MARKERS, TICKS = "os^", (0.03, 0.1, 0.3, 1)
 LEAST, MOST = 0.03, 1.5  # a ratio outside is a triangle at the edge
 
 
-def with_plain(report: Found) -> Found:
-    """The ratios of each row, and that of its KL divergence to plain order one as "plain"."""
-    plain = ratios(report, lambda _: "one")
-    return {name: row | {"plain": plain[name].get("kl")} for name, row in ratios(report).items()}
-
-
 def cells(reports: list[Found]) -> Found:
     """Every cell with a row that is compared, in the order of the study."""
-    found = {report["name"]: with_plain(report) for report in reports}
+    found = {report["name"]: ratios(report) for report in reports}
     done = {
         name
         for name, rows in found.items()
@@ -57,7 +51,7 @@ def settings(reports: list[Found]) -> Found:
     by_title = {report["name"]: report for report in reports}
     return {
         name: {
-            setting: with_plain(by_title[title])
+            setting: ratios(by_title[title])
             for setting in SETTINGS
             if (title := f"{name}, {setting}") in by_title
         }

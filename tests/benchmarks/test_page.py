@@ -20,13 +20,6 @@ def test_what_is_marked_is_what_the_results_say():
     assert tables.TABLES.keys() <= {mark for text in PAGES.values() for mark in marks.names(text)}
 
 
-def test_a_ratio_to_plain_order_one_is_the_product_of_the_steps_to_it():
-    rows = FOUND["orders"]["checkerboard, d = 2"]
-    averaged, quiet = rows["one, averaged"], rows["one, averaged, pairs, times"]
-    assert quiet["plain"][0] == pytest.approx(quiet["kl"][0] * averaged["kl"][0], rel=1e-9)
-    assert averaged["plain"] == averaged["kl"]
-
-
 def test_every_question_was_measured_in_full_and_no_host_is_kept():
     assert set(QUESTIONS) == set(benchmarks.__main__.QUESTIONS)
     for found in QUESTIONS.values():

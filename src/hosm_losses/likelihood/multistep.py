@@ -69,7 +69,7 @@ Error of the path:
     - After a Runge-Kutta start, ρ is 1, and the errors of the steps up to node 3 are omitted.
 
 Error of the integral:
-    The error of ∫ q ds is estimated as max(d/15, h ‖∇⁷q‖/30), or /45 at order five.
+    The error of ∫ q ds is estimated as max(d/15, h ‖∇⁷q‖/30); at order five, 45 replaces 30.
 
     - d is the difference between the integral computed from all nodes and the integral computed
       from every second node. This difference may be small by chance.

@@ -71,7 +71,7 @@ def check_scores(
 
 
 def _extent(x: Tensor, rounding: float) -> tuple[Tensor, int]:
-    """Return which elements of x (N, d) vary by more than rounding, and in how many dimensions."""
+    """Return which elements of x (N, d) vary beyond rounding, and in how many directions."""
     x = (x - x.mean(0)) / (rounding * x.abs().amax(0))
     varies = x.square().mean(0) > 1
     count = int(varies.sum())

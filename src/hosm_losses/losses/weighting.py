@@ -23,7 +23,7 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     entry of the table. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that
     integrals over u become trapezoidal sums.
 
-    `AdaptiveTimes` puts its own density of u in the place of 1/(u₁ − u₀); see `times`.
+    `AdaptiveTimes` replaces 1/(u₁ − u₀) with its own density of u; see `times`.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,

@@ -176,7 +176,7 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow a key; for all other rows, PyTorch's attention returns zeros."""
+    """Which rows of a mask allow at least one key; for others, PyTorch's attention gives zeros."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 

@@ -273,7 +273,7 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """Uses a mask: PyTorch's own index_fill is wrong in vmap if only the value is batched."""
+    """Uses a mask: PyTorch's own index_fill is wrong under vmap if only the value is batched."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 
