@@ -18,6 +18,7 @@ IMAGES = {"dequantization": hosm.Uniform(3), "solver": FEW}
 USES = [
     partial(hosm.ode_nll, x=X, solver=FEW),
     partial(hosm.ode_nll, x=X, solver=hosm.Adaptive()),
+    partial(hosm.ode_sample, latent=X, solver=hosm.FixedGrid(8, companion=True)),
     partial(hosm.ode_nll, x=X, solver=hosm.ToTolerance(1.0), divergence="exact"),
     partial(hosm.variational_nll, x=X, samples=4),
     partial(hosm.ode_nll, x=(127 * X).byte(), divergence="exact", **IMAGES),

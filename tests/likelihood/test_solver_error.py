@@ -17,7 +17,7 @@ from tests.cases import SCHEDULES
 from tests.likelihood.problems import problem
 from tests.oracles import ring
 
-EDM = hosm.EDMSchedule()
+EDM, VP = hosm.EDMSchedule(), SCHEDULES["vp"]
 PAGE = (Path(__file__).parents[2] / "docs" / "likelihood_errors.md").read_text(encoding="utf-8")
 
 
@@ -56,8 +56,8 @@ def setting(schedule, steps):
 @pytest.mark.parametrize(
     ("schedule", "steps", "companion"),
     [
-        (SCHEDULES["vp"], None, False),
-        (SCHEDULES["vp"], None, True),
+        (VP, None, False),
+        (VP, None, True),
         (SCHEDULES["flow"], 0, False),
         (SCHEDULES["flow"], 0, True),
         pytest.param(SCHEDULES["cosine"], 150, False, marks=pytest.mark.slow),
@@ -75,6 +75,24 @@ def test_twice_the_claim_covers_the_truth(schedule, steps, companion):
     for result in (claimed, hosm.ode_nll(model, x, **options)):
         assert float((error <= 2 * result.solver_error).double().mean()) >= 0.95
         assert float(result.solver_error.median()) <= max(10 * float(error.median()), 0.01)
+
+
+@pytest.mark.parametrize("steps", [32, 64])
+def test_twice_the_claim_covers_the_truth_at_the_samples_of_an_untrained_network(steps):
+    """Its paths from one latent by two grids agree far better than those back from one x."""
+    torch.manual_seed(0)
+    model, generator = hosm.ScoreModel(Network(VP), VP), torch.Generator().manual_seed(1)
+    latent = torch.randn(60, 2, generator=generator)
+    options = {"solver": hosm.FixedGrid(steps, companion=True), "generator": generator}
+    exact, random = (
+        hosm.ode_sample(model, latent, divergence=each, **options)
+        for each in ("exact", hosm.Hutchinson())
+    )
+    truth = hosm.ode_nll(model, exact.x, solver=hosm.FixedGrid(512), divergence="exact").nll
+    error = (exact.nll - truth).abs()
+    for drawn in (exact, random):  # the claim of random probes is the path's alone
+        assert float((error <= 2 * drawn.solver_error).double().mean()) >= 0.95
+        assert float(drawn.solver_error.median()) <= 4 * float(error.median())
 
 
 @pytest.mark.slow

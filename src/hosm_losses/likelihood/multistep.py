@@ -81,15 +81,10 @@ Error of the integral:
     as (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Companion:
-    A companion is a second solution with half as many steps and the same probes. Let D be the
-    difference between the two answers; in both, q is integrated over every second node of the
-    finer grid. The path's error is then estimated as follows:
-
-    - For a path from data to a latent, the estimate is max(p, |D|/5).
-    - For a path from a latent to data, the estimate is |D|/12: both answers start from the same
-      latent, and the estimate uses no covector from the data end, where the score is least
-      accurate.
-    - If D is not finite, the estimate is p.
+    A companion of a path from data to a latent is a second solution with half as many steps and
+    the same probes. Let D be the difference between the two answers; in both, q is integrated over
+    every second node of the finer grid. The path's error is then estimated as max(p, |D|/5), or as
+    p if D is not finite.
 
 Cancellation:
     The e_i change sign along the path, so their sum over the whole path is small. This small sum
@@ -390,13 +385,10 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
 def companion_error(
     paths: Paths, solution: AdamsSolver, coarse: AdamsSolver, span: Span
 ) -> Tensor:
-    """Estimate the path's error (B,) from a solution and its companion."""
+    """Estimate the error (B,) of a path to a latent from a solution and its companion."""
+    end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
+    latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
     difference = solution.integral(2, coarse.steps) - coarse.integral()
-    if span[1] < span[0]:  # both answers belong to the same latent
-        error = difference.abs() / 12
-    else:
-        end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
-        latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
-        difference = difference + log_prior(latent) - log_prior(other)
-        error = torch.maximum(solution.path_error, difference.abs() / 5)
+    difference = difference + log_prior(latent) - log_prior(other)
+    error = torch.maximum(solution.path_error, difference.abs() / 5)
     return torch.where(error.isfinite(), error, solution.path_error)

@@ -165,8 +165,9 @@ def ode_sample(
         latent: a tensor (B, *) of points at t_max, in the coordinates of x, or a shape (B, *). If
             a shape is given, latents are drawn from N(0, prior_std² I) in the dtype and on the
             device of the network's first parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares two
-            densities of the same latent, so it is used only if a divergence is computed.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. With a companion, the
+            density at the samples is computed a second time, on the way back to the latents, but
+            only if a divergence is computed.
         divergence: as in `ode_nll`, or None for samples without densities, which require no
             derivatives.
         log_prior: the log-density of the distribution from which you drew the latents, as in
@@ -256,6 +257,11 @@ def solve(
         paths = _from_clean(paths)
     if isinstance(solver, ToTolerance):
         return _solve_to_tolerance(paths, solver, steps, backwards=backwards)
+    companion = solver.companion and paths.divergence != NO_DIVERGENCE
+    way_back = None
+    if isinstance(solver, FixedGrid) and companion and backwards:
+        way_back, advance = FixedGrid(solver.steps), paths.advance
+        paths = replace(paths, advance=lambda samples: advance(samples / 2))
     coordinates = paths.coordinates
     low, high = coordinates.span
     data, noise = coordinates.ends((low, high))
@@ -264,8 +270,7 @@ def solve(
     if isinstance(solver, Adaptive):
         solution = solve_adaptive(paths, z, span, tolerance=solver.step_tolerance)
     else:
-        companion = solver.companion and paths.divergence != NO_DIVERGENCE
-        solution = solve_on_grid(paths, z, span, solver.steps, companion)
+        solution = solve_on_grid(paths, z, span, solver.steps, companion and not backwards)
     cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
     fields: dict[str, Any] = solution._asdict() | {"cause": cause, "failed": cause > 0}
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
@@ -284,7 +289,33 @@ def solve(
         of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
         causes.append((of_prior, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
-    return mark_failed(NLLResult(nll, at_end, **fields), *causes)
+    result = NLLResult(nll, at_end, **fields)
+    if way_back is not None:
+        result = _compare_with_way_back(paths, result, way_back)
+    return mark_failed(result, *causes)
+
+
+@torch.no_grad()
+def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
+    """Set `solver_error` to the error of the density at x, the point at which the paths end.
+
+    Let z be the latents, and z' the latents of x on the same grid. The estimate is
+        max(|log p(x) computed from z − log p(x) computed from x|, solver_error of the way back),
+    or infinite if the way back fails. If the probes are random, the noise of the two integrals
+    exceeds their errors, so the first term is |log p_T(z) − log p_T(z')|.
+    """
+    dtype = paths.x.dtype
+    back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
+    difference = result.nll - back.nll
+    if paths.divergence.is_random:
+        difference = paths.log_prior_at(paths.x) - paths.log_prior_at(back.latent.to(dtype))
+    error = torch.maximum(difference.abs(), back.solver_error)
+    return replace(
+        result,
+        nfe=result.nfe + back.nfe,
+        products=result.products + back.products,
+        solver_error=error.masked_fill(back.failed, math.inf),
+    )
 
 
 def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dtype) -> None:
