@@ -337,7 +337,7 @@ def _solve_to_tolerance(
 ) -> NLLResult:
     """Solve each sample on the coarsest of `GRIDS` whose `solver_error` is within the tolerance.
 
-    Only the samples above the tolerance are solved again, with new probes; not those whose error
+    Only the samples whose error exceeds the tolerance are solved again, with new probes, unless it
     was not finite on two grids. A later batch starts from the first one's median number of steps.
 
     The processes of a group have to evaluate the network equally often. They share their largest

@@ -435,8 +435,8 @@ class SampleResult(Result):
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
         solver_error: an estimate of the error of nll as −log p(x), in nats, (B,); None if nll is
             None. With a companion, the ODE is solved back from x, and the two densities are
-            compared. Without a companion, the estimate takes the network's output near the data
-            for the gradient of log p, and is often a hundred times too large.
+            compared. Without a companion, the estimate treats the network's output near the data
+            as the gradient of log p, and is often a hundred times too large.
         failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
             finite, if the path did not reach its end, or if solver_error is too large. The nll of
             a failed sample is NaN, and `failures` returns the reason.

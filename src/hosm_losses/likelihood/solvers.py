@@ -111,8 +111,8 @@ class ToTolerance(Solver):
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
-        group: the process group whose processes must use the same number of steps, which all
-            samples of the first batch meet, for all samples; None to choose for each sample.
+        group: the process group whose processes must use one number of steps, with which every
+            sample of the first batch meets the tolerance; None to choose for each sample.
         companion: as in `FixedGrid`. Without a companion, the true error of `ode_nll` may exceed
             the tolerance if a path amplifies small errors, and `ode_sample` may take far more
             steps than necessary.

@@ -10,8 +10,9 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
 
     Standard errors come from a jackknife that leaves out one sample and its probes at a time.
 
-    The interval for log Z ends 1.96 standard errors below the estimate, and further above it: if
-    weights are skewed, samples that miss large ones have both a low mean and a low standard error.
+    The interval for log Z extends 1.96 standard errors below the estimate and farther above it: if
+    weights are skewed, samples that miss the large ones have both a low mean and a low standard
+    error.
     With the largest weight counted twice, let there be n weights of mean m, standard error s and
     skewness γ √n. If T = (m − Z)/s, Hall's g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard
     normal, and equals −1.96 at the upper end of Z,

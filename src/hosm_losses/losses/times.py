@@ -5,8 +5,8 @@ Formula:
     schedule's own, or uniform if weighting="likelihood". `AdaptiveTimes` divides the range into 32
     bins of equal width. Bin k, whose mass under b is M_k, is drawn with the probability
         P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15,
-    and u is uniform within it. If every term is divided by the density P_k/width of u and
-    multiplied by b(u), its mean is what it was for any m, and any M that is positive where b is.
+    and u is uniform within it. Dividing every term by the density P_k/width of u and multiplying
+    it by b(u) leaves its mean unchanged, for any m and for any M that is positive where b is.
 
     If the schedule is a table, each entry belongs to the bin of its own log σ̂. An entry is drawn
     from its bin with probability b_i/M_k, where b_i is its probability under the base.

@@ -226,7 +226,7 @@ class ScoreModel(Wrapper):
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) at t, both of shape (B,), in the dtype of t or, if wider, in float32.
+        """Return (α, σ) at t, both of shape (B,), in the wider of t's dtype and float32.
 
         For integer t, the dtype of `like` is used instead of the dtype of t.
         """
@@ -235,7 +235,7 @@ class ScoreModel(Wrapper):
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
         """Return t as the schedule expects it.
 
-        Integer indices are converted to the dtype of `like` or, if wider, to float32.
+        Integer indices are converted to the wider of the dtype of `like` and float32.
         """
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
