@@ -4,8 +4,11 @@ import sys
 
 import pytest
 import torch
-from benchmarks import experiment, posteriors
 from torch.distributions import Normal
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import experiment, posteriors
 
 
 def log_joint(a, b, first, second):
