@@ -371,7 +371,7 @@ likelihood/multistep.py likelihood/test_multistep.py
 - share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
 + pass
 # No secant at the start; order five where the differences alternate.
-- self._move_slope(self.secant * correction)
+- self._move_slope(self.secant * self.correction)
 + pass
 - self._turned(3) & self._turned(4)
 + self._turned(3) & ~self._turned(3)

@@ -177,7 +177,8 @@ class AdamsSolver:
         self.share = y.new_ones(len(y))  # ρ
         self.effects: list[Tensor] = []  # e_i
         self.differences: list[Tensor] = []  # f, ∇f, … at the last node
-        self.correction = self.secant = y  # c₁, and λ (B, 1, …)
+        self.correction = y  # c at the last node
+        self.secant: Tensor | None = None  # λ, (B, 1, …), at order five
         self.alternates: Tensor | None = None  # the samples whose next step has order four, (B,)
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
@@ -194,23 +195,21 @@ class AdamsSolver:
             corrected = self.y + self.h * self._term(ADAMS, min(index, self.order))
             if index == 4:
                 corrected = self.first + self.h * combine(BOOLE, self.differences)
-            correction = corrected - self.y
-            self._estimate(index, node.covector, correction.detach())
-            self.y = corrected
-            if index == 1:
-                self.correction = correction
-            elif index <= 4 and self.order == 5 and not self.runge_kutta:
-                self._move_slope(self.secant * correction)
+            self.correction, self.y = corrected - self.y, corrected
+            self._estimate(index, node.covector, self.correction.detach())
+            if self.secant is not None and index <= 4:
+                self._move_slope(self.secant * self.correction)
         self.covector = node.covector
 
     def correct_again(self, node: NodeValue) -> None:
         """Replace the last node's values with values computed at its corrected state."""
         change = node.slope - self.differences[0]
         if not self.runge_kutta:
-            square = sum_elements(self.correction.square(), 1).clamp(
-                min=torch.finfo(change.dtype).tiny
-            )
-            self.secant = expand_right(sum_elements(self.correction * change, 1) / square, change)
+            if self.order == 5:
+                square = sum_elements(self.correction.square(), 1)
+                square = square.clamp(min=torch.finfo(change.dtype).tiny)
+                product = sum_elements(self.correction * change, 1)
+                self.secant = expand_right(product / square, change)
             with torch.no_grad():
                 moved = node.integrand - self.integrands[1]
                 moved = moved + sum_elements(node.covector * change, 1)
