@@ -26,7 +26,7 @@ from benchmarks import results
 from benchmarks.experiment import Row, calls_of, environment, parser, train
 from benchmarks.peers.likelihoods import flow, follow, log_prior, units
 from benchmarks.trained import Dense, Plane, Velocity
-from benchmarks.worth_problems import Checkerboard, Product, Rotated, many_well
+from benchmarks.worth_problems import CELLS, Checkerboard
 
 FILE = results.DIRECTORY / "ode_accuracy.json"
 SCHEDULES = {
@@ -75,16 +75,6 @@ def rings(count: int, generator: torch.Generator) -> Tensor:
     return circles + 0.1 * torch.randn(count, 4, generator=generator)
 
 
-def drawn_from(density: Product | Rotated) -> Draw:
-    """Samples by the quantiles of a density."""
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        u = torch.rand(count, density.elements, generator=generator, dtype=torch.float64)
-        return density.quantile(u.clamp_min(torch.finfo(u.dtype).tiny)).float()
-
-    return draw
-
-
 class Setting(NamedTuple):
     """What is trained on what."""
 
@@ -100,7 +90,7 @@ SETTINGS = {
     f"{data}, {schedule}": Setting(draw, schedule, Velocity if schedule == "flow" else Plane)
     for (data, draw), schedule in product(DATA.items(), SCHEDULES)
 }
-WELLS, ROTATED = drawn_from(many_well(4)), drawn_from(Rotated(many_well(8)))
+WELLS, ROTATED = (CELLS[f"many-well, d = {name}"]().draw for name in ("4", "8, rotated"))
 FLOWS = {
     "moons, 200 steps, flow": (moons, Velocity, 200),
     "pinwheel, seed 2, flow": (pinwheel, Velocity, 3000),
@@ -117,8 +107,8 @@ SETTINGS |= {
 }
 
 
-def trained(setting: Setting, steps: int) -> hosm.ScoreModel:
-    """The network after so many steps on data that are drawn anew, in float64."""
+def trained(setting: Setting) -> hosm.ScoreModel:
+    """The network after its steps on data that are drawn anew, in float64."""
     generator, chosen = torch.Generator().manual_seed(setting.seed), SCHEDULES[setting.schedule]
     std, flows = float(setting.draw(4096, generator).std()), setting.schedule == "flow"
     torch.manual_seed(setting.seed)
@@ -130,7 +120,7 @@ def trained(setting: Setting, steps: int) -> hosm.ScoreModel:
         weighting = "native" if flows else "noise"
         return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
 
-    train(network, loss, steps, rate=2e-3)
+    train(network, loss, setting.steps, rate=2e-3)
     return model.double()
 
 
@@ -139,12 +129,16 @@ def by_torchdiffeq(model: hosm.ScoreModel, x: Tensor, span: Tensor, **options: A
     return -(log_prior(model, latent) + gain)
 
 
+def dopri5(tolerance: float, span: Tensor) -> dict[str, Any]:
+    """torchdiffeq's default; without step_t it steps over the end and interpolates."""
+    options = {"step_t": span[-1:]}
+    return {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "options": options}
+
+
 def by_dopri5(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
     """By torchdiffeq's default."""
     span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
-    # It would step over the end and interpolate.
-    options = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": span[-1:]}}
-    return by_torchdiffeq(model, x, span, method="dopri5", **options)
+    return by_torchdiffeq(model, x, span, **dopri5(tolerance, span))
 
 
 def by_dopri5_in_z(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
@@ -163,9 +157,8 @@ def by_dopri5_in_z(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tenso
 
     span = x.new_tensor(schedule.log_sigma_hat_range)
     (alpha, _, scale), (last_alpha, _, last_scale) = (sizes(u) for u in span)
-    options = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": span[-1:]}}
     z = (x / alpha - mean) / scale
-    end, gain = follow(slope, z, span, units(z), method="dopri5", **options)
+    end, gain = follow(slope, z, span, units(z), **dopri5(tolerance, span))
     gain = gain + (last_alpha * last_scale).log().sum() - (alpha * scale).log().sum()
     return -(log_prior(model, last_alpha * (last_scale * end + mean)) + gain)
 
@@ -242,9 +235,9 @@ def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dic
     return answer
 
 
-def measure(setting: Setting, steps: int) -> dict[str, Any]:
+def measure(setting: Setting) -> dict[str, Any]:
     """The curves on samples of the data, noised to t_min."""
-    model, chosen = trained(setting, steps), SCHEDULES[setting.schedule]
+    model, chosen = trained(setting), SCHEDULES[setting.schedule]
     generator = torch.Generator().manual_seed(setting.seed + 1)
     drawn = setting.draw(SAMPLES, generator).double()
     alpha, sigma = chosen(torch.tensor(chosen.t_min, dtype=torch.float64))
@@ -258,8 +251,9 @@ def main() -> None:
     torch.set_num_threads(1)
     report: Row = {"environment": where, "found": {}}
     for name, setting in [*SETTINGS.items()][: 1 if options.smoke else None]:
-        row = measure(setting, 10 if options.smoke else setting.steps)
-        report["found"][name] = row
+        report["found"][name] = row = measure(
+            setting._replace(steps=10) if options.smoke else setting
+        )
         results.show(name, row["within"] | {"doubt": row.get("doubt")})
     if not options.smoke:
         results.write(FILE, report)
