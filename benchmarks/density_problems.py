@@ -229,6 +229,15 @@ def four_particles(x: Tensor) -> Tensor:
     return (4 * distance**2 - 0.9 * distance**4).sum(1)
 
 
+def lennard_jones(x: Tensor) -> Tensor:
+    """log π (N,) of LJ13: −Σ (r⁻¹² − 2 r⁻⁶) over pairs, less ½ Σ‖x_i‖², at positions (N, 39)."""
+    particles = x.double().reshape(-1, 13, 3)
+    first, second = torch.triu_indices(13, 13, 1)
+    squares = (particles[:, first] - particles[:, second]).square().sum(-1)
+    pairs = 2 * squares**-3 - squares**-6
+    return pairs.sum(1) - particles.square().sum((1, 2)) / 2
+
+
 def dw4(spent: Annealing) -> Energy:
     runs, x = anneal(four_particles, 8, 2.0, spent, without_centre)
     return Energy(four_particles, x, *mean_of(runs), without_centre)

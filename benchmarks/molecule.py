@@ -1,0 +1,392 @@
+"""What are forces worth in training on a molecule and on clusters of particles?
+
+    python -m benchmarks.molecule [--problems REGEX] [--rows REGEX] [--out DIR] [--dirty | --smoke]
+
+Order one trains an equivariant network with the drawn noise, with averaged targets, and with known
+scores, whose information is by element, a matrix, or depends on the configuration (`control`).
+Quiet batches are pairs of opposite noises at learnt times; `times` are learnt times alone. Rows
+take equal processor time, counted in steps by the ratio of their times, which is measured first;
+control takes equal steps as well. All have one rate and three seeds.
+
+J is ½ ∫ E‖e − ε̂‖² du over u = log σ̂, for the targets e of the matrix at held-out data and noises
+that never change. That is the error of the score plus a number that all rows share, so only its
+differences count. The NLL is that of held-out data by the ODE, whose divergence is exact. Both are
+without log 2, by which an O(3)-equivariant network is worse on a molecule that has a mirror image.
+
+The molecule is alanine dipeptide at 800 K, by OpenMM. DW4 and LJ13 are four particles in the plane
+and thirteen in space; their data and log Z are of annealing. Each row is kept for each seed in
+results/molecule at once, and a second run goes on where the first one stopped. Three hours of a
+core; data are kept in --out.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from docs.examples.equivariant import PairNetwork
+from docs.examples.pair_control import PairControl
+from torch import Tensor
+from tqdm import tqdm
+
+import hosm_losses as hosm
+from benchmarks import results
+from benchmarks.density_problems import (
+    Annealing,
+    LogTarget,
+    anneal,
+    four_particles,
+    lennard_jones,
+    mean_of,
+    slope,
+)
+from benchmarks.experiment import Row, environment, parser, times, training
+
+DIRECTORY = results.DIRECTORY / "molecule"
+BATCH, RATE, EVERY, SEEDS, LEVELS = 64, 2e-3, 50, 3, 16
+
+
+class Size(NamedTuple):
+    """How much is spent."""
+
+    steps: int  # of plain order one
+    width: int = 48
+    depth: int = 2
+    nll: int = 96  # held-out data
+    samples: int = 256
+    solver: int = 32
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data (N, n, D) without their centre of mass, in random orientations, and their scores."""
+
+    size: Size
+    schedule: hosm.VESchedule
+    types: Tensor
+    train: tuple[Tensor, Tensor]
+    held: tuple[Tensor, Tensor]
+    log_target: Callable[[Tensor], Tensor]
+    log_z: tuple[float, float] | None = None
+
+    @cached_property
+    def space(self) -> hosm.OnSubspace:
+        return self.on_subspace(torch.nn.Identity())
+
+    def on_subspace(self, network: torch.nn.Module) -> hosm.OnSubspace:
+        def without_centre(x: Tensor) -> Tensor:
+            return x - x.mean(1, keepdim=True)
+
+        return hosm.OnSubspace(network, without_centre, self.train[0].shape[1:])
+
+    def reduced(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, scores = pair
+        return self.space.reduce(x).float(), self.space.reduce(self.space.project(scores)).float()
+
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor]:
+        return self.reduced(self.train)
+
+    @cached_property
+    def information(self) -> Tensor:
+        return hosm.TargetScores.information_of(*self.data, matrix=True)
+
+    @cached_property
+    def by_element(self) -> Tensor:
+        """Qᵀ diag(F) Q."""
+        squares = self.space.project(self.train[1]).square().mean(0)
+        units = self.space.expand(torch.eye(self.space.dimensions, dtype=squares.dtype))
+        basis = units.flatten(1)
+        return basis * squares.flatten() @ basis.T
+
+    @cached_property
+    def control(self) -> PairControl:
+        torch.manual_seed(0)
+        x, scores = self.train
+        ends = self.schedule.sigma_min, self.schedule.sigma_max
+        found = PairControl(x, self.space.project(scores), *ends)
+        found.fit(x, self.space.project(scores), 2 if self.size.smoke else 300)
+        return found.requires_grad_(False)
+
+
+class Trainer:
+    """A network of one seed, and the steps of a row that train it."""
+
+    def __init__(self, problem: Problem, row: str, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        size, self.problem, self.row = problem.size, problem, row
+        data = problem.train[0]
+        network = PairNetwork(problem.schedule, data, problem.types, size.width, size.depth)
+        self.model = hosm.ScoreModel(problem.on_subspace(network), problem.schedule)
+        self.pairs = "quiet" in row
+        self.sampler = hosm.AdaptiveTimes() if self.pairs or "times" in row else None
+        options = {"antithetic": self.pairs, "time_sampler": self.sampler}
+        self.objective = hosm.FirstOrderDSM(self.model, **options)
+
+    def loss(self) -> Tensor:
+        """That of one batch; it has as many rows in every row."""
+        y, _ = self.problem.data
+        rows = torch.randint(len(y), (BATCH // 2 if self.pairs else BATCH,))
+        if "control" in self.row:
+            return self.controlled(rows)
+        return self.objective(y[rows], targets=self.targets(rows))
+
+    def learn(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the times, where they are learnt."""
+        if self.sampler is None:
+            return
+        y, _ = self.problem.data
+        rows = torch.randint(len(y), (BATCH,))
+        self.sampler.learn(self.objective, y[rows], optimizer, targets=self.targets(rows))
+
+    def targets(self, rows: Tensor) -> hosm.AveragedTargets | hosm.TargetScores | None:
+        _, scores = self.problem.data
+        if "averaged" in self.row:
+            return hosm.AveragedTargets()
+        if "matrix" in self.row:
+            return hosm.TargetScores(scores[rows], self.problem.information)
+        if "by element" in self.row:
+            return hosm.TargetScores(scores[rows], self.problem.by_element)
+        return None
+
+    def controlled(self, rows: Tensor) -> Tensor:
+        problem = self.problem
+        low, high = problem.schedule.log_sigma_hat_range
+        t = problem.schedule.time(low + (high - low) * torch.rand(len(rows)))
+        y, (x, scores) = problem.data[0][rows], (part[rows] for part in problem.train)
+        noise, sigma = torch.randn_like(y), problem.schedule.sigma(t)
+        scores, of_x = problem.space.project(scores), problem.space.expand(noise)
+        e = problem.space.reduce(problem.control.targets(x, scores, of_x, sigma)).float()
+        return self.objective(y, t=t, noise=noise, targets=e)
+
+    def train(self, steps: int, bar: str) -> None:
+        every = training(self.model, self.loss, steps, RATE)
+        for step, optimizer in enumerate(tqdm(every, bar, steps, leave=False, mininterval=30), 1):
+            if step % EVERY == 0 and step < steps:
+                self.learn(optimizer)
+
+
+def costs(problem: Problem, rows: Sequence[str], rounds: int) -> Row:
+    """Milliseconds of a step of plain order one, and each row's steps in units of it, in turns.
+
+    The learning of times is spread over its steps.
+    """
+    routes: dict[str, Callable[[], object]] = {}
+    for row in rows:
+        trainer = Trainer(problem, row)
+        optimizer = torch.optim.Adam(trainer.model.parameters())
+
+        def step(trainer=trainer, optimizer=optimizer) -> None:
+            optimizer.zero_grad()
+            trainer.loss().backward()
+            optimizer.step()
+
+        routes[row] = step
+        if trainer.pairs:
+            routes["learn"] = partial(trainer.learn, optimizer)
+    times(routes, 2)
+    medians = {row: float(np.median(spent)) for row, spent in times(routes, rounds).items()}
+    learn, plain = medians.pop("learn"), medians["plain"]
+    for row in medians:
+        if "times" in row or "quiet" in row:
+            medians[row] += learn / EVERY
+    found = {row: spent / plain for row, spent in medians.items()}
+    return {"ms": 1e3 * plain, "steps": found, "learn": learn / plain}
+
+
+@torch.no_grad()
+def integrated_error(problem: Problem, model: hosm.ScoreModel) -> float:
+    """J in nats, up to a number that depends on the problem alone."""
+    generator = torch.Generator().manual_seed(5)
+    y, scores = problem.reduced(problem.held)
+    targets = hosm.TargetScores(scores, problem.information)
+    low, high = problem.schedule.log_sigma_hat_range
+    total = 0.0
+    for level in range(LEVELS):
+        u = (level + torch.rand(len(y), generator=generator)) / LEVELS
+        t = problem.schedule.time(low + (high - low) * u)
+        sigma, noise = problem.schedule.sigma(t), torch.randn(y.shape, generator=generator)
+        e = noise + targets.posterior(y, noise, torch.ones_like(sigma), sigma, {}).mean
+        x = y + sigma[:, None] * noise
+        pairs = zip(x.split(256), t.split(256), strict=True)
+        off = e.float() - torch.cat([model.network(*pair) for pair in pairs])
+        total += float(off.square().sum(1).double().mean())
+    return total * (high - low) / (2 * LEVELS)
+
+
+def judge(problem: Problem, model: hosm.ScoreModel) -> Row:
+    """NLL of held-out data, and how far samples are worth draws of the energy."""
+    size, (y, _) = problem.size, problem.reduced(problem.held)
+    solver = hosm.FixedGrid(size.solver, data_std=float(y.std()))
+    options: Row = {"solver": solver, "divergence": "exact", "batch_size": 64}
+    found = {"nll": float(hosm.ode_nll(model, y[: size.nll], **options).nll.mean())}
+    drawn = hosm.ode_sample(model, (size.samples, y.shape[1]), **options)
+    weights = hosm.importance_weights(drawn, lambda y: problem.log_target(problem.space.expand(y)))
+    effective = weights.effective_sample_size / size.samples
+    return found | {
+        "effective": effective,
+        "log_z": weights.log_z,
+        "interval": [*weights.log_z_interval],
+    }
+
+
+def measure(problem: Problem, row: str, seed: int, steps: int) -> Row:
+    """A network of one seed after so many steps."""
+    trainer = Trainer(problem, row, seed)
+    trainer.train(steps, f"{row}, seed {seed}")
+    model = trainer.model.requires_grad_(False)
+    found = {"steps": steps, "J": integrated_error(problem, model)}
+    return found | (judge(problem, model) if problem.size.samples else {})
+
+
+def turned(pair: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """Positions and scores (N, n, D), each sample in a random orientation."""
+    x, scores = pair
+    shape = (len(x), x.shape[2], x.shape[2])
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    square, triangle = torch.linalg.qr(normal)
+    square = square * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]
+    square[:, :, 0] *= torch.linalg.det(square).sign()[:, None]
+    return x @ square, scores @ square
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds; what is made, once, where there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), file)
+    return torch.load(file, weights_only=True)
+
+
+def alanine(size: Size, out: Path) -> Problem:
+    from docs.examples.alanine import Alanine
+
+    counts = (300, 64) if size.smoke else (20_000, 4_000)
+    molecule = Alanine(800.0)
+    parts = [
+        kept(
+            out / f"alanine_{count}_{seed}.pt",
+            lambda count=count, seed=seed: Alanine(800.0, seed).simulate(count),
+        )
+        for seed, count in enumerate(counts)
+    ]
+    train, held = (turned(part, seed) for seed, part in enumerate(parts))
+
+    def log_target(x: Tensor) -> Tensor:
+        """Of the molecule, in whichever mirror image; each has half of the density."""
+        return molecule.log_target(molecule.left_handed(x)) - math.log(2)
+
+    schedule = hosm.VESchedule(sigma_min=0.01, sigma_max=30.0)
+    return Problem(size, schedule, torch.arange(22), train, held, log_target)
+
+
+def cluster(
+    log_target: LogTarget, shape: tuple[int, int], std: float, size: Size, out: Path
+) -> Problem:
+    """Particles that are all alike, drawn by annealing from N(0, std²)."""
+    spent = Annealing(2, 200, 8, 2) if size.smoke else Annealing(16, 2048, 80, 4)
+
+    def flat_without_centre(x: Tensor) -> Tensor:
+        particles = x.reshape(-1, *shape)
+        return (particles - particles.mean(1, keepdim=True)).reshape(x.shape)
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return anneal(log_target, math.prod(shape), std, spent, flat_without_centre)
+
+    runs, x = kept(out / f"{log_target.__name__}_{spent.particles}.pt", run)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    scores = slope(log_target, x)
+    both = turned(tuple(part[order].reshape(-1, *shape) for part in (x, scores)), 0)
+    held = len(x) // 8
+    parts = [tuple(part[rows] for part in both) for rows in (slice(held, None), slice(held))]
+    return Problem(
+        size,
+        hosm.VESchedule(sigma_min=0.01, sigma_max=30.0),
+        torch.zeros(shape[0], dtype=torch.long),
+        *parts,
+        lambda x: log_target(x.flatten(1)),
+        mean_of(runs),
+    )
+
+
+ROWS = ("plain", "matrix", "matrix, times", "matrix, quiet", "control", "averaged", "by element")
+Make = Callable[[Path, bool], Problem]
+PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
+    "alanine, 800 K": (
+        lambda out, smoke: alanine(Size(3000, nll=64, samples=128, smoke=smoke), out),
+        ROWS,
+    ),
+    "alanine, 800 K, large network": (
+        lambda out, smoke: alanine(Size(1500, 112, 3, samples=0, smoke=smoke), out),
+        ROWS[:5],
+    ),
+    "DW4": (
+        lambda out, smoke: cluster(
+            four_particles, (4, 2), 2.0, Size(8000, nll=512, samples=1024, smoke=smoke), out
+        ),
+        ROWS,
+    ),
+    "LJ13": (
+        lambda out, smoke: cluster(
+            lennard_jones, (13, 3), 1.0, Size(4000, nll=128, samples=256, smoke=smoke), out
+        ),
+        ROWS,
+    ),
+}
+
+
+class Study(NamedTuple):
+    """The rows of a problem, in a file, each with the environment in which it was made."""
+
+    name: str
+    file: Path
+    where: Row
+
+    def question(self, row: str) -> Row:
+        return results.read(self.file).get(row, {})
+
+    def keep(self, row: str, found: Row) -> None:
+        print(self.name, row, results.rounded(found), flush=True)
+        results.keep(self.file, {row: {"environment": self.where} | self.question(row) | found})
+
+    def run(self, problem: Problem, rows: Sequence[str], seeds: int, rounds: int) -> None:
+        if not self.question("cost"):
+            self.keep("cost", costs(problem, rows, rounds))
+        cost, steps = self.question("cost")["steps"], problem.size.steps
+        budgets = {row: round(steps / cost[row]) for row in rows}
+        budgets["control, equal steps"] = steps
+        for seed in map(str, range(seeds)):
+            for row, budget in budgets.items():
+                if seed not in self.question(row):
+                    self.keep(row, {seed: measure(problem, row, int(seed), budget)})
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--problems", default="", metavar="REGEX", help="default: all")
+    arguments.add_argument("--out", type=Path, default=Path("molecule_out"), help="for data")
+    options = arguments.parse_args()
+    where = environment(options)
+    torch.set_num_threads(1)
+    directory = options.out if options.smoke else DIRECTORY
+    for name, (make, rows) in PROBLEMS.items():
+        if not re.search(options.problems, name):
+            continue
+        problem = make(options.out, options.smoke)
+        if options.smoke:
+            small = problem.size._replace(steps=3, width=8, nll=4, solver=4)
+            problem = replace(problem, size=small._replace(samples=min(small.samples, 8)))
+        slug = re.sub(r"\W+", "_", name)
+        study = Study(name, directory / f"{slug}.json", where)
+        study.run(problem, rows, 1 if options.smoke else SEEDS, 2 if options.smoke else 30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Forces on molecules: the control, the molecule, the clusters and every row."""
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import density_problems, experiment, molecule
+from docs.examples.equivariant import PairNetwork
+from docs.examples.pair_control import PairControl
+
+import hosm_losses as hosm
+
+
+def particles(count=3, n=4, dtype=torch.float64):
+    x = torch.randn(count, n, 3, dtype=dtype)
+    return x - x.mean(1, keepdim=True)
+
+
+def test_the_control_is_a_matrix_times_z_and_its_divergence():
+    """By the derivative of the matrix, which the control is linear in z for."""
+    control = PairControl(particles(50), particles(50), 0.01, 30.0)
+    sigma, unit = torch.tensor([0.7]).double(), torch.eye(12).double().reshape(12, 4, 3)
+
+    def at(x, z):
+        return control.control(x.expand(len(z), -1, -1), z, sigma.expand(len(z)))
+
+    def matrix(x):
+        return (at(x, unit) - at(x, 0 * unit)).reshape(12, 12).T
+
+    x = particles(1)
+    of_matrix = torch.autograd.functional.jacobian(matrix, x).reshape(12, 12, 12)
+    divergence = torch.einsum("ijj->i", of_matrix).reshape(1, 4, 3)
+    assert float(divergence.abs().amax()) > 0.05
+    z = particles(1)
+    expected = (matrix(x) @ z.flatten()).reshape(1, 4, 3) + 0.7 * divergence
+    torch.testing.assert_close(at(x, z), expected)
+
+
+def springs(x):
+    """Scores of particles on springs of length one, stiff along the line of each pair."""
+    apart = x[:, :, None] - x[:, None]
+    r = apart.norm(dim=3, keepdim=True) + torch.eye(4)[..., None]
+    return (-400 * (r - 1) * apart / r).sum(2)
+
+
+def test_a_fit_leaves_less_noise_than_the_start_and_than_the_matrix():
+    """At other data and noises, by five standard errors of the difference."""
+    torch.manual_seed(0)
+    x = particles(2000)
+    for _ in range(400):  # Langevin
+        x = x + 1e-3 * springs(x) + 2e-3**0.5 * particles(2000)
+    x, held = x.split(1000)
+    control = PairControl(x, springs(x), 0.01, 3.0)
+    sigma, noise = torch.full((1000,), 0.1).double(), particles(1000)
+    matrix = torch.linalg.inv(torch.eye(12).double() + 0.1**2 * control.F)
+    z = noise + 0.1 * springs(held)
+    squares = [(noise - (z.flatten(1) @ matrix).reshape(z.shape)).square().sum((1, 2))]
+    for steps in (0, 100):
+        control.fit(x, springs(x), steps, 32)
+        with torch.no_grad():
+            squares.append(control.targets(held, springs(held), noise, sigma).square().sum((1, 2)))
+    for more, less in itertools.pairwise(squares):
+        assert float((more - less).mean()) > 5 * float((more - less).std()) / 1000**0.5
+
+
+def test_the_network_turns_moves_and_mirrors_with_the_particles():
+    schedule, types = hosm.VESchedule(), torch.tensor([0, 1, 0, 1])
+    network = PairNetwork(schedule, particles(50), types, 8).double()
+    x, t = particles(), torch.rand(3).double()
+    turn = torch.linalg.qr(torch.randn(3, 3).double()).Q
+    predicted = network(x, t)
+    torch.testing.assert_close(network(x @ turn, t), predicted @ turn)
+    torch.testing.assert_close(network(-x, t), -predicted)
+    swapped = [2, 3, 0, 1]
+    torch.testing.assert_close(network(x[:, swapped], t), predicted[:, swapped])
+    assert not torch.allclose(network(x[:, [1, 0, 3, 2]], t), predicted[:, [1, 0, 3, 2]])
+
+
+def test_lennard_jones_is_its_sum_over_pairs():
+    x = 2 * particles(2, 13)
+    for value, one in zip(density_problems.lennard_jones(x.flatten(1)), x, strict=True):
+        r = torch.pdist(one)
+        expected = -(r**-12 - 2 * r**-6).sum() - one.square().sum() / 2
+        torch.testing.assert_close(value, expected)
+
+
+def test_forces_of_alanine_are_slopes_of_its_energy():
+    pytest.importorskip("openmm")
+    from docs.examples.alanine import Alanine
+
+    dipeptide = Alanine(800.0)
+    x, scores = dipeptide.simulate(2, 1)
+    move = 1e-4 * torch.randn_like(x)
+    change = dipeptide.log_target(x + move) - dipeptide.log_target(x - move)
+    torch.testing.assert_close(change, 2 * (move * scores).sum((1, 2)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dipeptide.left_handed(-x), x, rtol=0, atol=0)
+    turned, _ = molecule.turned((x, scores), 0)
+    torch.testing.assert_close(dipeptide.log_target(turned), dipeptide.log_target(x))
+    phi = dipeptide.torsion(x, "ACE C, ALA N, ALA CA, ALA C")
+    torch.testing.assert_close(dipeptide.torsion(turned, "ACE C, ALA N, ALA CA, ALA C"), phi)
+    torch.testing.assert_close(dipeptide.torsion(-x, "ACE C, ALA N, ALA CA, ALA C"), -phi)
+
+
+@pytest.mark.filterwarnings("ignore:.*expected enough samples")
+def test_every_row_is_measured(tmp_path, monkeypatch):
+    """Twice: the second run finds everything done."""
+    made = []
+    measure = molecule.measure
+
+    def counted(problem, row, *rest):
+        made.append(row)
+        return measure(problem, row, *rest)
+
+    monkeypatch.setattr(molecule, "measure", counted)
+    monkeypatch.setattr(experiment.results, "environment", lambda *, dirty: {"commit": "a"})
+    monkeypatch.setattr(
+        sys, "argv", ["molecule", "--smoke", "--problems", "DW4", "--out", str(tmp_path)]
+    )
+    for _ in range(2):
+        molecule.main()
+        assert made == [*molecule.ROWS, "control, equal steps"]
+    found = molecule.results.read(tmp_path / "DW4.json")
+    assert set(found["cost"]["steps"]) == set(molecule.ROWS)
+    for row in made:
+        assert math.isfinite(found[row]["0"]["J"])
