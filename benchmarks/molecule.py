@@ -316,7 +316,9 @@ def cluster(
     )
 
 
-ROWS = ("plain", "matrix", "matrix, times", "matrix, quiet", "control", "averaged", "by element")
+EQUAL = ", equal steps"
+LARGE = ("plain", "matrix", "matrix, quiet", "control")
+ROWS = (*LARGE, "control, equal steps", "matrix, times", "averaged", "by element")
 Make = Callable[[Path, bool], Problem]
 PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
     "alanine, 800 K": (
@@ -324,8 +326,8 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
         ROWS,
     ),
     "alanine, 800 K, large network": (
-        lambda out, smoke: alanine(Size(1500, 112, 3, samples=0, smoke=smoke), out),
-        ROWS[:5],
+        lambda out, smoke: alanine(Size(1500, 96, 3, samples=0, smoke=smoke), out),
+        LARGE,
     ),
     "DW4": (
         lambda out, smoke: cluster(
@@ -358,14 +360,14 @@ class Study(NamedTuple):
 
     def run(self, problem: Problem, rows: Sequence[str], seeds: int, rounds: int) -> None:
         if not self.question("cost"):
-            self.keep("cost", costs(problem, rows, rounds))
-        cost, steps = self.question("cost")["steps"], problem.size.steps
-        budgets = {row: round(steps / cost[row]) for row in rows}
-        budgets["control, equal steps"] = steps
+            timed = [row for row in rows if EQUAL not in row]
+            self.keep("cost", costs(problem, timed, rounds))
+        cost = self.question("cost")["steps"]
         for seed in map(str, range(seeds)):
-            for row, budget in budgets.items():
+            for row in rows:
                 if seed not in self.question(row):
-                    self.keep(row, {seed: measure(problem, row, int(seed), budget)})
+                    steps = round(problem.size.steps / (1 if EQUAL in row else cost[row]))
+                    self.keep(row, {seed: measure(problem, row, int(seed), steps)})
 
 
 def main() -> None:
