@@ -48,7 +48,7 @@ from benchmarks.density_problems import (
 from benchmarks.experiment import Row, environment, parser, times, training
 
 DIRECTORY = results.DIRECTORY / "molecule"
-BATCH, RATE, EVERY, SEEDS, LEVELS = 64, 2e-3, 50, 3, 16
+BATCH, RATE, EVERY, SEEDS, LEVELS = 64, 5e-3, 50, 3, 16
 
 
 class Size(NamedTuple):
@@ -287,10 +287,10 @@ def alanine(size: Size, out: Path) -> Problem:
 
 
 def cluster(
-    log_target: LogTarget, shape: tuple[int, int], std: float, size: Size, out: Path
+    log_target: LogTarget, shape: tuple[int, int], count: int, std: float, size: Size, out: Path
 ) -> Problem:
-    """Particles that are all alike, drawn by annealing from N(0, std²)."""
-    spent = Annealing(2, 200, 8, 2) if size.smoke else Annealing(16, 2048, 80, 4)
+    """Particles that are all alike, 16 · count draws of annealing from N(0, std²)."""
+    spent = Annealing(2, 200, 8, 2) if size.smoke else Annealing(16, count, 80, 4)
 
     def flat_without_centre(x: Tensor) -> Tensor:
         particles = x.reshape(-1, *shape)
@@ -331,13 +331,13 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
     ),
     "DW4": (
         lambda out, smoke: cluster(
-            four_particles, (4, 2), 2.0, Size(8000, nll=512, samples=1024, smoke=smoke), out
+            four_particles, (4, 2), 2048, 2.0, Size(8000, nll=512, samples=1024, smoke=smoke), out
         ),
         ROWS,
     ),
     "LJ13": (
         lambda out, smoke: cluster(
-            lennard_jones, (13, 3), 1.0, Size(4000, nll=128, samples=256, smoke=smoke), out
+            lennard_jones, (13, 3), 512, 1.0, Size(4000, nll=128, samples=256, smoke=smoke), out
         ),
         ROWS,
     ),
