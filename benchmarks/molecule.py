@@ -10,8 +10,8 @@ control takes equal steps as well. All have one rate and three seeds.
 
 J is ½ ∫ E‖e − ε̂‖² du over u = log σ̂, for the targets e of the matrix at held-out data and noises
 that never change. That is the error of the score plus a number that all rows share, so only its
-differences count. The NLL is that of held-out data by the ODE, whose divergence is exact. Both leave
-out log 2, by which an O(3)-equivariant network is worse on a molecule that has a mirror image.
+differences count. The NLL is that of held-out data by the ODE, whose divergence is exact. Both
+leave out log 2, by which an O(3)-equivariant network is worse on a molecule with a mirror image.
 
 The molecule is alanine dipeptide at 800 K, by OpenMM. DW4 and LJ13 are four particles in the plane
 and thirteen in space; their data and log Z are of annealing. Each row is kept for each seed in
@@ -355,7 +355,8 @@ class Study(NamedTuple):
     def run(self, problem: Problem, rows: Sequence[str], seeds: int, rounds: int) -> None:
         if not self.question("cost"):
             timed = [row for row in rows if EQUAL not in row]
-            self.keep("cost", costs(problem, timed, rounds))
+            facts = {"log_z": problem.log_z, "data": len(problem.train[0])}
+            self.keep("cost", costs(problem, timed, rounds) | facts)
         cost = self.question("cost")["steps"]
         for seed in map(str, range(seeds)):
             for row in rows:
