@@ -1,6 +1,6 @@
 """What are quiet batches worth on natural images at equal evaluations of the network?
 
-    python -m benchmarks.patches [--row ROW] [--dirty | --smoke]
+    python -m benchmarks.patches [--row ROW | --second-stage] [--dirty | --smoke]
 
 The protocol, fixed before anything was run:
     1. Photographs that scikit-image and scikit-learn contain become grey, the mean of the colours:
@@ -19,8 +19,22 @@ The protocol, fixed before anything was run:
 
 Each row is written to results/patches.json at once, and a second run goes on where the first one
 stopped. To measure a row anew, remove it from the file.
+
+With --second-stage: what are orders two and three worth after a long training with order one? Its
+protocol was fixed in the same way.
+    1. Order one trains for LONG, at the rate that 2 to 4 chose for "plain".
+    2. From its weights, each of STAGES trains with a fresh Adam and decay at each of AFTER: orders
+       two and three for `second` steps, order one for as many and for as many evaluations, which
+       are 3, 6 and 12 a sample. The NLL of patches for validation chooses the rate: it is what
+       the higher orders are for.
+    3. The NLL of clean patches is the ODE's, with two probes a node, the same for all models.
+       Differences are paired by patch, with 95 % intervals over patches; one for each seed.
+    4. The gap is the SDE's bound, by `variational_nll`, less the ODE's NLL, after the first stage.
+       Orders two and three are to close it from below zero.
+Each seed is written to results/second_stage.json at once.
 """
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +45,7 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.experiment import Row
 from benchmarks.networks import UNet
+from benchmarks.steps import LOSSES
 
 FILE = results.DIRECTORY / "patches.json"
 ROWS = ("plain", "times", "pairs, times", "averaged, pairs, times")
@@ -47,11 +62,28 @@ VALIDATION, TEST = 0, 1  # of every ten tiles in turn, and those of whole photog
 WHOLE = {"chelsea": VALIDATION, "flower": VALIDATION, "coffee": TEST, "china": TEST}
 
 
+SECOND_FILE = results.DIRECTORY / "second_stage.json"
+# The order of a second stage, and how many times the steps of orders two and three it takes.
+STAGES = {
+    "one": (1, 1),
+    "one, twice the steps": (1, 2),
+    "one, four times the steps": (1, 4),
+    "two": (2, 1),
+    "three": (3, 1),
+}
+EQUAL = {"two": "one, twice the steps", "three": "one, four times the steps"}  # in evaluations
+AFTER = (1e-4, 1e-3)
+
+
 class Sizes(NamedTuple):
     steps: int = 6_000
     batch: int = 64
     validation: int = 4_096
     test: int = 256
+    second: int = 800
+
+
+LONG = Sizes(24_000, 32, validation=256, test=1_024)
 
 
 def photographs() -> dict[str, Tensor]:
@@ -155,14 +187,74 @@ def compared(rows: Row) -> Row:
     return rows
 
 
+def continued(
+    first: hosm.ScoreModel, stage: str, tiles: Tensor, sizes: Sizes, rate: float, seed: int
+) -> hosm.ScoreModel:
+    """The model at the end of a second stage, which leaves the first one as it is."""
+    order, times = STAGES[stage]
+    model, generator = deepcopy(first).requires_grad_(True), seeded(SEEDS + seed)
+    loss = LOSSES[order](model)
+
+    def value() -> Tensor:
+        return loss(draw(tiles, sizes.batch, generator), generator=generator)
+
+    experiment.train(model, value, times * sizes.second, rate=rate)
+    return model.requires_grad_(False)
+
+
+def ode_nll(model: hosm.ScoreModel, x: Tensor) -> hosm.NLLResult:
+    how = {"divergence": hosm.Hutchinson(2), "batch_size": 64, "generator": seeded(0)}
+    return hosm.ode_nll(model, x, clean=True, **how)
+
+
+def interval(above: Tensor, below: Tensor) -> tuple[float, float, float]:
+    """The mean difference over patches, and its 95 % interval."""
+    mean, error = paired(above.tolist(), below.tolist())
+    return mean, mean - 1.96 * error, mean + 1.96 * error
+
+
+def second_stages(splits: tuple[Tensor, Tensor, Tensor], sizes: Sizes, seed: int) -> Row:
+    """The gap after the first stage, and every second stage beside order one's."""
+    tiles, *held_out = splits
+    validation = draw(held_out[VALIDATION], sizes.validation, seeded(0))
+    test = draw(held_out[TEST], sizes.test, seeded(0))
+    first = trained("plain", tiles, sizes, RATES[1], seed)
+    before, how = ode_nll(first, test).nll, {"batch_size": 64, "generator": seeded(0)}
+    bound = hosm.variational_nll(first, test, samples=256, data_std=STD, **how).nll
+    stages: dict[str, Row] = {}
+    nll: dict[str, Tensor] = {}
+    for stage in STAGES:
+        models = [continued(first, stage, tiles, sizes, rate, seed) for rate in AFTER]
+        means = [float(ode_nll(model, validation).nll.mean()) for model in models]
+        best = means.index(min(means))
+        judged = ode_nll(models[best], test)
+        nll[stage], error = judged.nll, float(judged.solver_error.mean())
+        stages[stage] = {"rate": AFTER[best], "validation": means, "solver_error": error}
+        stages[stage] |= {"nll": float(judged.nll.mean()), "change": interval(judged.nll, before)}
+    for stage, base in EQUAL.items():
+        stages[stage]["over equal steps"] = interval(nll[stage], nll["one"])
+        stages[stage]["over equal evaluations"] = interval(nll[stage], nll[base])
+    return {"nll": float(before.mean()), "gap": interval(bound, before), "stages": stages}
+
+
 def main() -> None:
     parser = experiment.parser(__doc__)
     parser.add_argument("--row", choices=ROWS, help="all of them by default")
+    parser.add_argument("--second-stage", action="store_true", help="in place of rows")
     options = parser.parse_args()
     where = experiment.environment(options)
-    sizes = Sizes(30, 8, 8, 4) if options.smoke else Sizes()
+    sizes = LONG if options.second_stage else Sizes()
+    sizes = Sizes(30, 8, 8, 4, 2) if options.smoke else sizes
     torch.set_num_threads(1)
     splits = split(photographs())
+    for seed in map(str, range(SEEDS)) if options.second_stage else ():
+        if options.smoke or seed not in results.read(SECOND_FILE):
+            found = second_stages(splits, sizes, int(seed))
+            results.show(f"seed {seed}", found)
+            if not options.smoke:
+                results.keep(SECOND_FILE, {seed: found | {"environment": where}})
+    if options.second_stage:
+        return
     for row in [options.row] if options.row else ROWS:
         if options.smoke or row not in results.read(FILE):
             seeds = [measure(row, splits, sizes, seed) for seed in range(SEEDS)]

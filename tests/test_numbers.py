@@ -47,6 +47,14 @@ def test_evaluations(page, before, loss, options):
     assert evaluations(loss, **options) == pytest.approx(float(said), abs=near)
 
 
+def test_evaluations_over_order_one():
+    rows = re.findall(r"^\| order [^|]+\|([^|]+)\|([^|]+)\|$", PAGES["cost"], re.MULTILINE)
+    assert rows
+    for counts, ratios in rows:
+        numbers = [re.findall(r"[\d.]+", cell) for cell in (counts, ratios)]
+        assert [f"{int(count) / 3:.2g}" for count in numbers[0]] == numbers[1]
+
+
 def test_the_noise_of_the_terms_near_t_min():
     """Means over ε of ε², (1 − ε²)² and (ε³ − 3ε)² and of their squares, by a Gauss rule."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)

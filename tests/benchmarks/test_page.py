@@ -1,6 +1,7 @@
 """The pages say what the committed results say, and a number that moves is told."""
 
 import copy
+import re
 
 import pytest
 
@@ -10,14 +11,111 @@ import benchmarks.__main__
 from benchmarks import page, results
 from benchmarks.page import marks, numbers, tables
 
+from tests import test_docs, test_numbers
+
 FILE = results.DIRECTORY / "cpu-2-cores.json"
 QUESTIONS, FOUND, PAGES = results.read(FILE), page.tree(FILE), page.pages()
+NUMBER = r"\d+(?:,\d{3})*"
+SEVERAL = rf"{NUMBER}(?:(?:,|\s+to|\s+and|\s+or)\s+{NUMBER})*"
+RESULT = r"(?!\.\d|,\d|\s%|\snats|\stimes)"  # what follows no choice
+EXPLAINED = [
+    # Filled in, printed by a block that runs, or code, mathematics, links, headings and lists.
+    marks.MARK,
+    test_docs.BLOCK,
+    r"(?sm)^( *)```(?!text)\S.*?^\1```$",
+    r"\$(?:[^$\n]|\n(?!\n))+\$",
+    r"(?<!`)`(?!`)[^`]*`",
+    r"\[[^\]]*\]\([^)]*\)",
+    r"(?m)^(?:#+ .*| *\d+\. )",
+    # Names and versions, 8×8, 64-D, d = 32, orders, and the level of an interval.
+    r"(?<!\d)[^\W\d_][\w/-]*\d\w*",
+    r"\b(?:PyTorch|Python|ICLR|December|commit)(?:(?:,| and| to| ≥)? [\d.]*\d)+\b",
+    r"in 2\.\d+ and 2\.\d+",
+    r"\d+(?:×\d+)+|\d+-D\b|\b[a-z] = \d+",
+    rf"[Oo]rders? {SEVERAL}",
+    r"95 %\s+(?:interval|coverage)",
+    # How many, how large and within which bounds something was chosen to be.
+    rf"{SEVERAL}\s+(?:\w+ )?(?:dimensions|images|patches|points|samples|steps)\b",
+    rf"\b(?:[Ii]n|up to|more than|width|batches of) {SEVERAL}\b{RESULT}",
+    rf"\d{{1,3}}(?:,\d{{3}})+{RESULT}",
+    rf"(?<![\d.,/])[01]\b(?!/){RESULT}",
+]
+# What other tests read.
+READ = [("cost", r"(?m)^\| order .*\|$"), ("theory", r"\S+ ± \S+ for the \w+")]
+READ += [(name, rf"{before} [\d.]+") for name, before, *_ in reversed(test_numbers.EVALUATIONS)]
+READ += [
+    ("likelihood_errors", r".*-D \| \S+ nats, .*"),
+    ("likelihood_errors", r"error is \S+ nats with \d+ steps and \S+ nats with \d+"),
+    ("likelihood_errors", r"covers \d+ % of samples, with a median error of \S+ nats"),
+    ("likelihood_errors", r"covers \d+ to \d+ % of the errors .* and \d+ % or more"),
+]
+# Other choices, thresholds and definitions.
+CHOSEN = """
+3, 6 or 12 a sample
+1/4 or 1/8
+hidden layers of 512
+64 channels
+an EDM network of 64 units
+64 forward and backward passes
+Adam at 2e-4
+(48 for order three)
+an EMA decay of 0.999
+how many a standard error of 0.2 nats takes
+at least 0.001 nats per element
+both 1000 and
+(6 in 64-D)
+within 130,
+if these exceed 10 %
+from 1 % of the derivatives to 1e-6
+beyond 88 in float32
+defaults, 0 and 0.5,
+points 0.02 from a line of thickness
+0.001, the error
+starts at 0.01
+standard deviations 0.6 and 0.001
+0.02 and 0.05 off
+20, 40, 66 or 130 evaluations
+a tolerance of 1e-11
+16 sites and 32 bonds
+0.5 is a perfect posterior
+a GPU of 80 GB
+over 64 GPUs
+16 bytes a parameter
+gradients, 8 bytes
+""".strip().split("\n")
+PLANTED = ["3", "2.5", "1/3", "1e-3", "in 12 %, and many", "0.3 nats, and many", "in 2.5"]
 
 
 def test_what_is_marked_is_what_the_results_say():
     moved = [f"{name}, {each}" for name, _, several in page.filled(FOUND) for each in several]
     assert not moved, "\n".join(["see what moved: python -m benchmarks --page-only", *moved])
     assert tables.TABLES.keys() <= {mark for text in PAGES.values() for mark in marks.names(text)}
+
+
+def unexplained(text, page=""):
+    """The lines with a number that nothing explains."""
+    for phrase in CHOSEN:
+        text = text.replace(phrase, " ")
+    for pattern in [*(pattern for name, pattern in READ if name == page), *EXPLAINED]:
+        text = re.sub(pattern, " ", text)
+    return re.findall(r".*\d.*", text)
+
+
+def test_every_other_number_is_explained():
+    every = ""
+    for path in (results.ROOT / "README.md", *test_docs.PAGES):
+        if path.stem != "compatibility_tables":  # a test writes all of it
+            text = path.read_text("utf-8")
+            assert unexplained(text, path.stem) == [], path
+            every += text
+    assert [phrase for phrase in CHOSEN if phrase not in every] == []
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_number_is_found(planted):
+    text = "In 3 dimensions, it takes {} times as long with 256 samples."
+    assert unexplained(text.format("many")) == []
+    assert unexplained(text.format(planted)) != []
 
 
 def test_every_question_was_measured_in_full_and_no_host_is_kept():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from benchmarks import patches
 from benchmarks.networks import UNet
-from benchmarks.patches import ROWS, TEST, VALIDATION, WHOLE, Sizes
+from benchmarks.patches import AFTER, EQUAL, ROWS, STAGES, TEST, VALIDATION, WHOLE, Sizes
+from benchmarks.worth import Recipe
 
 import hosm_losses as hosm
 
@@ -141,6 +142,104 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(tmp_path, monkeypatch)
     assert measured[2:] == [(row, k) for row in ROWS if row != "times" for k in range(2)]
     assert kept["times"]["seeds"] == first["seeds"]
     assert set(kept) == {row for row in kept if "over plain" in kept[row]} == set(ROWS)
+
+
+def test_second_stages_have_equal_evaluations():
+    def evaluations(stage):
+        order, times = STAGES[stage]
+        return times * Recipe(order, "").evaluations
+
+    for stage, base in EQUAL.items():
+        assert STAGES[stage] == (STAGES[stage][0], STAGES["one"][1])
+        assert evaluations(stage) == evaluations(base)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_stage_leaves_the_first_one_as_it_is(stage, monkeypatch):
+    orders, steps = [], []
+
+    def loss_of(order):
+        def make(model):
+            def value(x0, generator):
+                steps.append(len(x0))
+                return hosm.first_order_dsm(model, x0, generator=generator)
+
+            orders.append(order)
+            return value
+
+        return make
+
+    monkeypatch.setattr(patches, "LOSSES", {order: loss_of(order) for order in (1, 2, 3)})
+    train = patches.split(numbered())[0].float() % patches.LEVELS
+    first = hosm.ScoreModel(patches.Network(), patches.SCHEDULE)
+    before = [parameter.clone() for parameter in first.parameters()]
+    last = patches.continued(first, stage, train, Sizes(batch=3, second=2), 1e-3, 0)
+    assert orders == [STAGES[stage][0]]
+    assert steps == [3] * (2 * STAGES[stage][1])
+    assert all(map(torch.equal, first.parameters(), before))
+    assert not all(map(torch.equal, last.parameters(), before))
+
+
+def test_second_stages_are_chosen_by_validation_and_paired(monkeypatch):
+    """Models of Gaussian pixels, whose NLL and bound are known."""
+    stds = {"one": 0.6, "one, twice the steps": 0.65, "one, four times the steps": 0.7}
+    stds |= {"two": 0.75, "three": 0.8}
+
+    def gaussian(std):
+        def noise(x, t):
+            sigma = patches.SCHEDULE.sigma(t)[:, None, None, None]
+            return sigma * x / (sigma**2 + std**2)
+
+        return hosm.ScoreModel(noise, patches.SCHEDULE)
+
+    def nll(x, std):
+        return 32 * math.log(2 * math.pi * std**2) + x.square().sum((1, 2, 3)) / (2 * std**2)
+
+    def continued(first, stage, tiles, sizes, rate, seed):
+        return gaussian(stds[stage] if rate == AFTER[1] else 3.0)
+
+    monkeypatch.setattr(patches, "trained", lambda *_: gaussian(0.55))
+    monkeypatch.setattr(patches, "continued", continued)
+    splits = [part.float() % patches.LEVELS for part in patches.split(numbered())]
+    found = patches.second_stages(splits, Sizes(validation=8, test=16), 0)
+    x = patches.draw(splits[1 + TEST], 16, patches.seeded(0)).double()
+    assert found["nll"] == pytest.approx(float(nll(x, 0.55).mean()), abs=0.1)
+    gap, low, high = found["gap"]
+    assert gap - low == pytest.approx(high - gap)
+    assert abs(gap) < 5 * (high - low) / (2 * 1.96) < 5
+    bases = {"over equal steps": dict.fromkeys(EQUAL, "one"), "over equal evaluations": EQUAL}
+    for stage, row in found["stages"].items():
+        assert row["rate"] == AFTER[1] == AFTER[row["validation"].index(min(row["validation"]))]
+        expected = {"change": 0.55}
+        if stage in EQUAL:
+            expected |= {key: stds[base[stage]] for key, base in bases.items()}
+        for key, std in expected.items():
+            difference = nll(x, stds[stage]) - nll(x, std)
+            half = 1.96 * float(difference.std()) / 4
+            mean = float(difference.mean())
+            assert row[key] == pytest.approx((mean, mean - half, mean + half), abs=0.1)
+
+
+def test_a_second_run_of_second_stages_goes_on(tmp_path, monkeypatch):
+    measured = []
+
+    def second_stages(splits, sizes, seed):
+        measured.append((sizes, seed))
+        return {"nll": float(seed)}
+
+    monkeypatch.setattr(patches, "second_stages", second_stages)
+    monkeypatch.setattr(patches, "photographs", numbered)
+    monkeypatch.setattr(patches, "SECOND_FILE", tmp_path / "second_stage.json")
+    patches.SECOND_FILE.write_text('{"0": {}}')
+    for arguments in (["--dirty"], ["--dirty"], ["--smoke"]):
+        monkeypatch.setattr(sys, "argv", ["patches", "--second-stage", *arguments])
+        patches.main()
+    assert [seed for _, seed in measured] == [1, 0, 1]
+    assert measured[0][0] == patches.LONG != measured[1][0]
+    found = json.loads(patches.SECOND_FILE.read_text())
+    assert found["0"] == {}
+    assert found["1"]["nll"] == 1
+    assert found["1"]["environment"]["commit"]
 
 
 def test_photographs_are_grey_levels():

@@ -52,15 +52,17 @@ def test_the_steps_of_the_fixed_grid_at_default_tolerance():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "solver", "least"),
-    [(1, hosm.FixedGrid(), 0.88), (2, hosm.FixedGrid(), 0.91), (4, hosm.Adaptive(1e-2), 0.93)],
+    ("count", "solver"), [(1, hosm.FixedGrid()), (2, hosm.FixedGrid()), (4, hosm.Adaptive(1e-2))]
 )
-def test_two_standard_errors_cover_what_they_should(count, solver, least):
+def test_two_standard_errors_cover_what_they_should(count, solver):
     """Of repeats of one sample: its rows have probes of their own."""
+    said = r"covers (\d+) to (\d+) % of the errors with two probes, and (\d+) % or more with one"
+    ((two, most, one),) = re.findall(said, PAGE)
+    least = {1: int(one), 2: int(two), 4: 93}[count]
     model = hosm.ScoreModel(MLP(64, 32), VP)
     x, options = 0.5 * torch.randn(1, 64), {"divergence": hosm.Hutchinson(count)}
     exact = hosm.ode_nll(model, x, divergence="exact", solver=solver).nll
     generator = torch.Generator().manual_seed(0)
     result = hosm.ode_nll(model, x.expand(1000, -1), solver=solver, generator=generator, **options)
     inside = ((result.nll - exact).abs() < 2 * result.standard_error).double().mean()
-    assert least < float(inside) < 0.97
+    assert least < 100 * float(inside) < int(most)
