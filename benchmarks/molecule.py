@@ -320,7 +320,7 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
         ROWS,
     ),
     "alanine, 800 K, large network": (
-        lambda out, smoke: alanine(Size(1500, 96, 3, nll=0, samples=0, smoke=smoke), out),
+        lambda out, smoke: alanine(Size(1500, 112, 3, nll=0, samples=0, smoke=smoke), out),
         LARGE,
     ),
     "DW4": (
