@@ -46,6 +46,7 @@ from benchmarks.density_problems import (
     slope,
 )
 from benchmarks.experiment import Row, environment, parser, times, training
+from benchmarks.intervals import over_seeds
 
 DIRECTORY = results.DIRECTORY / "molecule"
 BATCH, RATE, EVERY, SEEDS, LEVELS = 64, 5e-3, 50, 3, 16
@@ -338,6 +339,44 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
 }
 
 
+def over_plain(report: Row) -> Row:
+    """J and NLL of each row less those of plain order one, over seeds, and what samples gave."""
+    cost = report["cost"]
+    measured = {row: each for row, each in report.items() if row != "cost"}
+    seeds = {
+        row: {seed: each for seed, each in found.items() if seed.isdigit()}
+        for row, found in measured.items()
+    }
+    found: Row = {"ms": cost["ms"], "rows": {}}
+    for row, every in seeds.items():
+        entry: Row = {"time": cost["steps"][row.removesuffix(EQUAL)]}
+        entry["steps"] = max(each["steps"] for each in every.values())
+        for key in ("J", "nll"):
+            pairs = [(each, seeds["plain"][seed]) for seed, each in every.items()]
+            if row != "plain" and len(pairs) > 1 and key in pairs[0][0]:
+                entry[key] = [*over_seeds([[one[key] - plain[key]] for one, plain in pairs])]
+        if "log_z" in next(iter(every.values())):
+            truth = cost["log_z"][0]
+            held = [low <= truth <= high for low, high in (e["interval"] for e in every.values())]
+            entry["held"] = f"{sum(held)} of {len(held)}"
+            for key in ("effective", "log_z"):
+                values = [each[key] for each in every.values()]
+                entry[key] = [float(np.mean(values)), min(values), max(values)]
+        found["rows"][row] = entry
+    return found
+
+
+def file_of(problem: str, directory: Path) -> Path:
+    slug = re.sub(r"\W+", "_", problem)
+    return directory / f"{slug}.json"
+
+
+def found_in(directory: Path) -> Row:
+    """Every problem that has been measured."""
+    reports = {name: results.read(file_of(name, directory)) for name in PROBLEMS}
+    return {name: over_plain(report) for name, report in reports.items() if report}
+
+
 class Study(NamedTuple):
     """The rows of a problem, in a file, each with the environment in which it was made."""
 
@@ -381,8 +420,7 @@ def main() -> None:
             size = problem.size
             few = {"nll": min(size.nll, 4), "samples": min(size.samples, 8)}
             problem = replace(problem, size=size._replace(steps=3, width=8, solver=4, **few))
-        slug = re.sub(r"\W+", "_", name)
-        study = Study(name, directory / f"{slug}.json", where)
+        study = Study(name, file_of(name, directory), where)
         study.run(problem, rows, 1 if options.smoke else SEEDS, 2 if options.smoke else 30)
 
 

@@ -140,7 +140,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"\.py$",
+    "filename_pattern": r"/(?!molecule)\w+\.py$",  # that one takes a quarter of an hour
     "download_all_examples": False,
     "show_signature": False,
     "backreferences_dir": None,

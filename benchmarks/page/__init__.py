@@ -12,7 +12,7 @@ is not that of the committed results.
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import molecule, results
 from benchmarks.page import figures, marks, orders
 from benchmarks.page.numbers import Found, named, table
 from benchmarks.page.tables import TABLES
@@ -37,6 +37,7 @@ def tree(file: Path) -> Found:
     found["sources"] = results.sources(file.parent)
     limited, recipe = (results.read_all(file.parent / name) for name in ("finite", "recipe"))
     found["finite"], found["recipe"] = orders.finite(limited), orders.settings(recipe)
+    found["molecule"] = molecule.found_in(file.parent / "molecule")
     found["gains"] = orders.gains(study, recipe, found["finite"])
     return found
 
