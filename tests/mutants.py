@@ -521,8 +521,7 @@ likelihood/job.py likelihood/test_interrupt.py
 likelihood/ode.py likelihood/test_interrupt.py
 - "latent": latent[: len(result.latent)]}
 + "latent": latent}
-# Samples outside the target count as failed, zeros as the tail of the weights, and the prior
-# of Pareto's k is left out.
+# Samples outside the target count as failed.
 likelihood/weights.py likelihood/test_weights.py
 - failed = float(result.failed.double().mean())
 + failed = float(log_weights.isneginf().double().mean())
@@ -536,10 +535,6 @@ likelihood/weights.py likelihood/test_weights.py
 + w = self.normalized
 - c = math.cbrt(1 - gamma * u)
 + c = 1.0
-- _pareto_k(self.normalized[self.normalized > 0])
-+ _pareto_k(self.normalized)
-- (tail * shape + 10 * 0.5) / (tail + 10)
-+ shape
 # A sample at 1e20 takes all of the evaluations.
 likelihood/adaptive.py likelihood/test_adaptive.py
 - rounding > solver_limit(paths.dimensions)

@@ -9,7 +9,6 @@ from torch.distributions import Normal, StudentT
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.result import NLLResult
-from hosm_losses.likelihood.weights import _pareto_k
 from tests.oracles import anisotropic, mixture_noise
 
 
@@ -88,7 +87,6 @@ def test_where_the_target_is_zero_samples_have_no_weight_and_did_not_fail():
     each = torch.stack([w[rows].mean().log() for rows in others])
     exact = (99 / 100 * (each - each.mean()).square().sum()).sqrt()
     assert found.log_z_error == pytest.approx(float(exact))
-    assert found.pareto_k == pytest.approx(_pareto_k(w[w > 0]), abs=1e-12)
     share = float((~inside).double().mean())
     assert f"1.00% failed, with weight zero; {share:.2%} outside the target" in str(found)
     bounds = found.sandwich(x[inside], NLLResult(*[nll[inside]] * 5, nll[inside] < 0))
@@ -97,17 +95,8 @@ def test_where_the_target_is_zero_samples_have_no_weight_and_did_not_fail():
     assert found.sandwich(x, NLLResult(*[nll] * 5, nll < 0)).upper == -math.inf
 
 
-def test_what_is_unknown_says_why():
-    inf = math.inf
-    few = of_logs(torch.tensor([*range(20), *[-inf] * 380]).double())
-    assert math.isnan(few.pareto_k)
-    assert "Pareto k unknown (weights above zero: 20, needed: 21)" in str(few)
-    one_more = of_logs(torch.tensor([*range(21), *[-inf] * 380]).double())
-    assert f"Pareto k {one_more.pareto_k:.2f}" in str(one_more)
-    equal = of_logs(torch.tensor([*[0.0] * 95, *range(1, 6)]))
-    assert math.isnan(equal.pareto_k)
-    assert "Pareto k unknown (too many weights are equal)" in str(equal)
-    for logs in ([3.0], [3.0, -inf, -inf], [0.0, 50.0]):
+def test_an_unknown_error_says_why():
+    for logs in ([3.0], [3.0, -math.inf, -math.inf], [0.0, 50.0]):
         alone = of_logs(logs)
         assert math.isnan(alone.log_z_error)
         assert all(map(math.isnan, alone.log_z_interval))
@@ -177,33 +166,6 @@ def test_noise_of_the_probes_is_taken_out():
     assert small.effective_sample_size_without_probes == pytest.approx(without)
     with pytest.warns(UserWarning, match=r"variance .* 1.4 nats.*more probes"):
         hosm.importance_weights(replace(result, widening=1.35), given[1])
-
-
-@pytest.mark.parametrize("count", [21, 60, 400])
-def test_pareto_k_is_that_of_zhang_and_stephens_with_the_prior_of_vehtari(count):
-    """Their formulas by loops, of which ten values of 0.5 are the prior."""
-    generator = torch.Generator().manual_seed(0)
-    w = torch.rand(count, generator=generator, dtype=torch.float64) ** -1.2
-    tail = math.ceil(min(count / 5, 3 * count**0.5))
-    ordered = w.sort().values.tolist()
-    y = [each - ordered[-tail - 1] for each in ordered[-tail:]]
-    grid = 30 + math.floor(tail**0.5)
-    b, profile = [], []
-    for j in range(1, grid + 1):
-        theta = 1 / y[-1] + (1 - math.sqrt(grid / (j - 0.5))) / (3 * y[int(tail / 4 + 0.5) - 1])
-        k = sum(math.log(1 - theta * each) for each in y) / tail
-        b.append(theta)
-        profile.append(tail * (math.log(-theta / k) - k - 1))
-    parts = [1 / sum(math.exp(other - own) for other in profile) for own in profile]
-    mean = sum(part * theta for part, theta in zip(parts, b, strict=True))
-    estimate = sum(math.log(1 - mean * each) for each in y) / tail
-    assert _pareto_k(w) == pytest.approx((tail * estimate + 10 * 0.5) / (tail + 10), abs=1e-10)
-    assert abs(estimate - _pareto_k(w)) > 1e-3
-
-
-def test_few_or_equal_weights_have_no_tail():
-    assert math.isnan(of_logs(torch.zeros(20)).pareto_k)
-    assert of_logs(torch.zeros(40)).pareto_k == -math.inf
 
 
 def test_the_sandwich_of_two_gaussians_holds_its_divergences():

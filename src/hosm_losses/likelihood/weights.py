@@ -25,10 +25,7 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Hall, "On the removal of
-    skewness by transformation", JRSS B 54 (1992), for the interval. Vehtari, Simpson, Gelman, Yao
-    and Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024), for k; Zhang and Stephens, "A
-    new and efficient estimation method for the generalized Pareto distribution", Technometrics 51
-    (2009), for the estimate of k.
+    skewness by transformation", JRSS B 54 (1992), for the interval.
 """
 
 import math
@@ -45,7 +42,6 @@ from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
 NORMAL = 1.959964  # the quantile of 0.975
-FEWEST = 21  # the smallest number of weights above zero whose tail has five weights
 SMALL, LARGE = 0.25, 1.0  # limits of the weighted mean variance due to the probes
 
 
@@ -168,17 +164,6 @@ class Weights:
         """The largest weight, as a fraction of the sum of all weights."""
         return float(self.normalized.max())
 
-    @property
-    def pareto_k(self) -> float:
-        """The shape parameter of the tail of the positive weights.
-
-        Do not select runs by k: samples that miss the large weights have a lower k. `pareto_k` is
-        NaN if fewer than 21 weights are above zero, or if about a quarter or more of the weights
-        in the tail, but not all, equal the largest weight below the tail. `pareto_k` is -inf if
-        all weights in the tail equal the largest weight below the tail.
-        """
-        return _pareto_k(self.normalized[self.normalized > 0])
-
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
         """Estimate E_π[function(x)], for a function that maps (B, *) to (B,) or (B, *).
 
@@ -239,19 +224,16 @@ class Weights:
 
     def __str__(self) -> str:
         """Return a line of text with log Z, the effective sample size and any advice."""
-        count, k, positive = len(self.x), self.pareto_k, int((self.normalized > 0).sum())
+        count = len(self.x)
         lower, upper = self.log_z_interval
         interval = f"nats (95 %: {lower:.4f} to {upper:.4f})"
         if math.isnan(lower):
             interval = "nats, its error unknown as one sample has all the weight"
-        reason = f"weights above zero: {positive}, needed: {FEWEST}"
-        reason = reason if positive < FEWEST else "too many weights are equal"
         outside = float(self.log_weights.isneginf().double().mean()) - self.failed_share
         shown = [
             f"log Z = {self.log_z:.4f} {interval}, solver error about {self.log_z_bias:.2g}",
             f"effective sample size {self.effective_sample_size:.1f} of {count}",
             f"largest share {self.largest_share:.3g}",
-            f"Pareto k unknown ({reason})" if math.isnan(k) else f"Pareto k {k:.2f}",
         ]
         without = self.effective_sample_size_without_probes
         if self.probe_variance > 0 and without is not None:
@@ -332,29 +314,3 @@ def _jackknife(left_out: Tensor) -> Tensor:
     """Return standard errors (k,) of estimates, from values (B, k) that each omit one sample."""
     count = len(left_out)
     return left_out.std(0, correction=0) * (count - 1) ** 0.5
-
-
-def _pareto_k(weights: Tensor) -> float:
-    """Return the shape parameter of a generalized Pareto distribution fitted to the tail.
-
-    The estimate is the profile posterior mean of Zhang and Stephens over a grid of b, with
-    k(b) = mean log(1 − b y) and the log-likelihood n (log(−b/k) − k − 1). The weak prior of
-    Vehtari et al., which is centred at 0.5, is then applied.
-    """
-    count = len(weights)
-    if count < FEWEST:
-        return math.nan
-    tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
-    ordered = weights.sort().values[-tail - 1 :]
-    y = ordered[1:] - ordered[0]
-    if not bool(y[-1] > 0):
-        return -math.inf  # all weights are equal
-    grid = 30 + math.isqrt(tail)
-    j = torch.arange(1, grid + 1, dtype=y.dtype, device=y.device)
-    quartile = y[math.floor(tail / 4 + 0.5) - 1]
-    b = 1 / y[-1] + (1 - torch.sqrt(grid / (j - 0.5))) / (3 * quartile)
-    k = torch.log1p(-b[:, None] * y).mean(1)
-    likelihood = tail * (torch.log(-b / k) - k - 1)
-    mean = likelihood.softmax(0) @ b
-    shape = float(torch.log1p(-mean * y).mean())
-    return (tail * shape + 10 * 0.5) / (tail + 10)
