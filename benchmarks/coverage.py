@@ -6,8 +6,8 @@ The truth is a much finer grid, and every divergence is exact, except where "ran
 claim is that of random probes, which is of the path alone and has to cover the same error. A
 sample that is marked as failed counts as covered, an error below 1e-6 nats too. A ratio is that of
 the median claim and the median error. `samples` are drawn by `ode_sample` with a companion, and
-their error is that of the density at the x that is returned. It takes twenty minutes. With `--data`
-the results are only printed, so that all in the file are of one commit.
+their error is that of the density at the x that is returned. It takes twenty minutes. With
+`--data` the results are only printed, so that all in the file are of one commit.
 """
 
 import re

@@ -1,6 +1,7 @@
 """What are forces worth in training on a molecule and on clusters of particles?
 
-    python -m benchmarks.molecule [--problems REGEX] [--rows REGEX] [--out DIR] [--dirty | --smoke]
+    python -m benchmarks.molecule [--problems REGEX] [--out DIR] [--dirty | --smoke]
+    python -m benchmarks.molecule --tutorial [--dirty]
 
 Order one trains an equivariant network with the drawn noise, with averaged targets, and with known
 scores, whose information is by element, a matrix, or depends on the configuration (`control`).
@@ -19,18 +20,26 @@ results/molecule at once, and a second run goes on where the first one stopped. 
 core; data are kept in --out.
 """
 
+import contextlib
+import io
 import math
 import re
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from docs import pictures
 from docs.examples.equivariant import PairNetwork
 from docs.examples.pair_control import PairControl
+from matplotlib import pyplot, style
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +54,7 @@ from benchmarks.density_problems import (
     mean_of,
     slope,
 )
-from benchmarks.experiment import Row, environment, parser, times, training
+from benchmarks.experiment import Row, clocked, environment, parser, times, training
 from benchmarks.intervals import over_seeds
 
 DIRECTORY = results.DIRECTORY / "molecule"
@@ -377,6 +386,25 @@ def found_in(directory: Path) -> Row:
     return {name: over_plain(report) for name, report in reports.items() if report}
 
 
+def run_tutorial(where: Row) -> None:
+    """Keep what the tutorial prints in a full run, its pictures, and its time."""
+    script, images = results.ROOT / "docs/tutorials/molecule.py", results.ROOT / "docs/images"
+    printed = io.StringIO()
+    with (
+        TemporaryDirectory() as directory,
+        contextlib.chdir(directory),
+        contextlib.redirect_stdout(printed),
+        patch.object(sys, "argv", [str(script)]),
+        style.context(pictures.STYLE),
+    ):
+        _, seconds = clocked(partial(runpy.run_path, str(script), run_name="__main__"))
+        for number, name in zip(pyplot.get_fignums(), ("samples", "noise"), strict=True):
+            pictures.save(pyplot.figure(number), images / f"molecule_{name}.svg")
+    (images / "molecule.txt").write_text(printed.getvalue(), encoding="utf-8")
+    found = {"environment": where, "minutes": seconds / 60}
+    results.write(DIRECTORY / "tutorial.json", {"tutorial": found})
+
+
 class Study(NamedTuple):
     """The rows of a problem, in a file, each with the environment in which it was made."""
 
@@ -408,9 +436,13 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--problems", default="", metavar="REGEX", help="default: all")
     arguments.add_argument("--out", type=Path, default=Path("molecule_out"), help="for data")
+    arguments.add_argument("--tutorial", action="store_true", help="run that alone, in full")
     options = arguments.parse_args()
     where = environment(options)
     torch.set_num_threads(1)
+    if options.tutorial:
+        run_tutorial(where)
+        return
     directory = options.out if options.smoke else DIRECTORY
     for name, (make, rows) in PROBLEMS.items():
         if not re.search(options.problems, name):

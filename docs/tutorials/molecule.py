@@ -53,6 +53,7 @@ backbone = {"φ": "ACE C, ALA N, ALA CA, ALA C", "ψ": "ALA N, ALA CA, ALA C, NM
 
 def block_error(values):
     """Return the standard error of the mean of correlated values, from forty blocks."""
+    values = values.double()
     return float(values[: len(values) // 40 * 40].reshape(40, -1).mean(1).std()) / 40**0.5
 
 
@@ -115,7 +116,7 @@ class Particles:
                 times.learn(objective, y, optimizer, targets=targets)
 
     def sample(self, count):
-        solver = FixedGrid(data_std=float(self.y.std()))
+        solver = FixedGrid(40, data_std=float(self.y.std()))
         shape = (count, self.space.dimensions)
         return ode_sample(self.model, shape, solver=solver, divergence="exact", batch_size=64)
 
@@ -135,7 +136,7 @@ def log_target(y):
     return molecule.log_target(x) - math.log(2)
 
 
-drawn = alanine.sample(16 if quick else 400)
+drawn = alanine.sample(40 if quick else 256)
 weights = importance_weights(drawn, log_target)
 samples = molecule.left_handed(alanine.space.expand(drawn.x))
 share = weights.effective_sample_size / len(samples)
@@ -145,7 +146,7 @@ right = {
     "samples": molecule.torsion(samples, backbone["φ"]) > 0,
 }
 for name, values in right.items():
-    p, error = float(values.double().mean()), block_error(values.double())
+    p, error = float(values.double().mean()), block_error(values)
     print(f"alanine: {name} with φ > 0: {p:.1%} ± {error:.1%}")
 
 figure, axes = plt.subplots(1, 3, figsize=(9.3, 3.3), layout="constrained")
