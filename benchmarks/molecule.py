@@ -58,7 +58,7 @@ from benchmarks.experiment import Row, clocked, environment, parser, times, trai
 from benchmarks.intervals import over_seeds
 
 DIRECTORY = results.DIRECTORY / "molecule"
-BATCH, RATE, EVERY, SEEDS, LEVELS = 64, 5e-3, 50, 3, 16
+BATCH, EVERY, SEEDS, LEVELS = 64, 50, 3, 16
 
 
 class Size(NamedTuple):
@@ -67,6 +67,7 @@ class Size(NamedTuple):
     steps: int  # of plain order one
     width: int = 48
     depth: int = 2
+    rate: float = 5e-3
     nll: int = 96  # held-out data
     samples: int = 256
     solver: int = 32
@@ -176,7 +177,7 @@ class Trainer:
         return self.objective(y, t=t, noise=noise, targets=e)
 
     def train(self, steps: int, bar: str) -> None:
-        every = training(self.model, self.loss, steps, RATE)
+        every = training(self.model, self.loss, steps, self.problem.size.rate)
         for step, optimizer in enumerate(tqdm(every, bar, steps, leave=False, mininterval=30), 1):
             if step % EVERY == 0 and step < steps:
                 self.learn(optimizer)
@@ -330,7 +331,7 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
         ROWS,
     ),
     "alanine, 800 K, large network": (
-        lambda out, smoke: alanine(Size(1500, 112, 3, nll=0, samples=0, smoke=smoke), out),
+        lambda out, smoke: alanine(Size(1500, 112, 3, 2e-3, nll=0, samples=0, smoke=smoke), out),
         LARGE,
     ),
     "DW4": (
