@@ -383,6 +383,10 @@ likelihood/multistep.py likelihood/test_start.py
 likelihood/multistep.py likelihood/test_multistep.py
 - sorted((*span, coordinates.log_size))[1]
 + coordinates.log_size
+- torch.sqrt(t / (1 + torch.sqrt(1 - t)))
++ torch.sqrt(t / 2)
+- if is_flow and coordinates.model.prediction == "velocity":
++ if coordinates.model.prediction == "velocity":
 likelihood/ode.py likelihood/test_tolerance.py
 - dist.all_reduce(most, dist.ReduceOp.MAX, solver.group)
 + dist.all_reduce(most, dist.ReduceOp.SUM, solver.group)

@@ -19,6 +19,7 @@ from hosm_losses.likelihood.multistep import (
     companion_error,
     gregory_weights,
     mesh_points,
+    velocity_mesh_points,
 )
 from tests.cases import VP
 from tests.likelihood.problems import gaussian, marginals, problem, total
@@ -120,6 +121,41 @@ def test_the_mesh_has_the_density_of_its_two_laws(span, centre):
     )
     back, _ = mesh_points((end, start), s, centre)
     torch.testing.assert_close(back.flip(0), u)
+
+
+@pytest.mark.parametrize("span", [(-9.0, 7.0), (7.0, -9.0), (-2.0, 3.0)])
+def test_the_mesh_for_a_velocity_is_even_in_its_polynomial(span):
+    s = torch.linspace(0, 1, 41).double()
+    u, rates = velocity_mesh_points(span, s)
+    r = (1 - torch.sigmoid(-u).sqrt()).sqrt()  # 1 − t = (1 − r²)²
+    torch.testing.assert_close((r - r[0]) / (r[-1] - r[0]), s)
+    assert [u[0], u[-1]] == pytest.approx(span)
+    step = 1e-5
+    after, before = (velocity_mesh_points(span, s + by)[0] for by in (step, -step))
+    inner = slice(1, -1)
+    torch.testing.assert_close(
+        (after - before)[inner] / (2 * step), rates[inner], rtol=1e-5, atol=0
+    )
+
+
+def test_only_the_velocity_of_a_linear_flow_has_a_mesh_of_its_own():
+    """There it errs less than a quarter as much as the mesh in log σ̂."""
+
+    def velocity(x, t):
+        return torch.sin(2 * x.roll(1, 1) + t[:, None]) - x
+
+    x = torch.linspace(-1, 1, 10).double().reshape(5, 2)
+    for schedule, gains in ((hosm.LinearFlowSchedule(), True), (VP, False)):
+        model = hosm.ScoreModel(velocity, schedule, "velocity")
+        noise = hosm.ScoreModel(lambda x, t, model=model: model(x, t), schedule)
+        found, other, truth = (
+            hosm.ode_nll(each, x, solver=hosm.FixedGrid(steps), divergence="exact").nll
+            for each, steps in ((model, 38), (noise, 38), (model, 512))
+        )
+        if gains:
+            assert float((found - truth).norm()) < 0.25 * float((other - truth).norm())
+        else:
+            torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-9)
 
 
 def test_data_without_width_have_their_nodes_where_there_is_least_noise():

@@ -12,6 +12,12 @@ Grid:
     - the logistic distribution with scale WIDTH, centred at the log of the root mean square of
       data_std.
 
+    A network that predicts the velocity of a linear flow is smooth in its time, t = σ̂/(1 + σ̂).
+    For such a network, the nodes are evenly spaced in r, where
+        t = r² (2 − r²),    1 − t = (1 − r²)²,    r² = t/(1 + √(1 − t)).
+    The steps in t are short at both ends: at the start because of the low orders, and at the noise
+    end because a network may know log σ̂.
+
 Formula:
     The Adams-Bashforth predictor of order k gives ŷ, and the Adams-Moulton corrector gives y. With
     the backward differences ∇f_i = f_i − f_{i−1}, ∇²f_i = ∇f_i − ∇f_{i−1}, …,
@@ -108,6 +114,7 @@ from torch import Tensor
 from hosm_losses._checks import expand_right, sum_elements
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
+from hosm_losses.schedules import LinearFlowSchedule
 
 WIDTH = 1.0  # scale of the logistic distribution
 # Coefficients of the backward differences.
@@ -155,6 +162,16 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     for _ in range(NEWTON_STEPS):
         low = (low + rate(low) * (s - share_below(low))).clamp(*sorted(span))
     return low, rate(low)
+
+
+def velocity_mesh_points(span: Span, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u and du/ds (n,) of the mesh for the velocity of a linear flow."""
+    t = torch.sigmoid(s.new_tensor(span))
+    start, end = torch.sqrt(t / (1 + torch.sqrt(1 - t)))
+    r = start + (end - start) * s
+    square = r.square()
+    u = torch.log(square * (2 - square)) - 2 * torch.log(1 - square)
+    return u.clamp(*sorted(span)), 4 * (end - start) / (r * (2 - square) * (1 - square))
 
 
 def gregory_weights(steps: int) -> list[float]:
@@ -312,9 +329,13 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     coordinates, divergence = paths.coordinates, paths.divergence
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
-    # Clamped to the span, because the logistic part has no mass far from its centre.
-    centre = sorted((*span, coordinates.log_size))[1]
-    grid, rates = mesh_points(span, s, centre)
+    is_flow = isinstance(coordinates.schedule, LinearFlowSchedule)
+    if is_flow and coordinates.model.prediction == "velocity":
+        grid, rates = velocity_mesh_points(span, s)
+    else:
+        # Clamped to the span, because the logistic part has no mass far from its centre.
+        centre = sorted((*span, coordinates.log_size))[1]
+        grid, rates = mesh_points(span, s, centre)
     levels, rates = coordinates.levels(grid), rates.unbind()
 
     def slope(place: int, z: Tensor) -> Tensor:
