@@ -385,8 +385,10 @@ likelihood/multistep.py likelihood/test_multistep.py
 + coordinates.log_size
 - torch.sqrt(t / (1 + torch.sqrt(1 - t)))
 + torch.sqrt(t / 2)
-- if is_flow and coordinates.model.prediction == "velocity":
-+ if coordinates.model.prediction == "velocity":
+- is_flow and coordinates.model.prediction == "velocity"
++ coordinates.model.prediction == "velocity"
+- u = centre + torch.log(square * (2 - square))
++ u = torch.log(square * (2 - square))
 likelihood/ode.py likelihood/test_tolerance.py
 - dist.all_reduce(most, dist.ReduceOp.MAX, solver.group)
 + dist.all_reduce(most, dist.ReduceOp.SUM, solver.group)

@@ -123,15 +123,16 @@ def test_the_mesh_has_the_density_of_its_two_laws(span, centre):
     torch.testing.assert_close(back.flip(0), u)
 
 
+@pytest.mark.parametrize("centre", [0.0, -2.0])
 @pytest.mark.parametrize("span", [(-9.0, 7.0), (7.0, -9.0), (-2.0, 3.0)])
-def test_the_mesh_for_a_velocity_is_even_in_its_polynomial(span):
+def test_the_mesh_for_a_velocity_is_even_in_its_polynomial(span, centre):
     s = torch.linspace(0, 1, 41).double()
-    u, rates = velocity_mesh_points(span, s)
-    r = (1 - torch.sigmoid(-u).sqrt()).sqrt()  # 1 − t = (1 − r²)²
+    u, rates = velocity_mesh_points(span, s, centre)
+    r = (1 - torch.sigmoid(centre - u).sqrt()).sqrt()  # c/(c + σ̂) = (1 − r²)²
     torch.testing.assert_close((r - r[0]) / (r[-1] - r[0]), s)
     assert [u[0], u[-1]] == pytest.approx(span)
     step = 1e-5
-    after, before = (velocity_mesh_points(span, s + by)[0] for by in (step, -step))
+    after, before = (velocity_mesh_points(span, s + by, centre)[0] for by in (step, -step))
     inner = slice(1, -1)
     torch.testing.assert_close(
         (after - before)[inner] / (2 * step), rates[inner], rtol=1e-5, atol=0

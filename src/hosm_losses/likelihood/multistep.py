@@ -12,11 +12,12 @@ Grid:
     - the logistic distribution with scale WIDTH, centred at the log of the root mean square of
       data_std.
 
-    A network that predicts the velocity of a linear flow is smooth in its time, t = σ̂/(1 + σ̂).
-    For such a network, the nodes are evenly spaced in r, where
-        t = r² (2 − r²),    1 − t = (1 − r²)²,    r² = t/(1 + √(1 − t)).
-    The steps in t are short at both ends: at the start because of the low orders, and at the noise
-    end because a network may know log σ̂.
+    A network that predicts the velocity of a linear flow is smooth in time, σ̂/(1 + σ̂) for data of
+    unit size. For such a network, the nodes are evenly spaced in r, where, with c as the root mean
+    square of data_std,
+        σ̂/(c + σ̂) = r² (2 − r²),    c/(c + σ̂) = (1 − r²)².
+    The steps in time are short at both ends: at the start because of the low orders, and at the
+    noise end because a network may know log σ̂.
 
 Formula:
     The Adams-Bashforth predictor of order k gives ŷ, and the Adams-Moulton corrector gives y. With
@@ -164,13 +165,13 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     return low, rate(low)
 
 
-def velocity_mesh_points(span: Span, s: Tensor) -> tuple[Tensor, Tensor]:
+def velocity_mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     """Return u and du/ds (n,) of the mesh for the velocity of a linear flow."""
-    t = torch.sigmoid(s.new_tensor(span))
+    t = torch.sigmoid(s.new_tensor(span) - centre)  # σ̂/(c + σ̂)
     start, end = torch.sqrt(t / (1 + torch.sqrt(1 - t)))
     r = start + (end - start) * s
     square = r.square()
-    u = torch.log(square * (2 - square)) - 2 * torch.log(1 - square)
+    u = centre + torch.log(square * (2 - square)) - 2 * torch.log(1 - square)
     return u.clamp(*sorted(span)), 4 * (end - start) / (r * (2 - square) * (1 - square))
 
 
@@ -330,12 +331,10 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     is_flow = isinstance(coordinates.schedule, LinearFlowSchedule)
-    if is_flow and coordinates.model.prediction == "velocity":
-        grid, rates = velocity_mesh_points(span, s)
-    else:
-        # Clamped to the span, because the logistic part has no mass far from its centre.
-        centre = sorted((*span, coordinates.log_size))[1]
-        grid, rates = mesh_points(span, s, centre)
+    is_velocity = is_flow and coordinates.model.prediction == "velocity"
+    # Clamped to the span, because the logistic part has no mass far from its centre.
+    centre = sorted((*span, coordinates.log_size))[1]
+    grid, rates = (velocity_mesh_points if is_velocity else mesh_points)(span, s, centre)
     levels, rates = coordinates.levels(grid), rates.unbind()
 
     def slope(place: int, z: Tensor) -> Tensor:

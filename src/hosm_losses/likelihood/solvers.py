@@ -59,7 +59,7 @@ class FixedGrid(Solver):
     Half of the nodes lie around the scale of the data, following a logistic distribution in log σ̂
     centred at the log of the root mean square of data_std; the other half are spread evenly in
     log σ̂. For a network that predicts the velocity of a linear flow, the steps are nearly even in
-    t, and shorter at both ends.
+    t for data of unit size, and shorter at both ends.
 
     Args:
         steps: the number of steps, at least 4. The solver takes steps + 2 network evaluations, or

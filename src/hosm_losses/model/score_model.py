@@ -2,8 +2,7 @@ r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the 
 
 Purpose:
     Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
-    x = α x₀ + σ ε. Elsewhere, only the likelihood's grid
-    distinguishes kinds of prediction.
+    x = α x₀ + σ ε. Elsewhere, only the likelihood's grid distinguishes kinds of prediction.
 
 Formula:
     epsilon            ε̂ = network
