@@ -207,12 +207,12 @@ def third_order_dsm(
             table. Times from a callable (batch size, generator) → t (B,) are treated as if you had
             passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
             "schedule" otherwise.
-        antithetic: whether each sample is perturbed with ε and with −ε, at the same t. Every term
-            of a sample, also with reduction="none", is then the mean over the two, which has the
+        antithetic: whether each sample is perturbed with both ε and −ε, at the same t. Every term
+            of a sample, even with reduction="none", is then the average of the two, which has the
             same mean and less noise where the data are smooth at the scale of the noise. The
-            network is called once, with 2B rows: pass half as many samples for the same cost. A
-            `noise` that is passed is +ε. Both halves have the same probes and `model_kwargs`.
-            Dropout draws a mask for each half.
+            network is called once, with 2B rows: pass half as many samples for the same cost. If
+            you pass `noise`, it is +ε. Both halves have the same probes and `model_kwargs`.
+            Dropout draws a separate mask for each half.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.

@@ -446,9 +446,9 @@ class TargetScores:
         By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. A warning is
         issued if the sample mean differs by more than five standard errors, because the scores or
         the density then violate the conditions of `TargetScores`. Another warning is issued if
-        five standard errors exceed 10 %, so that even scores as wrong as this may pass. The errors
-        allow for correlated samples if these are in the order of a simulation that is at least a
-        hundred times as long as the correlation.
+        five standard errors exceed 10 %, so that even scores as wrong as this may pass. The
+        standard errors account for correlated samples if these are in the order of a simulation
+        that is at least a hundred times as long as their correlation.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.

@@ -121,12 +121,12 @@ class AdaptiveTimes(nn.Module):
     """A time sampler that learns at which noise levels a sample's gradient is largest.
 
     Pass it to a loss as `time_sampler`. Times are drawn more often where the gradients of single
-    samples are large, and the terms are reweighted, so that the mean of the loss stays that of
-    the schedule's own times (with weighting="likelihood", of times uniform in log σ̂) and its
-    gradient has less noise. Logged terms contain more of the difficult times than of others.
+    samples are large, and the terms are reweighted. The loss therefore has the same mean as with
+    the schedule's own times (with weighting="likelihood", as with times uniform in log σ̂), but
+    its gradient has less noise. In logged terms, the difficult times are overrepresented.
 
-    A loss only reads what was learnt, from the buffer `m`. At first it is 1 everywhere. Call
-    `learn` every 50 steps or so of the training.
+    The buffer `m` is 1 everywhere at first. A loss reads it, and only `learn` updates it: call
+    `learn` about every 50 training steps.
 
     Attributes:
         m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
@@ -174,12 +174,12 @@ class AdaptiveTimes(nn.Module):
         return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
 
     def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the middles of the bins in log σ̂ and the density of the draws, for a picture.
+        """Return the midpoints of the bins in log σ̂ and the density of the draws, for plotting.
 
         Both are (32,), in float64, or in float32 on devices without float64.
 
         Raises:
-            TypeError: unless `objective` is the loss's module that uses this sampler.
+            TypeError: if `objective` is not the loss module that uses this sampler.
 
         Example:
             >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
@@ -210,30 +210,31 @@ class AdaptiveTimes(nn.Module):
     ) -> None:
         """Update `m` from the gradients of single samples, at times spread over the bins.
 
-        The loss of each of min(rows, B) samples of x0 is differentiated alone, with the targets
-        that the whole batch gives. Gradients, parameters, modes, buffers of the network and the
-        random state stay as they are (a generator that is passed advances). Batch norm is in
-        evaluation mode meanwhile, and dropout is not. The cost is that of `rows` forward and
-        backward passes for one sample each: call `learn` more rarely once `m` stands still.
+        The loss of each of min(rows, B) samples of x0 is differentiated separately, with targets
+        computed from the whole batch. The network's parameters, gradients, buffers and modes and
+        the random state are left unchanged (a generator that you pass advances). During the call,
+        batch norm is in evaluation mode, but dropout is not. The cost is that of `rows` forward
+        and backward passes for one sample each: call `learn` less often once `m` has settled.
 
-        Under DDP, call it in every process; each forward then broadcasts `m` from the first
-        process, as it does for batch norm. With broadcast_buffers=False, pass the same x0 and
-        generators with the same seed everywhere.
+        Under DDP, call `learn` in every process; each forward pass then broadcasts `m` from the
+        first process, as it does for batch norm. With broadcast_buffers=False, pass the same x0,
+        and generators with the same seed, in every process.
 
         Args:
-            objective: the loss's module with this sampler, possibly within DDP or torch.compile.
+            objective: the loss module that uses this sampler, possibly within DDP or
+                torch.compile.
             x0: data (B, *).
-            optimizer: if it has estimates of the squared gradient, as Adam has, then they are the
-                scale of each parameter, and only its parameters count. It is required if the
-                network is behind a plain function.
+            optimizer: if it estimates squared gradients, as Adam does, these estimates set the
+                scale of each parameter, and only the optimizer's parameters count. It is required
+                if the network is wrapped in a plain function.
             rows: how many samples are used.
-            targets: as in a call of the objective.
-            weights: as in a call of the objective, for orders two and three.
-            model_kwargs: as in a call of the objective.
+            targets: as in a call to the objective.
+            weights: as in a call to the objective, for orders two and three.
+            model_kwargs: as in a call to the objective.
             generator: the random generator for times, noise and probes.
 
         Raises:
-            TypeError: unless `objective` is the loss's module that uses this sampler, or if it is
+            TypeError: if `objective` is not the loss module that uses this sampler, or if it is
                 sharded by FSDP.
             ValueError: if no parameter is trained, or if a gradient is not finite.
         """

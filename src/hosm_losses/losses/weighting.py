@@ -56,7 +56,7 @@ from hosm_losses.model import ScoreModel, check_time
 class EDMWeighting:
     """Weighting that makes the first term equal the loss of EDM's trainer, averaged over elements.
 
-    The loss of the trainer is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
+    The trainer's loss is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
     the denoiser implied by the network, whatever the network predicts, and the trainer's σ is the
     σ̂ = σ/α of this package.
 

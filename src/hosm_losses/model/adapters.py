@@ -79,17 +79,17 @@ class Wrapper(nn.Module):
 class OnSubspace(Wrapper):
     """A network of samples x in a linear subspace, as a network of their coordinates y.
 
-    The adapter is for data without their centre of mass, or padded at the same elements in every
-    sample. x is Q y, where the columns of Q are an orthonormal basis of the subspace. In a
-    `ScoreModel` around the adapter, y takes the place of x everywhere: in data, noise, samples,
-    `log_prior`, targets and their scores, and in a divergence of your own. `output` and `call` of
-    the `ScoreModel` act on y, too.
+    The adapter is for data whose centre of mass has been removed, or which are padded at the same
+    elements in every sample. x is Q y, where the columns of Q are an orthonormal basis of the
+    subspace. In a `ScoreModel` around the adapter, y takes the place of x everywhere: in data,
+    noise, samples, `log_prior`, targets and their scores, and in a custom divergence. `output` and
+    `call` of the `ScoreModel` act on y, too.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
-            samples x (B, *). It returns a tensor like x, whose part off the subspace is dropped.
+            samples x (B, *). It returns a tensor like x; the part outside the subspace is dropped.
         project: the orthogonal projection onto the subspace, such as the function that removes the
-            centre of mass. It is called in the constructor alone, with float64 samples (n, *) on
+            centre of mass. It is called only in the constructor, with float64 samples (n, *) on
             the CPU, for any n, and must treat all samples alike.
         shape: the shape of a sample, of at most 4,096 elements.
 
@@ -139,8 +139,8 @@ class OnSubspace(Wrapper):
         """Return the coordinates y (B, d − k) of samples x (B, *).
 
         Raises:
-            ValueError: if x has another shape, or lies off the subspace. The latter is checked on
-                the CPU alone, where it needs no synchronisation.
+            ValueError: if x has the wrong shape, or lies off the subspace. The latter is checked
+                only on the CPU, where the check needs no synchronisation.
         """
         y = self._reduce(x)
         if can_read_values(x):

@@ -74,8 +74,8 @@ class Schedule:
 
     If you write your own `alpha` and `sigma`, both are called only with floating-point tensors.
     `alpha` and `sigma` must return tensors with the shape, dtype and device of t, computed with
-    PyTorch operators, and must not use tensors on other devices. A ScoreModel checks these rules
-    when it is built, and derivatives that you override only against each other.
+    PyTorch operators, and must not use tensors on other devices. When a ScoreModel is built, it
+    checks these rules; derivatives that you override are only checked against each other.
 
     The check runs in float64, but losses call `alpha` and `sigma` in float32, where 1 − α²
     keeps few digits near t_min. If α = exp(−B/2), compute σ as torch.sqrt(-torch.expm1(-B)).

@@ -146,7 +146,7 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
 
-        With `scaled`, the steps of √β are equal, as for "scaled_linear" in diffusers. ValueError
+        With `scaled`, the steps are equal in √β, as for "scaled_linear" in diffusers. ValueError
         is raised unless both betas are in (0, 1) and steps ≥ 2.
 
         Example:
