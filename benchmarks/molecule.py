@@ -362,9 +362,12 @@ def over_plain(report: Row) -> Row:
         entry: Row = {"time": cost["steps"][row.removesuffix(EQUAL)]}
         entry["steps"] = max(each["steps"] for each in every.values())
         for key in ("J", "nll"):
-            pairs = [(each, seeds["plain"][seed]) for seed, each in every.items()]
-            if row != "plain" and len(pairs) > 1 and key in pairs[0][0]:
-                entry[key] = [*over_seeds([[one[key] - plain[key]] for one, plain in pairs])]
+            less = [
+                each.get(key, math.nan) - seeds["plain"][seed].get(key, math.nan)
+                for seed, each in every.items()
+            ]
+            if row != "plain" and len(less) > 1 and all(map(math.isfinite, less)):
+                entry[key] = [*over_seeds([[each] for each in less])]
         if "log_z" in next(iter(every.values())):
             truth = cost["log_z"][0]
             held = [low <= truth <= high for low, high in (e["interval"] for e in every.values())]
