@@ -3,7 +3,7 @@ From forces to a free energy
 ============================
 
 Simulate a molecule with its forces, train an equivariant network on both, and sample. Weighted
-samples of a cluster give a free energy difference with its error. In full this takes some fifteen
+samples of a cluster give a free energy difference with its error. In full, this takes some eleven
 minutes of one core:
 
 .. code-block:: bash
@@ -196,9 +196,9 @@ if not quick:
 
 # %%
 # Weights need a better network than some minutes of a core give for 63 dimensions: nearly all of
-# the weight falls on a few samples, and an average over them, such as a free energy difference
-# between the two basins of φ, would be worth nothing. DW4 is small enough: four particles in the
-# plane, with a double well in each of the six distances.
+# the weight falls on one or two samples, and an average over them, such as a free energy
+# difference between the two basins of φ, would be worth nothing. DW4 is small enough: four
+# particles in the plane, with a double well in each of the six distances.
 
 
 def log_dw4(x):
@@ -269,9 +269,9 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 #
 # .. image:: /images/molecule_noise.svg
 #
-# The energies of the samples are too high, as every bond is slightly off, and too many samples
-# have φ > 0: from distances alone, this network hardly tells the hand of that torsion from the
-# hand at Cα. Weights cannot mend either at this size. The effective size of normally distributed
-# log weights is exp(−s²) of the samples, for a standard deviation of s nats, so a network for
-# alanine has to bring s down to 2. A larger network, trained for longer, is the way; a network
-# that sees the sign of a volume would need no mirror images.
+# Alanine takes a better network than this one: most of the samples' energies are beyond the
+# picture, and too many samples have φ > 0, because from distances alone, the network hardly tells
+# the hand of that torsion from the hand at Cα. If log weights are normally distributed with a
+# standard deviation of s nats, the effective size is exp(−s²) of the samples, so 2% takes s = 2.
+# The way there is a larger network that is trained for longer; one that sees the sign of a volume
+# needs no mirror images. For DW4, half of the samples are effective.
