@@ -119,7 +119,7 @@ class Particles:
                 times.learn(objective, y, optimizer, targets=targets)
 
     def sample(self, count):
-        solver = FixedGrid(40, data_std=float(self.y.std()))
+        solver = FixedGrid(8 if quick else 40, data_std=float(self.y.std()))
         shape = (count, self.space.dimensions)
         return ode_sample(self.model, shape, solver=solver, divergence="exact", batch_size=64)
 
