@@ -7,7 +7,7 @@ Order one trains an equivariant network with the drawn noise, with averaged targ
 scores, whose information is by element, a matrix, or depends on the configuration (`control`).
 Quiet batches are pairs of opposite noises at learnt times; `times` are learnt times alone. Rows
 take equal processor time, counted in steps by the ratio of their times, which is measured first;
-control takes equal steps as well. All have one rate and three seeds.
+control takes equal steps as well. All rows of a problem have one rate and three seeds.
 
 J is ½ ∫ E‖e − ε̂‖² du over u = log σ̂, for the targets e of the matrix at held-out data and noises
 that never change. That is the error of the score plus a number that all rows share, so only its
@@ -404,7 +404,7 @@ def run_tutorial(where: Row) -> None:
         _, seconds = clocked(partial(runpy.run_path, str(script), run_name="__main__"))
         for number, name in zip(pyplot.get_fignums(), ("samples", "noise"), strict=True):
             pictures.save(pyplot.figure(number), images / f"molecule_{name}.svg")
-    (images / "molecule.txt").write_text(printed.getvalue(), encoding="utf-8")
+    script.with_suffix(".txt").write_text(printed.getvalue(), encoding="utf-8")
     found = {"environment": where, "minutes": seconds / 60}
     results.write(DIRECTORY / "tutorial.json", {"tutorial": found})
 

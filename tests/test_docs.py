@@ -52,6 +52,8 @@ def contrast(color, ground):
 def test_every_figure_is_on_a_page_and_has_a_dark_version():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = {*re.findall(r"\(images/(\S+)\.svg\)", text)}
+    scripts = (path.read_text(encoding="utf-8") for path in (ROOT / "docs/tutorials").glob("*.py"))
+    shown |= {*re.findall(r"image:: /images/(\S+)\.svg", "".join(scripts))}
     assert {*shown, *(f"{name}-dark" for name in shown)} == {path.stem for path in FIGURES}
 
 

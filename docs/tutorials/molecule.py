@@ -262,7 +262,7 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 # %%
 # The printed lines, and the pictures, of a full run:
 #
-# .. literalinclude:: /images/molecule.txt
+# .. literalinclude:: /tutorials/molecule.txt
 #    :language: text
 #
 # .. image:: /images/molecule_samples.svg

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("matplotlib")
+
 from benchmarks import patches
 from benchmarks.networks import UNet
 from benchmarks.patches import AFTER, EQUAL, ROWS, STAGES, TEST, VALIDATION, WHOLE, Sizes
