@@ -215,9 +215,9 @@ def phi4(spent: Annealing, nodes: tuple[int, int] = NODES) -> Energy:
     return Energy(lattice, signs * x, fine, harmonics=0, checks=checks)
 
 
-def without_centre(x: Tensor) -> Tensor:
-    """Positions (N, 8) of four particles in the plane, less their mean."""
-    particles = x.reshape(-1, 4, 2)
+def without_centre(x: Tensor, shape: tuple[int, int] = (4, 2)) -> Tensor:
+    """Positions (N, n · D), four particles in the plane by default, less their mean."""
+    particles = x.reshape(-1, *shape)
     return (particles - particles.mean(1, keepdim=True)).reshape(x.shape)
 
 

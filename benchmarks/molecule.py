@@ -53,6 +53,7 @@ from benchmarks.density_problems import (
     lennard_jones,
     mean_of,
     slope,
+    without_centre,
 )
 from benchmarks.experiment import Row, clocked, environment, parser, times, training
 from benchmarks.intervals import over_seeds
@@ -76,7 +77,10 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Data (N, n, D) without their centre of mass, in random orientations, and their scores."""
+    """Data (N, n, D) without their centre of mass, in random orientations, and their scores.
+
+    The forces on all particles sum to zero, so the scores lie on the subspace.
+    """
 
     size: Size
     schedule: hosm.VESchedule
@@ -97,8 +101,8 @@ class Problem:
         return hosm.OnSubspace(network, without_centre, self.train[0].shape[1:])
 
     def reduced(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, scores = pair
-        return self.space.reduce(x).float(), self.space.reduce(self.space.project(scores)).float()
+        x, scores = map(self.space.reduce, pair)
+        return x.float(), scores.float()
 
     @cached_property
     def data(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ class Problem:
     @cached_property
     def by_element(self) -> Tensor:
         """Qᵀ diag(F) Q."""
-        squares = self.space.project(self.train[1]).square().mean(0)
+        squares = self.train[1].square().mean(0)
         units = self.space.expand(torch.eye(self.space.dimensions, dtype=squares.dtype))
         basis = units.flatten(1)
         return basis * squares.flatten() @ basis.T
@@ -119,10 +123,8 @@ class Problem:
     @cached_property
     def control(self) -> PairControl:
         torch.manual_seed(0)
-        x, scores = self.train
-        ends = self.schedule.sigma_min, self.schedule.sigma_max
-        found = PairControl(x, self.space.project(scores), *ends)
-        found.fit(x, self.space.project(scores), 2 if self.size.smoke else 300)
+        found = PairControl(*self.train, self.schedule.sigma_min, self.schedule.sigma_max)
+        found.fit(*self.train, 2 if self.size.smoke else 300)
         return found.requires_grad_(False)
 
 
@@ -172,8 +174,8 @@ class Trainer:
         t = problem.schedule.time(low + (high - low) * torch.rand(len(rows)))
         y, (x, scores) = problem.data[0][rows], (part[rows] for part in problem.train)
         noise, sigma = torch.randn_like(y), problem.schedule.sigma(t)
-        scores, of_x = problem.space.project(scores), problem.space.expand(noise)
-        e = problem.space.reduce(problem.control.targets(x, scores, of_x, sigma)).float()
+        e = problem.control.targets(x, scores, problem.space.expand(noise), sigma)
+        e = problem.space.reduce(e).float()
         return self.objective(y, t=t, noise=noise, targets=e)
 
     def train(self, steps: int, bar: str) -> None:
@@ -295,14 +297,11 @@ def cluster(
 ) -> Problem:
     """Particles that are all alike, 16 · count draws of annealing from N(0, std²)."""
     spent = Annealing(2, 200, 8, 2) if size.smoke else Annealing(16, count, 80, 4)
-
-    def flat_without_centre(x: Tensor) -> Tensor:
-        particles = x.reshape(-1, *shape)
-        return (particles - particles.mean(1, keepdim=True)).reshape(x.shape)
+    project = partial(without_centre, shape=shape)
 
     def run() -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        return anneal(log_target, math.prod(shape), std, spent, flat_without_centre)
+        return anneal(log_target, math.prod(shape), std, spent, project)
 
     runs, x = kept(out / f"{log_target.__name__}_{spent.particles}.pt", run)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -247,13 +247,13 @@ def main() -> None:
     sizes = Sizes(30, 8, 8, 4, 2) if options.smoke else sizes
     torch.set_num_threads(1)
     splits = split(photographs())
-    for seed in map(str, range(SEEDS)) if options.second_stage else ():
-        if options.smoke or seed not in results.read(SECOND_FILE):
-            found = second_stages(splits, sizes, int(seed))
-            results.show(f"seed {seed}", found)
-            if not options.smoke:
-                results.keep(SECOND_FILE, {seed: found | {"environment": where}})
     if options.second_stage:
+        for seed in map(str, range(SEEDS)):
+            if options.smoke or seed not in results.read(SECOND_FILE):
+                found = second_stages(splits, sizes, int(seed))
+                results.show(f"seed {seed}", found)
+                if not options.smoke:
+                    results.keep(SECOND_FILE, {seed: found | {"environment": where}})
         return
     for row in [options.row] if options.row else ROWS:
         if options.smoke or row not in results.read(FILE):

@@ -46,7 +46,7 @@ class Alanine:
         modeller = app.Modeller(topology, start * unit.nanometer)
         modeller.addHydrogens(forcefield)
         self.atoms = [f"{a.residue.name} {a.name}" for a in modeller.topology.atoms()]
-        self.kT, self.kelvin = GAS * kelvin, kelvin
+        self.kT = GAS * kelvin
         # Rigid bonds would have no density.
         system = forcefield.createSystem(modeller.topology, constraints=None)
         integrator = openmm.LangevinMiddleIntegrator(kelvin, 1.0, 0.0005)  # K, 1/ps, ps
@@ -65,7 +65,7 @@ class Alanine:
             self.context.getIntegrator().step(apart)
             found.append(self._state()[:2])
         x, scores = (torch.as_tensor(np.stack(part)) for part in zip(*found, strict=True))
-        return (x - x.mean(1, keepdim=True)), scores
+        return x - x.mean(1, keepdim=True), scores
 
     def log_target(self, x: Tensor) -> Tensor:
         """Return −E/kT of positions (N, 22, 3) in Å."""

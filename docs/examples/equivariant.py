@@ -31,8 +31,7 @@ class PairNetwork(nn.Module):
         super().__init__()
         self.schedule, self.harmonics, n = schedule, harmonics, len(types)
         first, second = torch.triu_indices(n, n, 1)
-        ends = (nn.functional.one_hot(end, n).float() for end in (first, second))
-        start, end = ends
+        start, end = (nn.functional.one_hot(each, n).float() for each in (first, second))
         kinds = torch.stack([types[first], types[second]], 1).sort(1).values
         _, kind = kinds.unique(dim=0, return_inverse=True)
         groups = nn.functional.one_hot(kind).to(data.dtype)
