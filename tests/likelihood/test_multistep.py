@@ -34,14 +34,14 @@ def growth(s):
     return math.exp(s**5 / 5)
 
 
-def walk_of(node, y, h, steps, slope=None, order=4):
+def walk_of(node, y, h, steps, slope=None, order=4, blends=False):
     """The solution from `node`, what is known at a node.
 
     It starts by the Runge-Kutta method if there is a `slope`. The first node that is predicted is
     evaluated twice.
     """
     first_steps = 0 if slope is None else RUNGE_KUTTA
-    solver = AdamsSolver(y, h, steps, order, first_steps)
+    solver = AdamsSolver(y, h, steps, order, first_steps, blends)
     for index in range(steps + 1):
         solver.correct(node(index, solver.y))
         if index == first_steps + 1:
@@ -77,20 +77,33 @@ def solve(steps, order):
     return walk_of(node, START, h, steps, order=order)
 
 
+def recorded(monkeypatch):
+    """The solvers that are made from now on."""
+    solvers = []
+
+    class Recorded(AdamsSolver):
+        def __init__(self, *given):
+            super().__init__(*given)
+            solvers.append(self)
+
+    monkeypatch.setattr(multistep, "AdamsSolver", Recorded)
+    return solvers
+
+
 def error(walk):
     """Of y + ∫ q at the end, (B,)."""
     exact = START * growth(END) + SHARE * START * (growth(END) - 1)
     return (walk.y - exact)[:, 0] + walk.integral()
 
 
-def given(integrand, steps, covector=lambda s: 1.0, slope=lambda s: 0.0, order=4):
+def given(integrand, steps, covector=lambda s: 1.0, slope=lambda s: 0.0, **rule):
     """A walk over [0, 1] whose slopes and integrands depend on s alone."""
 
     def node(place, y):
         s = place / steps
         return NodeValue(0 * y + slope(s), integrand(s) + 0 * y[:, 0], None, 0 * y + covector(s))
 
-    return walk_of(node, torch.zeros_like(START), 1 / steps, steps, order=order)
+    return walk_of(node, torch.zeros_like(START), 1 / steps, steps, **rule)
 
 
 @pytest.mark.parametrize("steps", range(4, 10))
@@ -159,6 +172,25 @@ def test_only_the_velocity_of_a_linear_flow_has_a_mesh_of_its_own():
             torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "steps", "expected"),
+    [
+        ("velocity", 34, (4, True)),
+        ("velocity", 36, (5, True)),
+        ("velocity", 64, (5, False)),
+        ("epsilon", 62, (4, True)),
+        ("epsilon", 64, (5, False)),
+    ],
+)
+def test_velocities_have_order_five_earlier_and_less_of_it(
+    prediction, steps, expected, monkeypatch
+):
+    solvers = recorded(monkeypatch)
+    model = hosm.ScoreModel(lambda x, t: -x, hosm.LinearFlowSchedule(), prediction)
+    hosm.ode_nll(model, torch.ones(1, 2).double(), solver=hosm.FixedGrid(steps, companion=True))
+    assert [(each.order, each.blends) for each in solvers] == [expected, expected]
+
+
 def test_data_without_width_have_their_nodes_where_there_is_least_noise():
     """About a centre as far away, the logistic law has no mass left in double precision."""
     model, (start, end) = gaussian(VP, 0.3, 1e-20), marginals(VP, 0.3, 1e-20)
@@ -175,11 +207,24 @@ def lagrange(nodes, start, end):
     return np.linalg.solve([[float(node) ** k for node in nodes] for k in powers], integrals)
 
 
+def through(slopes, first, start, end):
+    """The integral of the polynomial through the slopes from node `first` on."""
+    nodes = range(max(first, 0), len(slopes))
+    return lagrange(nodes, start, end) @ slopes[nodes.start :]
+
+
 @pytest.mark.parametrize("first_steps", [0, RUNGE_KUTTA])
 @pytest.mark.parametrize(
-    ("kappa", "rate", "order"), [(0.2, 3, 4), (45.0, 3, 4), (200.0, 3, 5), (200.0, -4, 5)]
+    ("kappa", "rate", "order", "blends"),
+    [
+        (0.2, 3, 4, False),
+        (45.0, 3, 4, False),
+        (200.0, 3, 5, False),
+        (200.0, -4, 5, False),
+        (200.0, 25, 5, True),
+    ],
 )
-def test_the_solution_and_its_error_by_hand(kappa, rate, order, first_steps):
+def test_the_solution_and_its_error_by_hand(kappa, rate, order, blends, first_steps):
     """dy/ds = (λ y₁, λ y₂/2) and q = κ (y₁ + y₂), and a covector that changes its sign twice.
 
     Order five is unstable where h λ < −0.09, and the differences change their signs.
@@ -187,15 +232,15 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, first_steps):
     steps, rates = 20, rate * np.array([1.0, 0.5])
     h, y, before, q, f = 1 / steps, np.ones(2), np.ones(2), [], []
     g = [1.0 if s < 0.47 or s > 0.83 else -2.0 for s in (i * h for i in range(steps + 1))]
-    g[0], share, effects, lower = 9.0, 1.0, [0.0], [0] * (steps + 1)
+    g[0], share, effects, weights = 9.0, 1.0, [0.0], [1.0] * (steps + 1)
+
     for i in range(steps + 1):
         f, q = [*f, rates * y], [*q, kappa * y.sum()]
         if i > first_steps:
-            k = order - lower[i]
-            last = range(max(i - k, 0), i + 1)
-            corrected = before + h * lagrange(last, i - 1, i) @ f[-len(last) :]
+            parts = (order, weights[i]), (order - 1, 1.0 - weights[i])
+            corrected = before + h * sum(w * through(f, i - k, i - 1, i) for k, w in parts)
             if i == 4:
-                corrected = 1.0 + h * lagrange(last, 0, 4) @ f
+                corrected = 1.0 + h * through(f, 0, 0, 4)
             change, y = corrected - y, corrected
             effect = (g[i] - g[i - 1]) * change.sum()
             if i == 1:
@@ -204,8 +249,9 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, first_steps):
                 secant = change @ (rates * change) / (change @ change)
             effect *= share if i < 4 else max(min(1.0, 2 * (i - 4) / steps) ** 2, share)
             if i > order:
-                term = h * np.diff(f, k + 1, axis=0)[-1].sum()
-                effect += g[i] * {4: 3 / 160, 5: 863 / 60480}[k] * term
+                for k, w in parts:
+                    constant = {3: 0.0, 4: 3 / 160, 5: 863 / 60480}[k]
+                    effect += g[i] * w * h * constant * np.diff(f, k + 1, axis=0)[-1].sum()
             effects.append(effect)
             if i == first_steps + 1:
                 f[i], q[i] = rates * y, kappa * y.sum()
@@ -217,9 +263,12 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, first_steps):
         elif i < steps:
             if order == 5 and i >= 5:
                 pairs = [np.diff(f, k, axis=0)[-2:] for k in (3, 4)]
-                lower[i + 1] = int(all(now @ then < 0 for now, then in pairs))
-            last = range(max(i - order + lower[i + 1] + 1, 0), i + 1)
-            y = y + h * lagrange(last, i, i + 1) @ f[-len(last) :]
+                weights[i + 1] = float(any(then @ now >= 0 for then, now in pairs))
+                if blends:
+                    third, fourth = (np.linalg.norm(now) for _, now in pairs)
+                    weights[i + 1] /= 1 + (fourth / third) ** 4
+            parts = (order, weights[i + 1]), (order - 1, 1.0 - weights[i + 1])
+            y = y + h * sum(w * through(f, i - k + 1, i, i + 1) for k, w in parts)
 
     each = torch.tensor(rates)
 
@@ -227,10 +276,11 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, first_steps):
         return NodeValue(each * y, kappa * y.sum(1), None, 0 * y + g[place])
 
     slope = (lambda _, y: each * y) if first_steps else None
-    found = walk_of(node, torch.ones(2, 2).double(), h, steps, slope, order)
+    found = walk_of(node, torch.ones(2, 2).double(), h, steps, slope, order, blends)
     # Little of the second parts, more of them, and all.
     assert first_steps or [share > 0.15, share == 1] == [kappa > 1, kappa > 100]
-    assert bool(sum(lower)) == (rate < 0)
+    assert (0.0 in weights) == (rate < 0)
+    assert any(0.0 < weight < 1.0 for weight in weights) == blends
     torch.testing.assert_close(found.y, torch.tensor(y).expand(2, 2))
     torch.testing.assert_close(found.integral(), torch.full((2,), h * rule_of(q)).double())
     stretches = [
@@ -264,9 +314,11 @@ def rule(q, step, count):
 JUMP = 0.37
 
 
-@pytest.mark.parametrize(("steps", "order"), [(15, 4), (16, 4), (35, 4), (35, 5)])
+@pytest.mark.parametrize(
+    ("steps", "order", "share"), [(15, 4, 30), (16, 4, 30), (35, 4, 30), (35, 5, 45), (35, 5, 20)]
+)
 @pytest.mark.parametrize("kind", ["smooth", "kink", "jump"])
-def test_the_error_of_the_integral_by_hand(steps, order, kind):
+def test_the_error_of_the_integral_by_hand(steps, order, share, kind):
     def q(s):
         kinds = {"smooth": math.exp(3 * s), "kink": abs(s - JUMP), "jump": float(s > JUMP)}
         return kinds[kind]
@@ -274,8 +326,8 @@ def test_the_error_of_the_integral_by_hand(steps, order, kind):
     count = steps // 2
     apart = abs(rule(q, 1 / steps, 2 * count) - rule(q, 2 / steps, count))
     rough = np.linalg.norm(np.diff([q(i / steps) for i in range(steps + 1)], 7)) / steps
-    expected = max(apart / 15, rough / {4: 30, 5: 45}[order]) if steps >= 16 else apart
-    found = given(q, steps, order=order).quadrature_error
+    expected = max(apart / 15, rough / share) if steps >= 16 else apart
+    found = given(q, steps, order=order, blends=share == 20).quadrature_error
     torch.testing.assert_close(found, torch.full((2,), expected).double())
     exact = {"smooth": (math.exp(3) - 1) / 3, "jump": 1 - JUMP}
     exact["kink"] = (JUMP**2 + (1 - JUMP) ** 2) / 2
@@ -299,14 +351,7 @@ def test_the_variance_of_one_probe_is_that_of_its_neighbours():
 @pytest.mark.parametrize("steps", [8, 64])
 def test_a_companion_is_the_solution_of_half_the_steps(steps, monkeypatch):
     model, x, *_ = problem(VP, ring(), 5)
-    solutions = []
-
-    class Recorded(AdamsSolver):
-        def __init__(self, *given):
-            super().__init__(*given)
-            solutions.append(self)
-
-    monkeypatch.setattr(multistep, "AdamsSolver", Recorded)
+    solutions = recorded(monkeypatch)
     for count, companion in ((steps, True), (steps, False), (steps // 2, False)):
         if count < steps:  # a companion has the solution's order
             monkeypatch.setattr(multistep, "ORDER_FIVE", multistep.ORDER_FIVE / 2)
