@@ -228,6 +228,12 @@ def headlines(every: list[Runs]) -> Row:
     result: Row = {
         "noise": {name: [each**0.5 for each in found] for name, found in variances.items()},
         "kept over fresh": intervals.ratio_of_variances(values[KEPT], values[FRESH]),
+        # The mean of a test set has the variance of its samples as well, each with its own probes.
+        "samples of a mean": intervals.bootstrap(
+            lambda kept, fresh: kept.var(1).mean() / fresh.var(1).mean(),
+            values[KEPT].T,
+            values[FRESH].T,
+        ),
     }
 
     def cost(seconds, nll, own_seconds, own_nll) -> float:

@@ -64,7 +64,10 @@ how many a standard error of 0.2 nats takes
 at least 0.001 nats per element
 both 1000 and
 (6 in 64-D)
-within 130,
+100 ms a step
+300 K and 800 K
+which should be 63
+off by 6 %
 if these exceed 10 %
 from 1 % of the derivatives to 1e-6
 beyond 88 in float32
