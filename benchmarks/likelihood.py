@@ -230,9 +230,9 @@ def headlines(every: list[Runs]) -> Row:
         "kept over fresh": intervals.ratio_of_variances(values[KEPT], values[FRESH]),
         # The mean of a test set has the variance of its samples as well, each with its own probes.
         "samples of a mean": intervals.bootstrap(
-            lambda kept, fresh: kept.var(1).mean() / fresh.var(1).mean(),
-            values[KEPT].T,
-            values[FRESH].T,
+            lambda kept, fresh: kept.var(0).mean() / fresh.var(0).mean(),
+            values[KEPT],
+            values[FRESH],
         ),
     }
 
