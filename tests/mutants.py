@@ -376,8 +376,8 @@ likelihood/multistep.py likelihood/test_multistep.py
 - self._turned(3) & self._turned(4)
 + self._turned(3) & ~self._turned(3)
 # All of order five where the differences grow.
-- weight / (1 + growth.square())
-+ weight / (1 + 0 * growth)
+- weight / (1 + ratio.square())
++ weight / (1 + 0 * ratio)
 - rule = order, runge_kutta, steps < ORDER_FIVE
 + rule = order, runge_kutta, False
 likelihood/multistep.py likelihood/test_start.py

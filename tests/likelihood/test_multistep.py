@@ -266,7 +266,7 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, blends, first_st
                 weights[i + 1] = float(any(then @ now >= 0 for then, now in pairs))
                 if blends:
                     third, fourth = (np.linalg.norm(now) for _, now in pairs)
-                    weights[i + 1] /= 1 + (fourth / third) ** 4
+                    weights[i + 1] /= 1 + (fourth / (0.75 * third)) ** 4
             parts = (order, weights[i + 1]), (order - 1, 1.0 - weights[i + 1])
             y = y + h * sum(w * through(f, i - k + 1, i, i + 1) for k, w in parts)
 

@@ -36,9 +36,10 @@ Order:
     negative scalar product with those of the node before.
 
     On the mesh for velocities, k is 5 from 36 steps on. With fewer than 64, a step is the average
-    of order five, with the weight 1/(1 + (‖∇⁴f‖/‖∇³f‖)⁴), and order four, because paths bend
-    within few nodes: where the differences grow, order five errs more. The weight is continuous,
-    because a change of order is an error of its own: at one order, errors nearly cancel.
+    of order five, with the weight 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴), and order four, because paths bend
+    within few nodes: where the differences do not fall, order five errs more. The weight is
+    continuous, because a change of order is an error of its own: at one order, errors nearly
+    cancel. With 1 in place of ¾, two mixtures err three times as much as at order four.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
@@ -130,6 +131,7 @@ NEXT_TERM = {5: 3 / 160, 6: 863 / 60480}
 BOOLE = (4, -8, 20 / 3, -8 / 3, 14 / 45)
 ORDER_FIVE = 64  # steps from which on the order is five
 VELOCITY_ORDER_FIVE = 36  # the same on the mesh for velocities, with a weight below ORDER_FIVE
+FALL = 0.75  # ratio of differences at which orders five and four have the same weight
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # coefficients of the differences at either end
 BISECTIONS, NEWTON_STEPS = 20, 2  # the error of 1e-6 of the span is squared twice
 # With fewer steps, the order is unknown, so the estimate is the difference of two integrals.
@@ -283,8 +285,8 @@ class AdamsSolver:
         if not self.blends:
             return weight
         third, fourth = (sum_elements(each.square(), 1) for each in self.differences[3:5])
-        growth = fourth / third.clamp(min=torch.finfo(third.dtype).tiny)
-        return weight / (1 + growth.square())
+        ratio = fourth / (FALL**2 * third).clamp(min=torch.finfo(third.dtype).tiny)
+        return weight / (1 + ratio.square())
 
     def _turned(self, k: int) -> Tensor:
         """Whether ∇ᵏf points away from ∇ᵏf at the node before, (B,)."""
