@@ -60,7 +60,7 @@ an EDM network of 64 units
 Adam at 2e-4
 (48 for order three)
 an EMA decay of 0.999
-how many a standard error of 0.2 nats takes
+how many probes a standard error of 0.2 nats requires
 at least 0.001 nats per element
 both 1000 and
 (6 in 64-D)
@@ -68,7 +68,7 @@ both 1000 and
 300 K and 800 K
 which should be 63
 off by 6 %
-if these exceed 10 %
+if this margin exceeds 10 %
 from 1 % of the derivatives to 1e-6
 beyond 88 in float32
 defaults, 0 and 0.5,
