@@ -63,6 +63,7 @@ from benchmarks.intervals import over_seeds
 
 DIRECTORY = results.DIRECTORY / "molecule"
 RUNS = 32  # of consecutive frames, for a standard error
+FRAMES = 20_000
 BATCH, EVERY, SEEDS, LEVELS = 64, 50, 3, 16
 
 
@@ -280,17 +281,17 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def alanine(size: Size, out: Path) -> Problem:
+def frames(out: Path, kelvin: float, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Positions and scores of alanine dipeptide, kept in `out`."""
     from docs.examples.alanine import Alanine
 
-    counts = (300, 64) if size.smoke else (20_000, 4_000)
-    parts = [
-        kept(
-            out / f"alanine_{count}_{seed}.pt",
-            lambda count=count, seed=seed: Alanine(800.0, seed).simulate(count),
-        )
-        for seed, count in enumerate(counts)
-    ]
+    file = out / f"alanine_{kelvin:g}_K_{count}_{seed}.pt"
+    return kept(file, lambda: Alanine(kelvin, seed).simulate(count))
+
+
+def alanine(size: Size, out: Path) -> Problem:
+    counts = (300, 64) if size.smoke else (FRAMES, 4_000)
+    parts = [frames(out, 800.0, count, seed) for seed, count in enumerate(counts)]
     train, held = (turned(part, seed) for seed, part in enumerate(parts))
     schedule = hosm.VESchedule(sigma_min=0.01, sigma_max=30.0)
     return Problem(size, schedule, torch.arange(22), train, held)
@@ -382,15 +383,11 @@ def over_plain(report: Row) -> Row:
     return found
 
 
-def checks(out: Path, kelvin: float) -> Row:
+def checks(x: Tensor, g: Tensor) -> Row:
     """Means, with their standard errors, that tell whether scores are those of the data.
 
-    Over 20,000 frames, of −(x − x̄)·g, and over stiff pairs for a temperature that is 6% too high.
+    Of −(x − x̄)·g, and over stiff pairs for a temperature that is 6% too high.
     """
-    from docs.examples.alanine import Alanine
-
-    file = out / f"alanine_{kelvin:g}_K.pt"
-    x, g = kept(file, lambda: Alanine(kelvin).simulate(20_000))
     runs = torch.stack(
         [
             -((own - x.mean(0)) * scores).sum((1, 2)).mean()
@@ -477,8 +474,10 @@ def main() -> None:
         return
     if options.checks:
         for kelvin in (300.0, 800.0):
-            found = {f"{kelvin:g} K": {"environment": where} | checks(options.out, kelvin)}
-            results.keep(DIRECTORY / "checks.json", found)
+            found = checks(*frames(options.out, kelvin, FRAMES))
+            results.keep(
+                DIRECTORY / "checks.json", {f"{kelvin:g} K": {"environment": where} | found}
+            )
         return
     directory = options.out if options.smoke else DIRECTORY
     for name, (make, rows) in PROBLEMS.items():

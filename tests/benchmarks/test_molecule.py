@@ -106,6 +106,15 @@ def test_forces_of_alanine_are_slopes_of_its_energy():
     torch.testing.assert_close(dipeptide.torsion(-x, "ACE C, ALA N, ALA CA, ALA C"), -phi)
 
 
+def test_the_checks_of_scores_by_hand():
+    """Normal particles in three dimensions: the means are 12, and 1 over 1.06."""
+    x = torch.randn(40_000, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = molecule.checks(x, -x)
+    for name, expected in (("dimension", 12), ("pairs", 1 / 1.06)):
+        mean, error = found[name]
+        assert abs(mean - expected) < 5 * error < 0.05 * expected
+
+
 @pytest.mark.filterwarnings("ignore:.*expected enough samples")
 def test_every_row_is_measured(tmp_path, monkeypatch):
     """Twice: the second run finds everything done."""
