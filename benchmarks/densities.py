@@ -179,9 +179,11 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
     with calls_of(space) as calls:
         for repetition in range(size.repetitions):
             x = torch.randn(size.samples, elements, dtype=torch.float64)
-            normal, probe = (space.reduce(space.project(v)) for v in (x, signs(x, repetition)))
-            latent = schedule.prior_std * normal
-            probes = units(latent) if space.dimensions <= EXACT else probe[None]
+            latent = schedule.prior_std * space.reduce(space.project(x))
+            if space.dimensions <= EXACT:
+                probes = units(latent)
+            else:
+                probes = space.reduce(space.project(signs(x, repetition)))[None]
             end, gain = follow(partial(flow, model), latent, span, probes)
             x, log_q = space.expand(end), log_prior(model, latent) - gain
             log_weights = energy.log_target(x) - log_q
