@@ -233,7 +233,6 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, blends, first_st
     h, y, before, q, f = 1 / steps, np.ones(2), np.ones(2), [], []
     g = [1.0 if s < 0.47 or s > 0.83 else -2.0 for s in (i * h for i in range(steps + 1))]
     g[0], share, effects, weights = 9.0, 1.0, [0.0], [1.0] * (steps + 1)
-
     for i in range(steps + 1):
         f, q = [*f, rates * y], [*q, kappa * y.sum()]
         if i > first_steps:

@@ -281,6 +281,7 @@ class AdamsSolver:
         return torch.lerp(lower, term, expand_right(self.weight, term))
 
     def _weight_of_order_five(self) -> Tensor:
+        """What order five counts in a sample's next step, and order four the rest, (B,)."""
         weight = (~(self._turned(3) & self._turned(4))).to(self.y.dtype)
         if not self.blends:
             return weight
