@@ -18,7 +18,7 @@ leave out log 2, by which an O(3)-equivariant network is worse on a molecule wit
 
 The molecule is alanine dipeptide at 800 K, by OpenMM. DW4 and LJ13 are four particles in the plane
 and thirteen in space; their data and log Z are of annealing. Each row is kept for each seed in
-results/molecule at once, and a second run goes on where the first one stopped. Three hours of a
+results/molecule at once, and a second run goes on where the first one stopped. Four hours of a
 core; data are kept in --out.
 """
 
@@ -335,7 +335,7 @@ PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
         ROWS,
     ),
     "alanine, 800 K, large network": (
-        lambda out, smoke: alanine(Size(1500, 112, 3, 2e-3, nll=0, samples=0, smoke=smoke), out),
+        lambda out, smoke: alanine(Size(1500, 112, 3, 2e-3, nll=48, samples=0, smoke=smoke), out),
         LARGE,
     ),
     "DW4": (
