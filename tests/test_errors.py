@@ -331,6 +331,7 @@ TOGETHER = [
     ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
     ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
     ([BITS], ValueError, "bits_per_dim", {"low": -1.0}),
+    ([BITS], ValueError, "bits_per_dim", {"levels": 16, "low": 1.0}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 16}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 256, "high": 255}),
     ([interop.from_diffusers], ValueError, "model", TURNED),

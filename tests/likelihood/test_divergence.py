@@ -112,8 +112,13 @@ def test_the_shape_of_an_estimate_is_checked():
         def estimate(self, model, x, probes):
             return model.f(x), torch.zeros(len(x))
 
-    with pytest.raises(ValueError, match=r"expected n estimates \(n, 3\) for 3 samples"):
-        hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=Flat())
+    class Nothing(ForwardMode):
+        def estimate(self, model, x, probes):
+            return model.f(x), None
+
+    for estimator in (Flat(), Nothing()):
+        with pytest.raises(ValueError, match=r"expected n estimates \(n, 3\) for 3 samples"):
+            hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=estimator)
     with pytest.raises(ValueError, match=r"divergence\(x, t\)\[1\]"):
         hosm.ode_nll(gaussian(VP), torch.randn(3, 2), divergence=lambda x, t: (x, x))
     with pytest.raises(TypeError, match="divergence: expected 'auto'"):

@@ -5,7 +5,7 @@ Purpose:
     schedule and the paths are nearly constant. The log-density of x is the log-density of its
     latent under the prior, plus an integral of the divergence along the path. The result includes
     the effect of any mismatch between the prior and q at t_max. In the first evaluation of a call,
-    `FirstEvaluation` looks for outputs that are random.
+    `FirstEvaluation` checks whether the network's output is random.
 
 Coordinates:
     Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
@@ -77,9 +77,9 @@ class Coordinates:
     """z = (x/α − mean)/c with c² = std² + σ̂²."""
 
     model: ScoreModel
-    dtype: torch.dtype  # the network's
-    mean: Tensor  # of the data, broadcast to (1, *)
-    std: Tensor  # of the data, broadcast to (1, *)
+    dtype: torch.dtype  # the network's dtype
+    mean: Tensor  # mean of the data, broadcast to (1, *)
+    std: Tensor  # standard deviation of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ at the data end; None for t_min
 
@@ -97,7 +97,7 @@ class Coordinates:
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
         """Return a function that maps slices of a grid u (n,) to their noise levels.
 
-        A slice of length one gives one level for the whole batch, and a slice of length B gives
+        A slice of length one yields one level for the whole batch, and a slice of length B yields
         one level for each sample. The schedule is evaluated once for the whole grid. The scale may
         have as many elements as a sample, so it is computed only for the slice.
         """
@@ -154,13 +154,13 @@ class Coordinates:
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient of the log-density with respect to z.
 
-        The result is exact if the model's score equals the score of its ODE.
+        The result is exact if the model's score equals the score of the ODE's density.
         """
         return -(level.scale / level.sigma_hat) * noise
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The least error in a log-density, in nats, due to rounding in a network of this dtype."""
+    """Return the smallest solver error, in nats, that is reported for a network of this dtype."""
     return 0.0 if dtype == torch.float64 else 1e-6
 
 
@@ -195,8 +195,8 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 class FirstEvaluation:
     """Checks in a network's first evaluation, such as whether the network draws random numbers.
 
-    No list of random layers can be complete, because a network may drop labels, layers or words in
-    its own code. However, every random draw in torch advances one of torch's generators.
+    No list of random layers can be complete, because a network may randomly drop labels, layers or
+    words in its own code. However, every random draw in torch advances one of torch's generators.
 
     Operators without a derivative are rejected only in the first evaluation with a divergence.
     Checking for such operators in every evaluation would take a quarter of a small network's run
@@ -243,7 +243,7 @@ def all_finite(samples: Tensor) -> Tensor:
 class Paths:
     """Samples at one end of their paths, with everything needed to solve the ODE from that end."""
 
-    x: Tensor  # (B, *), in the precision of sums
+    x: Tensor  # (B, *), in the dtype used for sums
     model: BoundModel
     coordinates: Coordinates
     log_prior: Callable[[Tensor], Tensor] | None  # None for N(0, prior_std² I)
@@ -311,9 +311,9 @@ class Paths:
             f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
-        if divergences is None:
+        if divergence == NO_DIVERGENCE:
             return noise, slope, z.new_zeros(1, len(z))
-        if divergences.shape[1:] != z.shape[:1]:
+        if divergences is None or divergences.shape[1:] != z.shape[:1]:
             expected = f"n estimates (n, {len(z)}) for {len(z)} samples"
             raise ValueError(error_message("divergence.estimate(...)[1]", expected, divergences))
         return noise, slope, self.coordinates.integrand(-divergences, level)
@@ -325,7 +325,7 @@ class Paths:
         divergence: DivergenceEstimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f and ∇·f, with the checks that a first evaluation or a graph requires.
+        """Return f and ∇·f, and make the checks that a first evaluation or a graph requires.
 
         In the first evaluation of a call, `watch` looks for random draws and for operators without
         a derivative.
@@ -365,8 +365,8 @@ class Paths:
         """The log-density (B,) of the prior at latents (B, *), in the precision of the latents.
 
         The log-density of a non-finite latent is NaN. The prior receives zeros in place of a
-        non-finite latent, because a prior may reject non-finite arguments. These zeros pass no
-        gradient.
+        non-finite latent, because a prior may reject non-finite arguments. No gradient flows
+        through these zeros.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         points = latent if self.log_prior is None else latent.to(wide)

@@ -8,8 +8,8 @@ Formula:
 
     The standard error of the mean over n samples is std(nll)/√n; the part that comes from the
     random probes is (Σ s²)^½/n. Here s = standard_error/widening, so that s² is an unbiased
-    estimate of the variance. Student's factor `widening` applies to a single sample with few
-    probes, not to a mean over many samples.
+    estimate of the variance that the probes cause in the nll of one sample. Student's factor
+    `widening` applies to a single sample with few probes, not to a mean over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -28,7 +28,7 @@ from hosm_losses._checks import error_message, owns_values
 
 # A sample fails if its solver_error exceeds both limits, in nats and in nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
-SHOWN = 0.01  # smaller errors of the prior, in nats, are not printed
+SHOWN = 0.01  # prior errors below this limit, in nats, are not printed
 
 
 class Cause(IntEnum):
@@ -64,16 +64,16 @@ REASONS = {
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """A summary of a data set's likelihoods, as Python numbers; `print` shows the main ones.
+    """Summary of the likelihoods of a data set, as Python numbers; `print` shows the main ones.
 
     Attributes:
         samples: the number of samples included in the means.
         failed: the number of samples excluded because they failed or because their nll is NaN.
         nll: the mean nll in nats.
-        standard_error: the standard error of `nll` as an estimate of the mean over the data's
+        standard_error: the standard error of `nll` as an estimate of the mean over the data
             distribution, including the error due to the probes; None for a single sample.
-        estimator_error: the part of `standard_error` that comes from the random probes, or from
-            the draws of the SDE's bound; None if unknown.
+        estimator_error: the part of `standard_error` that comes from the random probes or, for
+            the SDE's bound, from the random draws; None if unknown.
         solver_error: the mean solver error in nats.
         bits_per_dim: the mean nll in bits per dimension.
         bits_standard_error: `standard_error` in bits per dimension.
@@ -163,7 +163,7 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return the bits per dimension (B,) of the data or, if they have levels, of the integers.
+        """Return the bits per dimension (B,) of the data or, if quantized, of the integer levels.
 
         The value for a failed sample is NaN.
 
@@ -188,7 +188,7 @@ class Result:
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
     def __getitem__(self, index: slice | Tensor) -> Self:
-        """Return the result for some samples, as in `result[:200]` or `result[mask]`.
+        """Return the result for the selected samples, as in `result[:200]` or `result[mask]`.
 
         Args:
             index: a slice, a mask (B,), or a tensor of row indices.
@@ -223,17 +223,19 @@ class Result:
         return self.nll
 
     def _errors(self) -> Tensor:
-        """Return the solver errors, which are NaN if they were not kept."""
+        """Return the solver errors, or NaN for every sample if no solver errors are known."""
         if self.solver_error is None:
             return torch.full_like(self.nfe, math.nan, dtype=torch.float32)
         return self.solver_error
 
     def _quantization(self, options: dict[str, Any]) -> Quantization | None:
-        """Return the data's quantization, from the call's dequantization or from the options."""
+        """Return the quantization of the data, from the call's dequantization or the options."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
             low, high = options.get("low", -1.0), options.get("high", 1.0)
+            if not low < high:
+                raise ValueError(error_message("bits_per_dim: high", f"more than {low}", high))
             return Quantization(options["levels"], low, high)
         if not options.items() <= (known._asdict() if known else {}).items():
             expected = known or "levels together with a range, as continuous data has none"
@@ -379,7 +381,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Restore, bit for bit, the result whose `to_dict` returned these values."""
+        """Restore a result, bit for bit, from the values that its `to_dict` returned."""
         known = values["quantization"]
         return cls(**{**values, "quantization": Quantization(**known) if known else None})
 
@@ -390,13 +392,13 @@ class NLLResult(Result):
 
     Attributes:
         nll: −log p(x) in nats, (B,), or an upper bound on −log p(x) for `variational_nll` and for
-            integers.
+            integer data.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
         nfe: the number of network evaluations, (B,). An evaluation that also computes the
             divergence counts as one.
-        standard_error: the standard error of nll due to the random probes or to the draws of the
-            SDE's bound, (B,); None if unknown. The standard error does not account for the
-            randomness of dequantization or of the noise added with clean=True.
+        standard_error: the standard error of nll due to the random probes or, for the SDE's bound,
+            due to the random draws, (B,); None if unknown. The standard error does not account for
+            the randomness of dequantization or of the noise added with clean=True.
         solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound;
             with a companion, twice the estimate is meant to cover the errors of 95 % of samples on
             a grid of 64 steps.
@@ -408,15 +410,16 @@ class NLLResult(Result):
             bound.
         quantization: the levels and the range of dequantized data; None for continuous data.
         steps: the number of steps of the fixed grid, (B,); None with `Adaptive` or for a bound.
-        widening: Student's factor, by which `Adaptive` widens standard_error; 1 if not widened.
+        widening: the factor from Student's t distribution by which `Adaptive` widens
+            standard_error; 1 if standard_error is not widened.
         kinks: whether the path seems to have kinks, (B,), as with ReLU networks; None if unknown.
             The solver's order of accuracy drops at kinks, so solver_error is increased.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
             log p(x) replaces the prior with the distribution of the diffused data. `prior_error`
-            is exact for Gaussian data; it is None for a bound, if `log_prior` is set, or if a
-            moment is not set.
+            is exact for Gaussian data. It is None for a bound, if `log_prior` is set, or if
+            data_mean or data_std is not set.
     """
 
     nll: Tensor
@@ -433,10 +436,10 @@ class SampleResult(Result):
         nll: −log p(x) in nats, (B,); None if no divergence was computed.
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
-        solver_error: an estimate of the error of nll as −log p(x), in nats, (B,); None if nll is
-            None. With a companion, the ODE is solved back from x, and the two densities are
-            compared. Without a companion, the estimate treats the network's output near the data
-            as the gradient of log p, and is often a hundred times too large.
+        solver_error: an estimate of the difference between nll and the true −log p(x), in nats,
+            (B,); None if nll is None. With a companion, the ODE is solved back from x, and the two
+            densities are compared. Without a companion, the estimate treats the network's output
+            near the data as the gradient of log p, and is often a hundred times too large.
         failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
             finite, if the path did not reach its end, or if solver_error is too large. The nll of
             a failed sample is NaN, and `failures` returns the reason.
@@ -446,7 +449,7 @@ class SampleResult(Result):
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
-        prior_error: None; only `ode_nll` computes it.
+        prior_error: always None; only `ode_nll` computes the prior error.
     """
 
     x: Tensor = field(kw_only=True)
