@@ -1,6 +1,6 @@
 """Denoising score matching of orders one to three and likelihoods of diffusion ODEs, for PyTorch.
 
-Five starting points, shown here for standard normal data, whose optimal network is known:
+Five starting points, shown for standard normal data, for which the optimal network is known:
 
     >>> import torch
     >>> import hosm_losses as hosm
@@ -23,8 +23,8 @@ available as a module, such as `FirstOrderDSM`:
 
     >>> loss = hosm.first_order_dsm(model, x0)
 
-In few dimensions, the gradient has less noise with targets averaged over the batch, pairs of
-opposite noises, and times that `AdaptiveTimes.learn` chooses:
+In low dimensions, three options reduce gradient noise: targets averaged over the batch, pairs of
+opposite noises, and times from a distribution that `AdaptiveTimes.learn` updates:
 
     >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
     >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))
@@ -189,5 +189,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List only the public names, and leave out submodules such as `model`."""
+    """List only the public names, without submodules such as `model`."""
     return [*__all__, "__all__", "__doc__", "__version__"]

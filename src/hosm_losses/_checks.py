@@ -1,10 +1,10 @@
 """Helpers for all packages: argument checks, error messages, per-sample sums, a progress bar.
 
 Every public function checks names, shapes, dtypes and devices before it does any work, because
-these checks cost nothing. An argument that Python, PyTorch or a type checker would reject as
-clearly is not checked. A wrong type or dtype raises TypeError, and any other invalid argument
-raises ValueError. Values are checked only where reading them is free: in CPU tensors outside
-`torch.compile` and `torch.func` transforms, but not in tensors on an accelerator, where the check
+these checks cost next to nothing. An argument is not checked if Python, PyTorch or a type checker
+would report the mistake just as clearly. A wrong type or dtype raises TypeError, and any other
+invalid argument raises ValueError. Values are checked only where reading them is free, which is in
+CPU tensors outside `torch.compile` and `torch.func` transforms. On an accelerator, reading values
 would force a synchronisation.
 """
 
@@ -40,7 +40,7 @@ BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fm
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """Return an error message that says what was expected, what was received, and the remedy.
+    """Return an error message that says what was expected, what was received and what to do.
 
     If `got` is None, a description of `value` is used instead.
     """
@@ -49,7 +49,7 @@ def error_message(
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """Return the error for a value that is not a tensor, including a remedy for a NumPy array."""
+    """Return the error for a value that is not a tensor, with a remedy for NumPy arrays."""
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -101,7 +101,7 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def copy_like(copies: dict[Any, Tensor], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the constant that `make` creates on the CPU, with `like`'s dtype and device.
+    """Return the constant made on the CPU by `make`, converted to `like`'s dtype and device.
 
     One copy is kept in `copies` for each device and dtype, so that training steps copy nothing.
     """
@@ -168,7 +168,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]
 def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
     """Return `value` if it is a non-empty, finite floating-point batch (B, *).
 
-    `images` says whether integers may be images, which have to be scaled.
+    If `images` is True, integers may be images, and the error message suggests scaling them.
     """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
@@ -199,9 +199,10 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device, outside inference mode.
+    """Return `value` if it is a tensor of this shape, dtype and device.
 
-    `of` says, in error messages, what the tensor must match.
+    Tensors created in inference mode are cloned. `of` says, in error messages, what the
+    tensor must match.
     """
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
@@ -259,12 +260,12 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return α x₀ + σ ε for x₀ and ε (B, *) and for α and σ (B,) or of a shape that broadcasts."""
+    """Return α x₀ + σ ε for x₀ and ε (B, *); α and σ are (B,) or broadcast to the shape of x₀."""
     return expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float64, or float32 on devices without float64; for sums, states and targets."""
+    """Return the dtype of sums, states and targets: float64 if supported, otherwise float32."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -278,7 +279,7 @@ def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return keyword arguments that pass on a generator; for None, the dict is empty.
+    """Return the keyword arguments that pass a generator, or an empty dict for None.
 
     torch.compile rejects generator=None if tensor sizes may vary between calls.
     """

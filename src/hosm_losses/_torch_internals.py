@@ -1,8 +1,8 @@
-"""PyTorch's private names and error messages; the Taylor engine uses those in `taylor._torch`.
+"""PyTorch's private names and error messages; names for the taylor engine are in `taylor._torch`.
 
 PyTorch does not guarantee that these names and messages stay the same.
 `tests/test_torch_internals.py` tests the names and messages that could change silently, and lists
-the PyTorch versions that have them. If a test in that file fails, update this module.
+the PyTorch versions in which they exist. If a test in that file fails, update this module.
 """
 
 from collections.abc import Iterable, Iterator
@@ -47,7 +47,7 @@ _autograd: Any = torch.autograd
 
 
 def differentiated() -> bool:
-    """Return whether gradients are on and this call is inside torch.func.grad, vjp or jacrev."""
+    """Return whether this call is inside torch.func.grad, vjp or jacrev with gradients enabled."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 

@@ -58,19 +58,20 @@ DISCRETE_VE = (
 def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """Return a ScoreModel built from a diffusers model and its scheduler.
 
-    Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
-    DiscreteSchedule. With such a schedule, t is the timestep, which is an integer in training and
-    fractional in the likelihood; a HunyuanDiT gets t in the dtype of x. x is the model's input;
-    with an Euler scheduler, this is the sample as scaled by `scheduler.scale_model_input`.
+    A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) is
+    converted to a DiscreteSchedule. With such a schedule, t is the timestep, which is an integer
+    in training and fractional in the likelihood. A HunyuanDiT receives t in the dtype of x. x is
+    the model's input; for an Euler scheduler, this is the sample as scaled by
+    `scheduler.scale_model_input`.
 
-    A flow-matching scheduler becomes a LinearFlowSchedule, as does a scheduler such as UniPC if
-    it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is the
-    scheduler's sigma, and the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and
-    others get t itself, as in their pipelines. A scheduler's shift affects only which times are
-    drawn: to use a shift, draw the times yourself and pass them as t.
+    A flow-matching scheduler is converted to a LinearFlowSchedule, as is a scheduler such as UniPC
+    if it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is
+    the scheduler's sigma, and the model receives t · num_train_timesteps; Flux, QwenImage,
+    AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift affects only
+    which times are drawn: to use a shift, draw the times yourself and pass them as t.
 
-    With timestep_type="continuous" and "v_prediction", the model gets ¼ log(σ/α) as the timestep.
-    Class labels, text embeddings and so on go into `model_kwargs`.
+    With timestep_type="continuous" and "v_prediction", the model's timestep is ¼ log(σ/α).
+    Pass class labels, text embeddings and so on in `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -163,9 +164,9 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
     t is an index into the table. x is scaled as the network expects: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The first term of the losses is
-    the project's own loss; to reproduce min_snr_loss_weight, pass the weighting
+    the project's own loss. To reproduce min_snr_loss_weight, pass the weighting
     min(SNR, min_snr_gamma)/SNR, whatever the objective is. The network is `diffusion.model`, so
-    the project's Trainer, optimizer and EMA share its parameters. A network from the project's
+    the project's Trainer, optimizer and EMA use the same parameters. A network from the project's
     `classifier_free_guidance` drops classes at random in every call, as in the project's loss,
     except after `.eval()`. The variance of a LearnedGaussianDiffusion is not used.
 
@@ -209,7 +210,7 @@ def from_edm(net: Any) -> ScoreModel:
     """Return a ScoreModel for an EDM denoiser D(x, σ, class_labels); t is σ.
 
     The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
-    the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
+    the range of EDM's sampler. Pass one-hot labels in `model_kwargs` as class_labels.
 
     With the following objective, the first term equals the loss of EDM's trainer:
 
@@ -243,9 +244,9 @@ def from_flow_matching(
 ) -> ScoreModel:
     """Return a ScoreModel for a velocity network from flow matching or rectified flow.
 
-    The network gets the time `time` · s and predicts the velocity dx/ds. In this package, the data
-    are at t = 0. Hence, s is t with data_at=0; with data_at=1, s is 1 - t, and the velocity is
-    negated.
+    The network receives `time` · s as its time and predicts the velocity dx/ds. In this package,
+    clean data are at t = 0. Hence, s is t if `data_at` is 0; if `data_at` is 1, s is 1 - t and the
+    velocity is negated.
 
     Args:
         network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` if `time_first` is True.
@@ -289,13 +290,13 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return a ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index into the diffusion's own table. As in the project, the model gets the number that
-    the step had before respacing; for a t between two indices, the model gets the fractional step
-    number with the same noise level as t. With rescale_timesteps, this number is multiplied by
-    1000 and divided by the original number of steps. Class labels go into `model_kwargs` as y. If
-    the model learns its variance, only the first half of its output channels is used. For orders
-    above one, replace the project's own checkpoint function, which the attention blocks call even
-    if `use_checkpoint` is False.
+    t is an index into the diffusion's own table. As in the project, the model receives the step
+    number from before respacing. If t lies between two indices, the model receives the fractional
+    step number that has the same noise level as t. With rescale_timesteps, this number is
+    multiplied by 1000 and divided by the original number of steps. Pass class labels in
+    `model_kwargs` as y. If the model learns its variance, only the first half of its output
+    channels is used. For orders above one, replace the project's own checkpoint function, which
+    the attention blocks call even if `use_checkpoint` is False.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -326,15 +327,15 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
     """Return a ScoreModel for a network trained in continuous time; t runs from 1e-5 to 1.
 
-    Under VPSDE and subVPSDE, the network predicts the noise and gets 999 t. Under VESDE, the
-    network predicts the score and gets σ(t). The project's `create_model` returns a DataParallel:
-    for orders two and three, pass the network inside it, `model.module`.
+    With a VPSDE or subVPSDE, the network predicts the noise and receives 999 t as its time. With a
+    VESDE, the network predicts the score and receives σ(t). The project's `create_model` returns a
+    DataParallel: for orders two and three, pass the network inside it, `model.module`.
 
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
-        continuous: the value of `config.training.continuous`. Except under subVPSDE, a network
-            trained with continuous=False takes step numbers; such a network is rejected, and the
+        continuous: the value of `config.training.continuous`. Except with a subVPSDE, a network
+            trained with continuous=False expects step numbers; such a network is rejected, and the
             error says what to write instead. If a network stores its configuration, as NCSN++
             does, the value in that configuration is checked as well.
 
@@ -390,7 +391,7 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
 def check_has(
     name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
 ) -> None:
-    """Raise TypeError if an attribute is missing; its name replaces the {} in `expected`."""
+    """If an attribute is missing, raise TypeError with its name in place of {} in `expected`."""
     for attribute in attributes:
         if getattr(value, attribute, None) is None:
             raise TypeError(error_message(name, expected.format(attribute), value, remedy))

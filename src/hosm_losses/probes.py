@@ -1,7 +1,8 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 Estimates:
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so products with v replace the whole matrix A.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so products with v suffice to
+    estimate tr A and ‖A‖²_F.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -11,9 +12,9 @@ Formula:
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
-    channels: three colours become brightness and two opponent colours. If neighbouring elements
-    interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S is.
-    Qᵀ is applied by FFT; along one dimension,
+    channels, which turns three colours into brightness and two opponent colours. If neighbouring
+    elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S
+    is. Qᵀ is applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, otherwise c_k = √(2/n).
 
 Source:
@@ -75,7 +76,7 @@ def _from_cosines(amplitudes: Tensor) -> Tensor:
     """Return Σ_k a_k q_k along the last dimension; q_k is a row of the orthonormal DCT-II."""
     n = amplitudes.shape[-1]
     index = torch.arange(n, dtype=amplitudes.dtype, device=amplitudes.device)
-    # hfft adds the conjugate of every term but the first, which doubles its real part.
+    # hfft adds the conjugates of all terms but the first, which doubles their real parts.
     scaled = amplitudes * torch.where(index == 0, 2.0, 1.0).to(index.dtype).div(2 * n).sqrt()
     phase = -math.pi / (2 * n) * index
     half = torch.stack([scaled * phase.cos(), scaled * phase.sin()], -1)
@@ -91,7 +92,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
 
 
 class _Random:
-    """Base class of random probes, as many as `count` says."""
+    """Base class that draws `count` random probes per sample."""
 
     count: int
     distribution: Distribution
@@ -112,12 +113,13 @@ class _Random:
 
 @dataclass(frozen=True)
 class Hutchinson(_Random):
-    """Random probes v with E[v vᵀ] = I, whose estimates are averaged.
+    """Random probes v with E[v vᵀ] = I; the estimates from all probes are averaged.
 
     Args:
         count: K, the number of independent probes per sample, at least 1.
-        distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
-            "dct" (random signs in the cosine basis, with less variance for images).
+        distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform on the
+            sphere of radius √d) or "dct" (random signs in the cosine basis, for lower variance on
+            images).
 
     Raises:
         TypeError: if `count` is not a whole number, or if `distribution` is not a string.
@@ -133,16 +135,16 @@ class Hutchinson(_Random):
 
     @property
     def is_random(self) -> bool:
-        """Whether estimates are random, as in every `DivergenceEstimator`."""
+        """True, because the probes are random; see `DivergenceEstimator`."""
         return True
 
     @property
     def products(self) -> int:
-        """The number of vector-Jacobian products that one estimate of a divergence takes."""
+        """The number of vector-Jacobian products that one estimate of a divergence requires."""
         return self.count
 
     def estimate(self, model: Any, x: Tensor, probes: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Return f and vᵀ ∂f/∂x v, (count, B), of a bound model at x (B, *)."""
+        """Return f and vᵀ ∂f/∂x v (count, B) of `model`, a `BoundModel`, at x (B, *)."""
         prediction, forms = model.quadratic_forms(x, [probes])
         return model.f_and_divergence(x, prediction, forms, sum_elements(probes.square()))
 
@@ -177,7 +179,7 @@ class Paired(_Random):
 def unit_vectors(like: Tensor) -> Tensor:
     """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact.
 
-    Raise ValueError if the unit vectors alone would take more than 16 GiB.
+    Raise ValueError if the unit vectors alone would occupy more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
@@ -196,7 +198,7 @@ def unit_vectors(like: Tensor) -> Tensor:
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
     """Yield the d unit vectors in chunks of at most `size` vectors, as probes (k, B, *).
 
-    By default, a chunk has at most CHUNK_ELEMENTS elements, but at least one vector.
+    By default, a chunk contains at most CHUNK_ELEMENTS elements, but at least one vector.
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size

@@ -1,10 +1,10 @@
 """Derivatives of a network along probes, and gradients of these derivatives.
 
 - `select`: how the engine is chosen, and how a failed attempt is undone.
-- `engines`: the "taylor" and "reverse" engines, products of the Jacobian with vectors, lost
-  graphs, and remedies for known errors.
-- `kinks`: operators with discontinuous derivatives, the warning about such operators, and what is
-  remembered about a network.
+- `engines`: the "taylor" and "reverse" engines, Jacobian products, the detection of lost graphs,
+  and remedies for known errors.
+- `kinks`: operators with discontinuous derivatives, the warning about such operators, and the
+  facts remembered about each network.
 - `checkpointing`: activation checkpoints inside a network.
 """
 

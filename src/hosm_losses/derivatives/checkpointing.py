@@ -17,17 +17,17 @@ ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing inside a network that is trained with a loss of order two or three.
 
-    This is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
-    engines: the recomputation uses the safe primitives if the first computation used them. With
-    torch's own checkpoint, the reverse engine raises an error if the network needs the safe
-    primitives.
+    This function calls torch's non-reentrant `torch.utils.checkpoint.checkpoint`, and works with
+    both engines: if the first computation used the safe primitives, the recomputation uses them
+    too. With torch's own checkpoint, the reverse engine raises an error if the checkpointed part
+    needs the safe primitives.
 
     Args:
         function: a part of the network.
-        args: its arguments.
-        kwargs: its keyword arguments. In addition, `preserve_rng_state`, `determinism_check`,
-            `debug` and `early_stop` are passed on to torch's checkpoint, and `use_reentrant` is
-            accepted but has no effect.
+        args: the arguments of `function`.
+        kwargs: the keyword arguments of `function`. In addition, `preserve_rng_state`,
+            `determinism_check`, `debug` and `early_stop` are passed on to torch's checkpoint, and
+            `use_reentrant` is accepted but has no effect.
 
     Returns:
         The result of `function`.
@@ -53,7 +53,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if versions(tensors) != before:
             raise DerivativeError(CHANGED_ARGUMENT)
         return result
-    # `like` keeps no Jet: Jets are plain tensors again when the backward pass calls `function`.
+    # `like` holds no Jet, because Jets have become plain tensors by the time of the backward pass.
     like = partial(Jet.make, firsts=flat[jets[0]].firsts, pairs=flat[jets[0]].pairs)
     shape: list[Any] = []
 

@@ -3,20 +3,20 @@ r"""The two engines, which compute a network's value, derivatives and Jacobian p
 Formula:
     All derivatives are taken along directions w = σ v.
 
-    The taylor engine calls the network on a `Jet` of x to compute D. A backward pass then gives G,
-    the gradient of w·D.
+    To compute D, the taylor engine calls the network on a `Jet` of x. A backward pass then
+    computes G, the gradient of w·D.
 
     Reverse mode starts from g = (∂f/∂x)ᵀ c, which is linear in c. Hence ∂(w·g)/∂c = ∂f/∂x w = D,
     which contains the Jacobian itself and not its transpose. At c = w, the same backward pass also
-    gives ∂(w·g)/∂x = G.
+    computes ∂(w·g)/∂x = G.
 
     If only the sum over the directions is needed, the taylor engine computes the sum of G in a
     single backward pass, and all directions share one value.
 
-    There are two products with a fixed c = cotangent(f), where f is the value. A backward pass
-    from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The product
-    jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c is linear
-    in c.
+    The two Jacobian products use a fixed c = cotangent(f), where f is the network's value.
+    A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The
+    product jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c
+    is linear in c.
 
     The network is called once. Reverse mode computes vjp_c in any case, because D is the gradient
     of vjp_c·w with respect to c. In reverse mode, all directions share f. In the taylor engine,
@@ -25,8 +25,8 @@ Formula:
 
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
-    whose backward returns gradients without a graph. A second backward pass would then give wrong
-    values, so every cut immediately raises an error that names the remedy.
+    whose backward returns gradients without a graph. A second backward pass would then compute
+    wrong values, so every cut immediately raises an error that names the remedy.
 
     The graph of a derivative with respect to x ends at the engine's own copy of x. If the graph
     has no other leaf, for example because all parameters are frozen, there is nothing to train.
@@ -161,7 +161,7 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Whether a value computed at `point`, the engine's copy of x, depends on another leaf."""
+    """Return whether a value at `point`, the engine's copy of x, depends on another leaf."""
     if point is x:
         return True
     point_node = internals.gradient_node(point)
@@ -189,7 +189,7 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Call a function that returns (value, more); return both and the value's backward pass.
+    """Call a function that returns (value, more); return value, more and the backward pass.
 
     The backward pass maps a cotangent of the value's shape to one gradient per point; the
     gradients have a graph if `graph` is True. If the value does not depend on a point, the
@@ -267,7 +267,7 @@ class Network(Protocol):
     """A function of x (B, *) that treats samples independently; all other inputs are fixed."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The value at x (B, *)."""
+        """Return the value at x (B, *)."""
         ...
 
     @property
@@ -277,11 +277,11 @@ class Network(Protocol):
 
     @property
     def native(self) -> "Network":
-        """The function with PyTorch's operators; supports only values and first derivatives."""
+        """The function with PyTorch's own operators, for values and first derivatives only."""
         ...
 
     def repeat(self, count: int) -> "Network":
-        """The function for `count` copies of the batch, with x of shape (count · B, *)."""
+        """Return the function for `count` copies of the batch, with x of shape (count · B, *)."""
         ...
 
 
@@ -293,7 +293,7 @@ class Derivatives(NamedTuple):
             each direction has its own value.
         directional: D = ∂f/∂x w, of shape (K, B, *).
         third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *). If only the sum over the directions is
-            requested, `third` may be that sum, of shape (1, B, *). None at order 2.
+            requested, `third` may be that sum, of shape (1, B, *). `third` is None at order 2.
     """
 
     value: Tensor
@@ -327,9 +327,9 @@ def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Ten
 def taylor(
     network: Network, x: Tensor, w: Tensor, order: int, summed: bool = False
 ) -> Derivatives:
-    """Return the network's value and its derivatives from a single call to the network.
+    """Return a network's value and derivatives, computed by calling the network once.
 
-    Raises TaylorError for operators that the engine does not know.
+    Raises TaylorError for operators that the engine cannot differentiate.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape
     copied = order == 3 and not summed  # each direction has its own copy of x
@@ -366,7 +366,7 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the network's value and its derivatives from backward passes.
+    """Return a network's value and derivatives, computed by backward passes.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
@@ -402,7 +402,7 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
 def reverse_products(
     network: Network, x: Tensor, w: Tensor, order: int, cotangent: Cotangent, push: bool
 ) -> Products:
-    """Return derivatives and products, both computed in reverse mode.
+    """Return derivatives and Jacobian products, computed in reverse mode.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
@@ -425,7 +425,7 @@ def reverse_products(
     if order == 2:
         parts = [value.unsqueeze(0), pull_each(again, w)]
     else:
-        # One direction at a time: each has its own G, and a batch would evaluate f for each one.
+        # One direction at a time, because a batch would evaluate f once for each direction.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
@@ -491,7 +491,7 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
-    This takes one forward pass, and one backward pass for each chunk (k, B, *) of directions.
+    This requires one forward pass, and one backward pass for each chunk (k, B, *) of directions.
     Raises DerivativeError if no graph leads from the output to x, or if a custom autograd.Function
     drops the graph.
     """

@@ -1,13 +1,14 @@
-r"""Warnings about operators with discontinuous derivatives, and what is known about a network.
+r"""Warnings about operators with discontinuous derivatives, and facts known about a network.
 
 Purpose:
-    In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A
-    second-order term then has no gradient with respect to that bias, and too small a gradient with
-    respect to other parameters. Yet the mean of the term over the data depends on all these
-    parameters, because they determine how often the data cross a kink. Derivatives of the network
-    do not show this dependence, whichever engine computes them. In the first call to a network,
-    the operators between x and the output are therefore checked for discontinuous derivatives.
-    Clamps are ignored, because most of them only guard against overflow.
+    In a ReLU network, ∂f/∂x is piecewise constant as a function of the bias before a ReLU. The
+    gradient of a second-order term with respect to that bias is therefore zero, and the term's
+    gradient with respect to other parameters is too small. Yet the mean of the term over the data
+    depends on all these parameters, because they determine how often the data cross a kink.
+    Derivatives of the network do not show this dependence, whichever engine computes them. In the
+    first call to a network, the operators between x and the output are therefore checked for
+    discontinuous derivatives. Clamps are ignored, because most of them only guard against
+    overflow.
 """
 
 import weakref
@@ -30,7 +31,7 @@ _JUMPS = """
     cummin sort msort topk kthvalue median quantile special_i0e
 """
 JUMPS = frozenset(_JUMPS.split())
-# Operators with a continuous first derivative whose second derivative jumps.
+# Operators whose first derivative is continuous and whose second derivative jumps.
 JUMPS_TWICE = frozenset({"celu", "softsign", "smooth_l1_loss", "huber_loss", "special_i1e"})
 WARNING = (
     "network: {} depends on x through {}. The gradient of a likelihood, or of a loss beyond order "
@@ -46,8 +47,8 @@ class NetworkMemory:
     Attributes:
         refused: for each (engine, kind), the reason why the engine refuses this kind of call.
         failed: for each (engine, kind), the reason for a first failure, which may be transient.
-        served: the combinations of engine, kind of call, and surrounding transforms and modes with
-            which a call has succeeded.
+        served: the combinations of engine, kind of call and surroundings (transforms and modes)
+            with which a call has succeeded.
         warned: whether the user has been warned that reverse mode takes over.
         orders: the orders (2, 3) for which no further warning about discontinuous derivatives is
             needed.
@@ -64,7 +65,7 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """Why the taylor engine refuses calls of this order; None if no refusal is known."""
+    """Return why the taylor engine refuses calls of this order, or None if no refusal is known."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
@@ -72,7 +73,10 @@ def refusal(owner: object, order: int) -> str | None:
 
 
 def memory_of(owner: object) -> NetworkMemory:
-    """The memory of `owner`; always a new one if `owner` cannot be hashed or weakly referenced."""
+    """Return the memory of `owner`.
+
+    If `owner` cannot be hashed or weakly referenced, return a new memory in every call.
+    """
     try:
         return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
@@ -80,7 +84,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return the field or, for its first call with gradients, a wrapper that warns about jumps."""
+    """Return `field`, wrapped to warn about jumps if this is its first call with gradients."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -113,7 +117,7 @@ def find_jumps(
 
 
 def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """The order of an operator's first discontinuous derivative, 1 or 2; 0 if it has none."""
+    """Return the order of an operator's first discontinuous derivative (1 or 2), or 0 for none."""
     if name == "elu":
         return 2 if named.get("alpha", args[1] if len(args) > 1 else 1.0) == 1 else 1
     if name == "smooth_l1_loss" and named.get("beta") == 0:
@@ -134,7 +138,7 @@ class _Noted(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Records the Jets or plain tensors that operators with discontinuous derivatives return."""
+    """Record the Jets or plain tensors that operators with discontinuous derivatives return."""
 
     def __init__(self, kind: type[Tensor]) -> None:
         super().__init__()
@@ -159,12 +163,12 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield each recorded operator in `nodes`, and which of its derivatives has a jump."""
+        """Yield the name of each recorded operator in `nodes`, and which derivative has a jump."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
-                    # The nth derivative of an nth power jumps; for an even power of |x|, none
-                    # does.
+                    # The nth derivative of relu(x)^n has a jump, and so has that of |x|^n for
+                    # odd n. For even n, |x|^n is smooth.
                     jumping = [max(n, 1) for n in powers if name == "relu" or n % 2]
                     jumps = min(jumping, default=0)
                 yield name, jumps
@@ -173,7 +177,7 @@ class _Watch(TorchFunctionMode):
 def _between(point: Tensor, value: Tensor) -> set[Any]:
     """Return the graph nodes between a point and a value.
 
-    If the point is a Jet, these are all nodes of the value's graph, together with None.
+    If the point is a Jet, return all nodes of the value's graph, and None.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):

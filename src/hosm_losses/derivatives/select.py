@@ -1,4 +1,4 @@
-r"""How the engine that differentiates a network is chosen, and what "auto" remembers.
+r"""Choice of the engine that differentiates a network, and memory of earlier attempts.
 
 Purpose:
     "auto" tries the taylor engine first. If the taylor engine cannot differentiate the network,
@@ -63,7 +63,7 @@ class NetworkState:
     """Saved copies of a network's buffers and of the states of torch's random generators.
 
     There are no buffers to restore if the network is neither a Module nor a Module's method. The
-    saved generators belong to the CPU and to the device of x.
+    generator states of the CPU and of x's device are saved.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:
@@ -103,7 +103,7 @@ def derive(
     engine: str = "auto",
     summed: bool = False,
 ) -> Derivatives:
-    """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
+    """Return a network's value at x (B, *) and derivatives along w (K, B, *).
 
     At order 2, the derivative is D. Order 3 adds G; with `summed`, an engine may return only the
     sum of G over the directions. Under `torch.no_grad`, the results have no graph. Raises
@@ -169,8 +169,9 @@ def derive_with_products(
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. If products are needed, reverse
-    mode is cheapest, so "auto" tries it first and then proceeds as in `derive`.
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. Reverse mode is
+    the cheaper engine for products, so "auto" tries it first. If that attempt fails, "auto"
+    proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -209,12 +210,12 @@ def _products(
 
 
 def unknown(error: TaylorError) -> DerivativeError:
-    """The DerivativeError for an operator that the taylor engine does not know."""
+    """Return the DerivativeError for an operator that the taylor engine does not support."""
     return DerivativeError(UNKNOWN.format(str(error).rstrip(".")))
 
 
 def _refuse_statistics(network: Network, order: int) -> None:
-    """Raise an error if a buffer would change; PyTorch's own error would rule out a fallback."""
+    """Raise an error if a buffer would change, as PyTorch's own error would prevent a fallback."""
     for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -245,7 +246,7 @@ class EngineAttempts:
         self.notes: dict[Any, dict[Any, str]] = {}
 
     def is_refused(self, engine: str) -> bool:
-        """Whether this engine has already refused a call of this kind."""
+        """Return whether this engine has already refused a call of this kind."""
         why = self.memory.refused.get((engine, self.kind))
         if why is not None:
             self.reasons[engine] = why
@@ -286,14 +287,17 @@ class EngineAttempts:
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether the other engine may succeed; a network's own error occurs in both engines."""
+    """Return whether the other engine may succeed.
+
+    An error in the network's own code would occur in both engines.
+    """
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    # A failed device says nothing about the network. The exception by which a checkpoint around
-    # the loss ends its recomputation is not among the JET_ERRORS.
+    # A device error says nothing about the network. The exception that ends the recomputation by
+    # a checkpoint around the loss is not one of the JET_ERRORS.
     failed = any(words in text for words in DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)

@@ -1,8 +1,8 @@
 """Checks of a model's wrapping and derivatives.
 
-- `wrapping`: `check_wrapping`, which evaluates a trained network under other wrappings.
+- `wrapping`: `check_wrapping`, which evaluates a trained network under alternative wrappings.
 - `check`: `check_derivatives`, and remedies for the faults that it finds.
-- `values`: conditions that the network's values must meet for a meaningful derivative.
+- `values`: conditions that the network's values must meet before derivatives are checked.
 - `differences`: the comparison of derivatives with finite differences, and the search for jumps.
 - `localize`: the search for the module at fault.
 """

@@ -1,10 +1,10 @@
-"""A check, before training, that the derivatives of a network are correct.
+"""Check, before training, that the derivatives of a network are correct.
 
 An operator may have wrong higher derivatives without raising an error. Examples are a custom
 autograd.Function whose backward drops the graph, a kernel whose forward-mode derivative ignores
 the parameters, and a call to .detach(). The check compares the derivatives of a copy of the
 network with finite differences of the copy's values. A loss itself cannot be checked this way:
-parts of a loss are detached, so that its gradient differs from the slope of its values.
+parts of a loss are detached, so its gradient differs from the slope of its values.
 """
 
 import functools
@@ -97,7 +97,7 @@ class DerivativeReport:
     """The result of `check_derivatives`; printing it shows a verdict.
 
     Attributes:
-        orders: the orders whose values and derivatives are correct, (1, 2) or (1, 2, 3).
+        orders: the orders of loss whose values and derivatives are correct: (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
         advice: sentences about anything that was not checked or that is slow.
     """
@@ -124,14 +124,14 @@ def check_derivatives(
 ) -> DerivativeReport:
     """If a derivative of the network is wrong, raise an error that names the module at fault.
 
-    Otherwise, return a report that gives the correct orders, the engine and advice.
+    Otherwise, return a report with the correct orders, the engine and advice.
 
     The check looks, in this order, for the following faults, which a loss cannot detect:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
-    - tensors in `model_kwargs` that are assumed to have a row for each sample but do not (this
-      test is skipped if the network draws random numbers);
+    - tensors in `model_kwargs` that are assumed to have one row for each sample, but do not
+      (this test is skipped if the network draws random numbers);
     - discontinuous values or first derivatives, as in ReLU networks; for order 3, also
       discontinuous second derivatives, as in ELU networks;
     - derivatives with respect to x or the parameters that disagree with finite differences.
@@ -159,8 +159,8 @@ def check_derivatives(
 
     Raises:
         DerivativeError: if the check finds a fault, or if a derivative cannot be computed.
-        TypeError: if the network works in half precision (check a float32 copy instead), or if it
-            is wrapped, for example in DataParallel (pass model.module instead).
+        TypeError: if the network computes in half precision (check a float32 copy instead), or if
+            it is wrapped, for example in DataParallel (pass model.module instead).
         ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
@@ -236,9 +236,9 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
 
 
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Raise an error that names the innermost module with a fault.
+    """If the check finds a fault, raise an error that names the innermost module with a fault.
 
-    Return whether the network has a fault that its float64 copy does not have.
+    Otherwise, return whether the network has a fault that a float64 copy does not have.
     """
     # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound
@@ -273,7 +273,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Whether the float64 copy of a float32 network has no fault."""
+    """Return whether the float64 copy of a float32 network is known to have no fault."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64
@@ -289,7 +289,7 @@ def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _remedy(functions: list[str]) -> str:
-    """The advice for a fault in a graph that contains custom autograd.Functions of these names."""
+    """Return advice about a fault in a graph with custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
     remedies = dict.fromkeys(  # without repetition
@@ -300,7 +300,10 @@ def _remedy(functions: list[str]) -> str:
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
-    """Times (B,) evenly spaced in log σ̂, away from both ends; integers if times are indices."""
+    """Return times (B,), evenly spaced in log σ̂ and away from both ends of the schedule.
+
+    If times are indices, they are integers.
+    """
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
     return model.schedule._training_time(low + (high - low) * (0.3 + 0.5 * place))

@@ -1,22 +1,22 @@
-r"""Faults of a field: jumps, and derivatives that disagree with finite differences of values.
+r"""Find jumps in a field, and derivatives that disagree with finite differences of values.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with the finite difference of ⟨f, b⟩ along w, and ⟨G, c⟩ with the
     finite difference of ⟨w, D⟩ along c. `Agreement` also compares the gradients of ⟨f, a⟩, ⟨D, b⟩
     and ⟨G, c⟩ with finite differences of these three forms. The finite difference is
-        f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), which is of fourth order in h.
+        f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), accurate to fourth order in h.
 
-    `Smoothness` compares p(b) − p(a) with ∫ p′ ds, which the Gauss-Legendre rule computes. The
+    `Smoothness` compares p(b) − p(a) with ∫ p′ ds, computed by the Gauss-Legendre rule. The
     comparison is made along the line x + s w for −½ ≤ s ≤ ½, for the functions
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
-    ReLU networks need this comparison: their second derivatives are zero wherever they exist, so
-    finite differences with small steps reveal no fault, although the gradient of the third-order
-    term is zero.
+    This comparison is needed for ReLU networks. Their second derivatives are zero wherever they
+    exist, so finite differences with small steps reveal no fault, even though the gradient of the
+    third-order term is zero.
 
-    If the integral differs from p(b) − p(a), the line is halved repeatedly, and the half where the
-    trapezoidal rule has the larger error is kept. Over a distance h, the error of the trapezoidal
-    rule does not depend on h if p has a jump, is ∝ h if p′ has a jump, and is ∝ h³ if neither p
-    nor p′ has a kink.
+    If the integral differs from p(b) − p(a), the line is bisected repeatedly. Each time, the half
+    on which the trapezoidal rule has the larger error is kept. Over a distance h, the error of the
+    trapezoidal rule does not depend on h if p has a jump, is ∝ h if p′ has a jump, and is ∝ h³ if
+    neither p nor p′ has a kink.
 
     The search therefore converges to a jump, with one evaluation per halving. At a jump, the bend
     |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b, remains half as large as the
@@ -41,30 +41,30 @@ from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
 # For each precision of the network: the relative error above which a derivative counts as wrong,
-# and the step relative to the size of the varied tensor.
+# and the step as a fraction of the size of the varied tensor.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 # Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless,
-# and the smallest steps cross hardly any kink. In float32, such small steps would only show
+# and the smallest steps cross hardly any kinks. In float32, such small steps would only show
 # rounding errors.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
-# Sizes of directions in x that are also tried if x is smaller.
+# Sizes of directions in x that are tried in addition, if they exceed the size of x.
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
-# Names of the faults, by the order of the derivative of f that has a jump.
+# Names of the faults, by the order of the derivative of f that jumps.
 JUMPS = ("values that jump", "a first derivative that jumps", "a second derivative that jumps")
-# Lengths of the lines, in multiples of the size of x.
+# Lengths of the lines, as multiples of the size of x.
 LENGTHS = (1, 1, 2, 4)
-# Places at which a line is evaluated, and the weights of all places but the two ends.
+# Places at which a line is evaluated, and the weights of all places except the two ends.
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(5)
 NODES, WEIGHTS = (-0.5, *(_PLACES / 2).tolist(), 0.5), _WEIGHTS / 2
 HALVINGS = {torch.float32: 14, torch.float64: 24}
-# SHARE: the fraction of the change that may be missing over all lines. SMOOTH: the fraction that
-# may be missing, or that a bend may have, on one line. HALF: at a jump, a bend is at least this
-# fraction of the largest of the three bends before it.
+# SHARE: the allowed error of the integrals over all lines, as a fraction of the change. SMOOTH:
+# the allowed error of an integral or size of a bend on one line, as a fraction of the change.
+# HALF: at a jump, a bend is at least this fraction of the largest of the three bends before it.
 SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
-# Rounding as a fraction of the tolerance.
+# The allowed rounding error, as a fraction of the tolerance.
 ROUNDING = 1e-3
 
 # (p₀, p₁, p₂) at s.
@@ -84,7 +84,7 @@ class Check:
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """Seed the generators; return f, D and, at order three, G, each (B, *), at x along w."""
+        """Seed the generators; return f, D and, at order three, G (each (B, *)) at x along w."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
@@ -94,13 +94,13 @@ class Agreement(Check):
     """Comparison of a field's derivatives with finite differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Return None if all derivatives agree at some step size; otherwise, name a wrong one."""
+        """Return None if all derivatives agree at some step size; if not, name a wrong one."""
         fault = None
         # If x is small compared with the length over which the field curves, differences of values
         # drown in rounding errors. Longer directions in x, up to a size of 1, avoid this.
         size = size_of(x)
         scales = [size, *(scale for scale in LONGER if scale > size)]
-        # A curved field needs a smaller step; a wrong derivative agrees at no step.
+        # A curved field needs a smaller step; a wrong derivative disagrees at every step.
         for scale, shrink in product(scales, SHRINKS[self.precision]):
             fault = self._disagreement(field, x, scale, STEP[self.precision] / shrink)
             if fault is None:
@@ -109,7 +109,7 @@ class Agreement(Check):
 
     def _disagreement(self, field: Network, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
-        # Every draw has a new direction: along a single one, a derivative may happen to vanish.
+        # Each draw uses a new direction: along a single one, a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
         analytic, numeric = torch.tensor(draws, dtype=torch.float64, device="cpu").unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
@@ -131,7 +131,7 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """Return ⟨D, b⟩, ⟨G, c⟩ and all forms' slopes, from derivatives and from differences."""
+        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, by derivatives and by differences."""
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -143,7 +143,7 @@ class Agreement(Check):
             if tensor is table.weight and table.padding_idx is not None:
                 direction[table.padding_idx] = 0
 
-        # Slopes come before differences, which write to tensors that the graph has saved.
+        # Slopes are computed before differences, which overwrite tensors saved by the graph.
         forms, gradients_of_forms = self._slopes(field, varied, w, covectors)
         slopes = [
             sum(
@@ -165,14 +165,14 @@ class Agreement(Check):
         return [*forms[1:].tolist(), *slopes], [float(reference) for reference in references]
 
     def _forms(self, field: Network, x: Tensor, w: Tensor, covectors: Sequence[Tensor]) -> Tensor:
-        """The forms ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
+        """Return the forms ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
         parts = zip(self.derived(field, x, w), covectors, strict=True)
         return torch.stack([(part * covector).sum() for part, covector in parts])
 
     def _slopes(
         self, field: Network, varied: Sequence[Tensor], w: Tensor, covectors: Sequence[Tensor]
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """The forms, and the gradient of each form with respect to every varied tensor."""
+        """Return the forms, and the gradient of each form with respect to every varied tensor."""
         x = varied[0]
         forms = self._forms(field, x, w, covectors)
         # As in training, x requires no gradient while parameter gradients are computed.
@@ -184,7 +184,7 @@ class Agreement(Check):
 
 
 def _varied(field: Network, x: Tensor) -> list[Tensor]:
-    """A copy of x that requires grad, and the trainable parameters."""
+    """Return a copy of x that requires grad, followed by the trainable parameters."""
     owner = field.owner
     # The parameters are unknown if the network is not a Module.
     parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
@@ -198,9 +198,9 @@ def _difference(
     directions: Sequence[Tensor],
     step: float,
 ) -> Tensor:
-    """The difference quotient of a function of `varied` along `directions`.
+    """Return the difference quotient of a function of `varied` along `directions`.
 
-    Afterwards, `varied` has its original values again.
+    Afterwards, the tensors in `varied` are restored to their original values.
     """
     start = [v.detach().clone() for v in varied]
 
@@ -286,7 +286,7 @@ def _integrate(line: Line) -> np.ndarray:
 
 
 def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that draws reproducible normal numbers with a tensor's shape."""
+    """Return a function that draws reproducible Gaussian noise with the shape of a tensor."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return lambda like: torch.randn(
         like.shape, generator=generator, dtype=like.dtype, device=like.device
@@ -294,7 +294,7 @@ def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def reseed(x: Tensor, seed: int = 0) -> None:
-    """Seed the generators that a network on the device of x draws from, but no others."""
+    """Seed only the generators from which a network on the device of x draws."""
     torch.default_generator.manual_seed(seed)
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -304,6 +304,6 @@ def reseed(x: Tensor, seed: int = 0) -> None:
 
 
 def size_of(tensor: Tensor) -> float:
-    """The root mean square of a tensor, or 1 if the tensor is zero."""
+    """Return the root mean square of a tensor, or 1 if the tensor is zero."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0

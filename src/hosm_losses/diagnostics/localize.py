@@ -36,12 +36,12 @@ class Call:
 
     @property
     def where(self) -> str:
-        """A phrase that gives the name and class of the module."""
+        """A phrase with the name and class of the module."""
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
 def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
-    """The network's prediction at x, computed without a graph by PyTorch's own operators."""
+    """Return the network's prediction at x, without a graph, using PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
         return bound.native(x.clone()).detach().clone()
@@ -82,12 +82,12 @@ def _copy(value: Any) -> Any:
 
 
 def floats_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors in a value, however deeply nested."""
+    """Return the floating-point tensors in a value, however deeply nested."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe a field's fault or its failing derivative; return None if there is no fault."""
+    """Describe the fault of a field or the error of a derivative; return None if there is none."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -103,7 +103,7 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one argument; its other arguments are fixed as in the network."""
+    """A module as a function of one argument, with the other arguments fixed as in the network."""
 
     call: Call
     place: int | str
@@ -182,7 +182,7 @@ def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def custom_functions(field: Network, x: Tensor) -> list[str]:
-    """Names of the custom autograd.Functions in the graph of a field."""
+    """Return the names of the custom autograd.Functions in the graph of a field."""
     reseed(x)
     value = field.native(x.detach().clone().requires_grad_())
     functions = [custom_function(node) for node in graph_nodes([value])]

@@ -5,8 +5,8 @@
   times, so that the batch size and any dropout mask stay the same.
 - Outputs follow their samples. The test permutes the samples, or repeats one sample, and does
   the same to all tensors that are assumed to belong to the samples. Repetition is needed because
-  permuting a set that all samples share does not change the outputs. The test is skipped if the
-  network draws random numbers, because these depend on a sample's position in the batch.
+  a set that all samples share can be permuted without changing the outputs. The test is skipped if
+  the network draws random numbers, because these depend on a sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -23,7 +23,7 @@ from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, 
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import BoundModel, per_sample
 
-# Relative change of an output due to summing in a different order.
+# The allowed relative change of an output that is due to a different order of summation.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
 IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
@@ -35,7 +35,7 @@ ALONE = (
 
 
 def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return a network's precision; raise an error if its values are not finite and repeatable."""
+    """Return a network's precision; raise an error if a value is not finite or not repeatable."""
     value = evaluate(bound, x)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
@@ -98,7 +98,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """The least precise dtype among tensors that depend on x or on a trained parameter."""
+    """Return the least precise dtype among tensors that depend on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -125,7 +125,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise an error if outputs do not follow their samples and those samples' tensors."""
+    """Raise an error if outputs do not follow samples that are moved along with their tensors."""
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
@@ -140,7 +140,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the innermost module whose arguments agree in `row` but whose results do not."""
+    """Name the innermost module that turns equal arguments in `row` into different results."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Whether the outputs follow their samples if tensors at these paths are not moved."""
+        """Return whether outputs follow their samples if tensors at these paths are not moved."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

@@ -1,32 +1,37 @@
-r"""Check that a network's schedule, time, prediction and data units match its training.
+r"""Check that a network's schedule, time, prediction and data units match those in training.
 
 Formula:
-    Under another schedule, data c x₀ + b become x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is
-    x₀ + σ̂ ε in other units, so the best prediction of ε is the same. The losses of all wrappings
-    can therefore be compared at the same u = log σ̂, the noise level of x₀, with the same ε.
+    With another schedule and other data units, c x₀ + b, the noised data are
+    x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units, so the best
+    prediction of ε is the same. The losses of all wrappings can therefore be compared with the
+    same ε and at the same u = log σ̂, the noise level in the units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
-    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the
-    eigenvalues λ of C.
+    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
+    the eigenvalues of C.
 
     Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
-    is p · output + q x, so one call of the network serves every kind of prediction and both signs.
+    is p · output + q x, so a single network call is enough for every kind of prediction and for
+    both signs.
 
-    All candidates are ranked on one draw of noise. The model's own wrapping and the three best
-    candidates are then measured again on eight fresh draws, and the verdict uses these
-    measurements: a schedule that shifts a likelihood by a third of a nat may change the loss by
-    only two per cent. Half of the fresh draws are at the levels where the losses of these
-    candidates differed most from the model's; every level still has the same weight.
+    All candidates are ranked with one draw of noise. The model's own wrapping and the three best
+    candidates are then measured again with eight fresh draws, and the verdict is based on these
+    measurements. One draw would not be enough: a schedule that shifts a likelihood by a third of a
+    nat may change the loss by only two per cent. Half of the fresh draws are at the levels where
+    the losses of these candidates differed most from the loss under the model's own wrapping;
+    every level still counts equally.
 
     A candidate that fits better is not always right. A network that is hardly trained fits best
-    where its output contributes least: as v, where q x alone is the best linear predictor of data
-    of unit variance. A candidate is therefore reported only if its loss is close to the linear
-    predictor's and, in addition, either below it on average or at some level, or not to be reached
-    by q x alone. On data that are nearly Gaussian, no network beats the linear predictor.
+    under the wrapping in which its output contributes least. That wrapping is v, for which q x
+    alone is the best linear predictor if the data have unit variance. A candidate is therefore
+    reported only if its loss is at most slightly larger than the linear predictor's. In addition,
+    the loss must be smaller than the linear predictor's (on average or at some level), or q x
+    alone must be unable to reach this loss. On data that are nearly Gaussian, no network beats the
+    linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the schedule is a
-table, the network receives an index into a table of 1000 entries, or into one as long as the
-model's own table. score_sde passes 999 t as the time under VP, and σ or its logarithm under VE.
+table, the network receives an index into a table of 1000 entries, or into a table as long as the
+model's own. score_sde passes 999 t as the time under VP, and σ or its logarithm under VE.
 Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs from data
 to noise or from noise to data; in diffusers, it runs up to 1000.
 """
@@ -65,17 +70,19 @@ from hosm_losses.schedules import (
 )
 
 LEAST_SAMPLES, LEVELS = 16, 12
-SMALLEST, LARGEST = 0.02, 0.99  # networks differ if the linear loss is between these limits
-MARGIN, ERRORS = 0.1, 2.0  # a clear difference: over this fraction plus this many standard errors
-FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # a slight difference exceeds both of these
-WORSE = 0.25  # a network that is worse than linear at this fraction of levels is not trained
+SMALLEST, LARGEST = 0.02, 0.99  # levels are used if the linear loss is between these limits
+MARGIN, ERRORS = 0.1, 2.0  # a clear difference exceeds this fraction plus these standard errors
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # a slight difference exceeds both of these limits
+WORSE = 0.25  # a network that is worse than linear at this fraction of levels is untrained
 CLOSE = 0.01  # a network this much worse than the linear predictor may still be trained
-BELIEVED = {"v": 0, "velocity": -1}  # changes of kind and sign if merely close; 1 for the others
+# How many changes of kind and sign a candidate may have if its loss is merely close to the linear
+# predictor's. The keys are kinds of prediction; for all other kinds, the limit is 1.
+BELIEVED = {"v": 0, "velocity": -1}
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
 GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # losses within this fraction of the best count as equal
-REFINED = 3  # schedules and times that are tried with other units of the data
+REFINED = 3  # schedule-time pairs that are also tried with other units of the data
 KINDS = ("epsilon", "score", "x0", "v", "velocity")
 LEAST_STEPS = 100  # with fewer steps, betas of the known tables would exceed 1
 OWN = "your schedule"
@@ -84,7 +91,7 @@ Times = dict[str, Any]
 
 @dataclass(frozen=True)
 class WrappingCandidate:
-    """A way to wrap a network; it is printed as the arguments of `ScoreModel`.
+    """A way to wrap a network, printed as arguments of `ScoreModel`.
 
     Attributes:
         schedule: the schedule, as code; "your schedule" for the model's own.
@@ -93,7 +100,7 @@ class WrappingCandidate:
         negated: whether the output has to be negated.
         units: the data to pass, as an expression in x0; "x0" for unchanged data.
         loss: the mean squared error of ε̂ per element under this wrapping.
-        own_loss: the mean squared error under your own wrapping, at the same noise levels.
+        own_loss: the mean squared error of ε̂ under your own wrapping, at the same noise levels.
     """
 
     schedule: str
@@ -114,26 +121,30 @@ class WrappingCandidate:
 
 @dataclass(frozen=True, repr=False)
 class WrappingReport:
-    """The result of `check_wrapping`; `print` shows it as a table and a verdict.
+    """The result of `check_wrapping`; printing it shows a table and a verdict.
 
-    Losses are means over the final draws of noise. A loss is clearly larger than another if it is
-    larger by more than 10 % plus two standard errors of the difference. In the table, "worse"
-    marks the levels at which the network's loss is clearly larger than the linear predictor's; the
-    verdict counts these levels.
+    Losses are means over the final draws of noise. One loss is clearly larger than another if it
+    exceeds the other by more than 10 % plus two standard errors of the difference. In the table,
+    "worse" marks the levels at which the network's loss is clearly larger than the linear
+    predictor's; the verdict counts these levels.
 
     Attributes:
-        ok: True if `best` is None, and the network's loss is not clearly larger than that of the
-            best linear predictor, neither on average nor at a quarter of the levels.
-        best: the candidate that fits better than your wrapping, by more than both half a per cent
-            and four standard errors; None if there is none, or if its fit could be that of a
-            network without training, which is at best as good as a linear predictor.
-        undecided: whether the loss of `best` is smaller than yours, but not clearly.
-        gain: how much better `best` fits, as a fraction of the loss under your wrapping, averaged
-            over the levels; 0 if `best` is None.
-        detectable_gain: the gain above which one of the three candidates that came closest would
-            have been reported, in 97 of 100 cases. It follows from the standard errors of the
-            differences in loss, which fall with the number of samples; it is never less than half
-            a per cent, or than what your wrapping lacks to beat the linear predictor.
+        ok: whether your wrapping passes the check. The check fails if `best` is not None, or if
+            the network's loss is clearly larger than that of the best linear predictor, either on
+            average or at a quarter or more of the levels.
+        best: the candidate whose loss is smaller than the loss under your wrapping by more than
+            half a per cent and by more than four standard errors. None if there is no such
+            candidate, or if an untrained network could fit as well; an untrained network is at
+            best as good as a linear predictor.
+        undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
+            clearly smaller.
+        gain: the reduction of the loss by `best`, as a fraction of the loss under your wrapping,
+            averaged over the levels; 0 if `best` is None.
+        detectable_gain: the gain above which any of the three closest candidates would have been
+            reported, in 97 of 100 cases. This gain depends on the standard errors of the
+            differences in loss; these errors fall as the number of samples grows. The gain is at
+            least half a per cent, and at least what your wrapping needs to beat the linear
+            predictor.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: the mean squared error of ε̂ at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
@@ -157,7 +168,7 @@ class WrappingReport:
     calls: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as dicts, lists and numbers, for JSON."""
+        """Return all fields in a form that can be saved as JSON."""
         return asdict(self)
 
     def __repr__(self) -> str:
@@ -260,14 +271,14 @@ def check_wrapping(
         x0: at least 16 samples of clean data (B, *), in the units that the model expects; use a
             few hundred samples if each has few elements.
         model_kwargs: keyword arguments of the network.
-        generator: the source of the noise, on the device of x0; the global one if None.
+        generator: the source of the noise, on the device of x0; the global generator if None.
 
     Returns:
         The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
-        is `best`. Use `best`, unless the report is `undecided`: then `best` is better by less than
-        10 % plus two standard errors. `ok` is also False if the network is worse than a linear
-        predictor, which means that the network is untrained or that no candidate fits. If `ok` is
-        True, the verdict says which gain would have been seen.
+        is `best`. Use `best` unless `undecided` is True, which means that `best` is better by less
+        than 10 % plus two standard errors. `ok` is also False if the network is worse than a
+        linear predictor, which means that the network is untrained or that no candidate fits. If
+        `ok` is True, the verdict states the smallest gain that the check would have detected.
 
     Raises:
         DerivativeError: if a tensor in `model_kwargs` is as long as the batch but does not have
@@ -306,31 +317,31 @@ def check_wrapping(
 
 
 class _Linear:
-    """The best linear predictor of ε, from the second moments of the data."""
+    """The best linear predictor of ε, computed from the second moments of the data."""
 
     def __init__(self, data: Tensor) -> None:
         flat = data.flatten(1).double().cpu()
         self.centred, self.basis = flat - flat.mean(0), None
         self.variances = self.centred.square().mean(0)
-        if len(flat) >= 4 * flat.shape[1]:  # fewer samples give no useful covariance
+        if len(flat) >= 4 * flat.shape[1]:  # with fewer, the covariance is not useful
             covariance = self.centred.T @ self.centred / len(flat)
             variances, self.basis = torch.linalg.eigh(covariance)
             self.variances, self.centred = variances.clamp(min=0), self.centred @ self.basis
 
     def expected(self, levels: Tensor) -> Tensor:
-        """ℓ(u), with the shape of the levels."""
+        """Return ℓ(u), with the shape of `levels`."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
         return (self.variances / sum_of_both).mean(-1)
 
     def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
-        """The predictor's loss for each sample, (B,)."""
+        """Return the predictor's loss for each sample, (B,)."""
         noise, sigma = noise.flatten(1).double().cpu(), levels.exp()[:, None]
         noise = noise if self.basis is None else noise @ self.basis
         error = self.variances * noise - sigma * self.centred
         return _mean_square(error / (self.variances + sigma.square()))
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
-        """The noise levels (count,) at which networks differ, within the range of the schedule."""
+        """Return noise levels (count,) of the schedule at which networks can be told apart."""
         low, high = schedule.log_sigma_hat_range
         grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
         expected = self.expected(grid)
@@ -379,11 +390,11 @@ class _Search:
             self._measure(inputs)
 
     def _draw(self, count: int, shares: Tensor) -> None:
-        """Draw noise (count, B, *) at levels in these proportions, and discard earlier losses.
+        """Draw noise (count, B, *) at levels in proportion to `shares`; discard earlier losses.
 
-        Draw n of sample i is at the quantile (n + iφ mod 1)/count of the proportions. As multiples
-        of the golden ratio φ are spread evenly, all samples have similar sets of levels, and all
-        levels similar sets of samples.
+        Draw n of sample i is at the quantile (n + iφ mod 1)/count of the shares. Because multiples
+        of the golden ratio φ are spread evenly modulo 1, all samples get similar sets of levels,
+        and all levels get similar sets of samples.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -397,7 +408,7 @@ class _Search:
         self.losses: dict[Read, Tensor] = {}
 
     def _shares(self) -> Tensor:
-        """How often each level is drawn: half of the draws are where the losses differ most."""
+        """Return how often to draw each level; half of the draws are where losses differ most."""
         reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
         own, *others = self._multiples(reads)
         differences = self._by_level((torch.stack(others) - own).square()).sqrt()
@@ -415,7 +426,7 @@ class _Search:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
     def _call(self, inputs: Inputs, noise: Tensor, place: Tensor) -> dict[Read, Tensor]:
-        """Losses (B,) for every kind and sign, from one call of the network.
+        """Return the losses (B,) for every kind and sign, from one call of the network.
 
         The losses are NaN at levels outside the schedule. The new wrapping is not checked, because
         any fault in the wrapping shows up in its loss.
@@ -457,7 +468,7 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """How much worse each candidate is than the best one at each level, averaged over levels.
+        """Return each candidate's excess over the lowest loss at each level, averaged over levels.
 
         The score is infinite for a candidate whose schedule covers less than half of the levels.
         """
@@ -469,10 +480,11 @@ class _Search:
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float]:
-        """How much larger the losses are than others, and the standard error of this.
+        """Return how far the losses exceed `reference`, and the standard error of this excess.
 
-        Both are fractions of the mean of the losses. Every level counts equally, or only the level
-        with the index `place`. The draws for a sample are added, because they are not independent.
+        Both numbers are fractions of the mean of the losses. All levels count equally; with
+        `place`, only the level with that index counts. The draws of a sample are summed before the
+        standard error is computed, because they are not independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         weight = self.weight if place is None else (self.place == place).double()
@@ -491,7 +503,10 @@ class _Search:
         return excess > max(FINE_ERRORS * error, FINE_MARGIN)
 
     def _first(self) -> list[Read]:
-        """The best-fitting candidates; among equals, the one with the fewest changes is first."""
+        """Return the best-fitting candidates.
+
+        Among equals, the candidate with the fewest changes comes first.
+        """
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
@@ -504,11 +519,11 @@ class _Search:
         return list(dict.fromkeys([min(order, key=is_worse_or_changes), *order]))[:REPEATED]
 
     def _is_trained(self, read: Read) -> bool:
-        """Whether a candidate predicts as well as only a trained network does."""
+        """Return whether a candidate predicts so well that the network must be trained."""
         losses = self.losses[read]
         if self._excess(losses, self.linear)[0] > CLOSE:
             return False
-        # As v or a velocity, an untrained network may come close, through q x alone.
+        # Read as v or a velocity, an untrained network may come close through q x alone.
         changes = (read.kind != self.own.kind) + (read.sign < 0)
         if read.inputs.units == AS_THEY_ARE and changes <= BELIEVED.get(read.kind, 1):
             return True
@@ -516,14 +531,14 @@ class _Search:
         return any(self._is_better(losses, self.linear, place) for place in places)
 
     def _detectable_gain(self) -> float:
-        """The gain above which a candidate is reported in 97 of 100 cases."""
+        """Return the gain above which a candidate is reported in 97 of 100 cases."""
         own = self.losses[self.own]
         excess, error = self._excess(own, self.linear)
         limits = [excess + FINE_ERRORS * error]
         for read in self.first:
             gain, error = self._excess(own, self.losses[read])
-            # Predictions that differ by δ, one of which is right, have losses that differ by δ²,
-            # with a standard error in proportion to δ: it is less at a smaller gain.
+            # If two predictions differ by δ and one of them is right, their losses differ by δ².
+            # The standard error is proportional to δ, so it is smaller at a smaller gain.
             if gain < 0:
                 error = min(error, (FINE_ERRORS + ERRORS) * error**2 / -gain)
             limits.append(max(FINE_ERRORS * error, FINE_MARGIN) + ERRORS * error)
@@ -562,7 +577,7 @@ def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
 
 
 def _mean_square(error: Tensor) -> Tensor:
-    """The mean square over the dimensions of each sample (B, *), as a tensor (B,) on the CPU."""
+    """Return the mean square over the dimensions of each sample, as a tensor (B,) on the CPU."""
     squares = sum_elements(at_least_float32(error).square(), 1)
     return (squares / error[0].numel()).double().cpu()
 
@@ -625,7 +640,7 @@ def _of_sigma(text: str, schedule: Schedule) -> Times:
 
 
 def all_units(data: Tensor) -> Iterator[Units]:
-    """Yield other data units: bytes, centred bytes, unit variance, EDM's units, latents' units."""
+    """Yield other data units: bytes, centred bytes, unit variance, EDM's units, latent units."""
     yield Units("2 * x0 - 1", 2.0, -1.0)
     yield Units("(x0 + 1) / 2", 0.5, 0.5)
     yield Units("x0 / 255", 1 / 255)

@@ -1,18 +1,20 @@
-"""The likelihood of the probability-flow ODE, and the variational bound of the SDE.
+"""Likelihoods under the probability-flow ODE, and the variational bound for the SDE.
 
-- `ode`: `ode_nll` for log-densities along the ODE, and `ode_sample` for paths from noise to data.
+- `ode`: `ode_nll`, which computes log-densities under the ODE, and `ode_sample`, which draws
+  samples.
 - `variational`: `variational_nll`.
-- `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
-- `multistep`: the fixed grid that a batch shares, the choice of the number of steps, and the
-  number of probes needed for a given standard error.
-- `adaptive`: the solver with a step size for each sample.
-- `paths`: the coordinates in which the paths are solved; the evaluation of the slope and the
-  divergence at a node, and of the prior; checks for networks whose output is random.
+- `solvers`: the solver options `FixedGrid`, `ToTolerance` and `Adaptive`.
+- `multistep`: the solver that uses one fixed grid for the whole batch.
+- `adaptive`: the solver that chooses the step sizes of each sample separately.
+- `paths`: the coordinates in which the ODE is solved; the evaluation of the slope, the divergence
+  and the prior; checks for networks whose output is random.
 - `divergence`: estimators of the divergence.
-- `job`: the checked arguments of a call, its batches, and the result.
-- `checkpoints`: evaluations whose activations are recomputed in the backward pass.
-- `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of draws into one density.
+- `job`: checks of the arguments of a call, the split into batches, and the joined result.
+- `checkpoints`: network evaluations whose activations are recomputed in the backward pass.
+- `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of several draws into one
+  density.
 - `distribution`: `ODEDistribution`.
+- `weights`: `importance_weights`, and the estimates that `Weights` computes.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, which holds means over samples.
 """
 

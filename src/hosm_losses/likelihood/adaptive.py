@@ -12,13 +12,17 @@ Formula:
     Samples that have reached the end of the span are no longer evaluated.
 
 Rounding:
-    Rounding in the network, of relative size ε, changes the error of a step by about 0.2 ε times
-    the integral over the step: ε/√12 is the root mean square of a rounding error, and 0.75 the
-    norm of ERROR. `MAX_EVALUATIONS` allow 1666 steps, and even in one dimension, |integrand| sums
-    to some 8 nats. The second tolerance is therefore out of reach below 0.001 ε, and the first
-    below 0.01 ε, which is 1.2e-9 in float32. Linear networks reached 2e-9 to 3e-8 there, others
-    3e-8 to 3e-6. Only outputs near zero get below, and `solver_error` is never below 1e-6 anyway.
-    Narrower types round in large steps, so the bound for float32 is used for them.
+    If the network's outputs have rounding errors of relative size ε, the error of a step changes
+    by about 0.2 ε times the integral of |integrand| over the step. The factor 0.2 is the product
+    of 1/√12 (the root mean square of a rounding error is ε/√12) and 0.75, the norm of ERROR.
+    `MAX_EVALUATIONS` allows 1666 steps, and even in one dimension, the integral of |integrand|
+    over the whole path is about 8 nats. The second solution therefore cannot meet a tolerance
+    below 0.001 ε, so the first solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in
+    float32. In float32, the smallest tolerance that was met is 2e-9 to 3e-8 for linear networks
+    and 3e-8 to 3e-6 for other networks. Only networks with outputs near zero meet
+    tolerances below these, and in float32, `solver_error` is never below 1e-6 anyway. Dtypes
+    narrower than float32 round in large steps, so the bound for float32 is also used for narrower
+    dtypes.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -91,15 +95,15 @@ def adaptive(
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     max_evaluations: int,
 ) -> AdaptiveSolution:
-    """Solve dy/ds = f for increasing s, from y (B, m) at the start of a span to the end.
+    """Solve dy/ds = f for increasing s, from y (B, m) at the start of a span to its end.
 
-    `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if there
-    is none). `rows` (n,) are the rows of the batch that have not reached the end; s has the shape
-    (n,) and never leaves the span, and y has the shape (n, m). `judge` takes the errors (n, m) of
-    a step and the covector at the end of the step. `judge` returns two numbers per row: the error
-    relative to the tolerance, which must be at most 1 for the step to be accepted, and the error
-    in nats, which is summed over steps. A sample fails if it needs more than `max_evaluations`
-    evaluations.
+    `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if all
+    values are finite). `rows` (n,) are the rows of the batch that have not reached the end; s has
+    the shape (n,) and never leaves the span, and y has the shape (n, m). `judge` takes the errors
+    (n, m) of a step and the covector at the end of the step. `judge` returns two numbers per row:
+    the error relative to the tolerance, which must be at most 1 for the step to be accepted, and
+    the error in nats, which is summed over steps. A sample fails if it needs more than
+    `max_evaluations` evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -149,12 +153,12 @@ def adaptive(
 
 
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
-    """Solve along a span, in either direction, with a separate step size for each sample.
+    """Solve the ODE along a span in either direction, with a separate step size for each sample.
 
     The ODE is solved twice; the second solution, which uses a tenth of the tolerance, is the
     answer. `solver_error` is the larger of two estimates: the difference between the two
-    solutions, and the sum of the second solution's step errors. If the path seems to have kinks,
-    step errors are unreliable, and `solver_error` is tripled.
+    solutions, and the sum of the second solution's step errors. If a path seems to have kinks, its
+    step errors are unreliable, so its `solver_error` is tripled.
     """
     size, probes = z[0].numel(), paths.draw_probes(z)
     if paths.divergence.is_random and probes is None:
@@ -206,7 +210,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
 
 
 def _difference_of_ends(paths: Paths, end: Tensor, coarse_end: Tensor, span: Span) -> Tensor:
-    """The difference in log-density between two solutions at the end of a path, (B,)."""
+    """Return the difference in log-density, (B,), between the end points of two solutions."""
     coordinates = paths.coordinates
     _, level = coordinates.ends(span)
     x = coordinates.to_x(end, level)
@@ -227,14 +231,15 @@ def _solve(
     """Solve with steps in r = σ̂/(σ̂ + s), where s is the data's standard deviation.
 
     Hence du = dr/(r (1 − r)), and both ends of the span are finite in r. A step is accepted if its
-    error is at most `tolerance` nats in the integral, at most `tolerance` nats in the log-density
-    due to the state, and, as a root mean square, at most 0.03 times `tolerance` in the state.
-    Samples that have `failed` (B,) before leave after one evaluation.
+    error in the integral is at most `tolerance` nats, its error in the state changes the
+    log-density by at most `tolerance` nats, and the root mean square of its error in the state is
+    at most 0.03 times `tolerance`. Samples that are marked in `failed` (B,) are dropped after one
+    evaluation.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
-    sign = 1.0 if high > low else -1.0  # the solver only goes up: in −r if r decreases
+    sign = 1.0 if high > low else -1.0  # s has to increase, so s is −r if r decreases
 
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal active
@@ -272,14 +277,15 @@ def _solve(
 
 
 def least_tolerance(dtype: torch.dtype) -> float:
-    """The least step_tolerance that rounding in a network of this dtype leaves within reach."""
+    """Return the smallest step_tolerance that rounding in a network of this dtype permits."""
     return LEAST_TOLERANCE * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def student_factor(freedom: int) -> float:
-    """The factor that makes ±2 standard errors with ν degrees of freedom cover 95.45 %.
+    """Return the factor by which to widen a standard error with ν degrees of freedom.
 
-    Without this factor, ±2 standard errors cover 86 % for ν = 3. For ν = 3, the expansion used
-    here gives a factor that is 0.2 % too small.
+    After widening, an interval of ±2 standard errors covers the true value with a probability of
+    95.45 %. Without the factor, the probability is 86 % for ν = 3. The factor is computed from an
+    expansion in 1/ν; for ν = 3, the computed factor is 0.2 % too small.
     """
     return 1 + sum(term / freedom**power for power, term in enumerate(STUDENT, 1))

@@ -22,14 +22,14 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the evaluation recomputed last holds activations."""
+    """The evaluations of one call; only the one recomputed most recently holds activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Whether a new evaluation will be recomputed; nested evaluations will not be."""
+        """Return whether a new evaluation will be recomputed; nested ones are not recomputed."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
@@ -40,7 +40,7 @@ class RecomputedEvaluations:
         except RuntimeError as error:
             if HOOKS_IN_TRANSFORM not in str(error):
                 raise
-            # torch.func inside the network refuses hooks: all activations are kept.
+            # The network uses torch.func, which rejects hooks, so all activations are kept.
             self.refused = True
             evaluation.before.restore()
             return function()

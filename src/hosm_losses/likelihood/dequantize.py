@@ -7,13 +7,13 @@ Formula:
 
     If a network was trained on the levels themselves, y = first + w k, its density at small noise
     consists of normal peaks of standard deviation σ̂ around the levels. At the time t at which
-    half a cell, w/2, equals τ = 3 standard deviations, noise spreads each level over its cell. The
-    noise u comes from the normal distribution truncated to [−τ, τ], and Z = erf(τ/√2) is the mass
-    of the normal distribution on this interval:
+    half the width of a cell, w/2, equals τ = 3 standard deviations, noise spreads each level over
+    its cell. The noise u is drawn from the standard normal distribution truncated to [−τ, τ], and
+    Z = erf(τ/√2) is the mass of the standard normal distribution on this interval:
     x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)].
-    For normal peaks, the bound is off by −log Z, which is 0.0027 nats per element. For a density
-    that is smooth over a cell, the bound is off by log 2τ minus the entropy of u, which is 0.39
-    nats.
+    For normal peaks, the bound exceeds −log P(k) by −log Z, which is 0.0027 nats per element. For
+    a density that is smooth over a cell, the bound exceeds −log P(k) by 0.39 nats per element,
+    which is the difference between log 2τ and the entropy of u.
 
 Source:
     Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
@@ -59,28 +59,28 @@ class Uniform:
 
     @property
     def quantization(self) -> Quantization:
-        """The cells of the levels."""
+        """The number of levels, and the range that their cells cover."""
         return Quantization(LEVELS, -1.0, 1.0)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates that start at t_min, where `draw` puts the points."""
+        """Return the coordinates unchanged, because `draw` returns points at t_min."""
         return coordinates
 
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return points x drawn in the cells, and None, because their nll needs no correction."""
+        """Return random points x in the cells, and None, because their nll needs no correction."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images with noise of the kind used in the network's training.
+    """Dequantization of uint8 images with the kind of noise on which the network was trained.
 
     `TruncatedNormal` is meant for networks trained on the levels themselves,
-    x = first + (last − first) k/255, without added uniform noise. The likelihood starts at the
-    time t at which half a cell's width equals three times σ̂. The noise at this time, truncated to
+    x = first + (last − first) k/255, without added uniform noise. The paths start at the time t at
+    which half the width of a cell equals three times σ̂. The noise at this time, truncated to
     the cell, spreads each level over its cell. A network trained on the levels themselves has
     never seen the noise that `Uniform` adds. For a network trained with uniform noise, `Uniform`
     gives a bound that is tighter by 0.56 bits per dimension. Only `ode_nll` with clean=False
@@ -106,7 +106,7 @@ class TruncatedNormal:
 
     @property
     def quantization(self) -> Quantization:
-        """The cells, with the levels at their centres."""
+        """The number of levels, and the range of the cells, which are centred on the levels."""
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
@@ -128,12 +128,12 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return points x_t drawn in the cells at the start, and corrections (B,) to their nll."""
+        """Return random points x_t in the cells at the start, and nll corrections (B,)."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
         data = self.first + self._cell * levels
-        # −log p_t − log σ is the nll of x_t/α minus log σ̂, and σ̂ is a cell's width over 2 τ.
+        # −log p_t − log σ is the nll of x_t/α minus log σ̂. The width of a cell is 2 τ σ̂.
         constant = math.log(2 * HALF_CELL / math.sqrt(2 * math.pi) / mass) - start.alpha.log()
         return start.alpha * data + start.sigma * u, sum_elements(constant - u.square() / 2, 1)
 
@@ -142,7 +142,7 @@ Dequantization = Uniform | TruncatedNormal
 
 
 def check_dequantization(value: object, *, clean: bool = False) -> None:
-    """Raise ValueError if `value` is a dequantization that is not allowed with `clean`."""
+    """Raise ValueError if the dequantization `value` cannot be combined with `clean`."""
     if clean and isinstance(value, TruncatedNormal):
         expected = "Uniform(...) or None for clean data, at t = 0"
         remedy = (
@@ -154,8 +154,9 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: DivergenceEstimator) -> None:
     """Raise ValueError if several draws of u are combined with random probes.
 
-    If log p has 7 nats of noise, for example from Hutchinson's estimator, 20 draws seem to gain
-    11 nats.
+    If the noise in log p has a standard deviation of 7 nats, for example because the divergence
+    comes from Hutchinson's estimator, averaging the density over 20 draws appears to raise log p
+    by 11 nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -166,7 +167,7 @@ def refuse_biased_draws(value: Dequantization, divergence: DivergenceEstimator) 
 
 
 def check_images(x: object) -> None:
-    """Raise an error unless x is a uint8 tensor (B, *)."""
+    """Raise TypeError unless x is a uint8 tensor (B, *)."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
@@ -174,13 +175,13 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform random numbers with the shape of `levels`, in the precision used for sums."""
+    """Return uniform random numbers in the shape of `levels`, in the precision used for sums."""
     dtype, device = widest_dtype(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 
 
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
-    """Return −log of the density averaged over K draws of u, from one result per draw.
+    """Combine the results of K draws of u; nll is −log of the density averaged over the draws.
 
     `latent` comes from the first draw, `nfe` is summed over draws, and solver errors are averaged
     with the densities as weights.
@@ -193,7 +194,7 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
         return torch.stack([getattr(draw, name) for draw in draws])
 
     log_density, prior_error = -stacked("nll"), None
-    if first.prior_error is not None:  # the error for the mean density
+    if first.prior_error is not None:  # the prior error of the averaged density
         corrected = log_density.detach() + stacked("prior_error")
         prior_error = corrected.logsumexp(0) - log_density.detach().logsumexp(0)
     weight = torch.softmax(log_density.detach(), 0)

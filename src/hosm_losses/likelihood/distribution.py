@@ -1,9 +1,10 @@
 """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
 Purpose:
-    `log_prob` is −nll from `ode_nll`, and samples come from `ode_sample`; both refer to points at
-    the schedule's t_min. A tensor that conditions the network has one entry per distribution in
-    the batch, unless it is marked `Shared`: nothing is inferred from the tensor's length.
+    `log_prob` is −nll from `ode_nll`, and samples come from `ode_sample`. Samples and the
+    arguments of `log_prob` are points at the schedule's t_min. A tensor that conditions the
+    network must have one entry per distribution in the batch, unless it is marked `Shared`.
+    Whether a tensor is shared is not inferred from its length.
 
 Source:
     Rozet et al., zuko (software), for `rsample_and_log_prob`.
@@ -27,28 +28,28 @@ from hosm_losses.model import ScoreModel, check_model, map_tensors, per_sample
 
 
 class ODEDistribution(Distribution):
-    """The density of a model's probability-flow ODE, for points at t_min.
+    """The distribution of points at t_min under a model's probability-flow ODE.
 
     `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
-    checks its arguments. Results carry a graph if `torch.is_grad_enabled()`. A failed path raises
-    ValueError.
+    checks its arguments. The results of `log_prob`, `rsample` and `rsample_and_log_prob` carry an
+    autograd graph if gradients are enabled. If a path fails, a ValueError is raised.
 
     Args:
         model: the score model.
         event_shape: the shape of a sample.
         solver: as in `ode_nll`.
         divergence: as in `ode_nll`; with "exact", `log_prob` is deterministic.
-        model_kwargs: keyword arguments of the network. The shape of every tensor in `model_kwargs`
-            must begin with `batch_shape`, unless the tensor is marked `Shared`. Real
-            floating-point tensors are cast to the dtype of x. In `log_prob`, x has the dtype of
-            `value`; in sampling, x has the dtype of the network's first floating-point
-            parameter.
+        model_kwargs: keyword arguments for the network. The shape of every tensor in
+            `model_kwargs` must begin with `batch_shape`, unless the tensor is marked `Shared`.
+            Real floating-point tensors are cast to the dtype of x. In `log_prob`, x has the dtype
+            of `value`; when samples are drawn, x has the dtype of the network's first
+            floating-point parameter.
         batch_shape: the shape of the batch of distributions, one for each condition.
-        batch_size: the number of samples for which the ODE is solved at a time; None for all.
+        batch_size: as in `ode_nll`; None to process all samples in one batch.
 
     Raises:
         TypeError: if `model` is not a `ScoreModel`.
-        ValueError: if `divergence` is invalid, or if shapes contradict each other.
+        ValueError: if `divergence` is invalid, or if the shapes are inconsistent.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -82,10 +83,10 @@ class ODEDistribution(Distribution):
         self.divergence: Divergence = divergence
         self.model_kwargs, self.batch_size = check_model_kwargs(model_kwargs), batch_size
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape))
-        self._repeated(self.batch_shape)  # refuses tensors of other shapes
+        self._repeated(self.batch_shape)  # raises if the shape of a tensor is invalid
 
     def __repr__(self) -> str:
-        """Return the shapes, and the options with which the ODE is solved."""
+        """Return a string that shows the shapes, the solver and the divergence."""
         shapes = f"event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)}"
         divergence = shown(self.divergence)
         return f"ODEDistribution({shapes}, solver={self.solver!r}, divergence={divergence})"
@@ -96,7 +97,7 @@ class ODEDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ODEDistribution:
-        """Return the same distributions, expanded to another batch_shape without copying."""
+        """Return the same distributions, expanded to a new batch_shape without copying tensors."""
         batch = torch.Size(batch_shape)
         new: Any = self._get_checked_instance(ODEDistribution, _instance)
         vars(new).update(vars(self))
@@ -104,7 +105,7 @@ class ODEDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of values (..., batch_shape, event_shape), in float64."""
+        """Return the log-density of values (..., batch_shape, event_shape), in float64."""
         self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         outer = shape[: len(shape) - len(self.event_shape)]
@@ -133,7 +134,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options to solve the ODE for a batch of shape `outer` in this dtype."""
+        """Return the options for solving the ODE for a batch of shape `outer` in this dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])

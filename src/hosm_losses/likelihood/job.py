@@ -1,10 +1,10 @@
-r"""What all likelihoods share: checks of arguments, batches of samples, and joined results.
+r"""Code shared by all likelihoods: argument checks, batches of samples and joined results.
 
 Failures:
     A sample fails if the end of its path is not finite in the network's dtype, if its nll is not
-    finite in this dtype (at least float32), if its path did not reach the end, or if its solver
-    error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension). The
-    first-order estimate of such a large solver error is meaningless.
+    finite in this dtype or in float32, whichever is wider, if its path did not reach the end, or
+    if its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension).
+    The first-order estimate of such a large solver error is meaningless.
 """
 
 import math
@@ -123,11 +123,12 @@ class Job:
         solve: Callable[[Paths, Tensor | None], NLLResult],
         convert: Callable[[NLLResult], Any] = lambda joined: joined,
     ) -> Any:
-        """Return what `convert` makes of the joined results of all batches.
+        """Solve all batches, join their results, and return `convert(joined)`.
 
-        `solve` is called with a batch and the numbers of steps that the first batch took, or None
-        in the first batch. A KeyboardInterrupt carries the converted result of the finished
-        batches as `result`, or None.
+        `solve` is called with a batch and the numbers of steps that were used in the first batch;
+        for the first batch itself, the second argument is None. The attribute `result` of a
+        KeyboardInterrupt is the converted result of the finished batches, or None if no batch has
+        finished.
         """
         results: list[NLLResult] = []
         with self._running() as paths:
@@ -181,7 +182,7 @@ class Job:
             )
 
     def _batches(self, paths: Paths) -> Iterator[Paths]:
-        """Split the paths into batches of `batch_size`, for each draw of the dequantization."""
+        """Yield the paths in batches of `batch_size`, once for each draw of the dequantization."""
         for _ in range(self.draws):
             x, nll_offset = paths.x, None
             if self.dequantization is not None:
@@ -192,8 +193,8 @@ class Job:
     def _joined(self, results: Sequence[NLLResult]) -> NLLResult:
         """Join the results of all batches, and average over draws.
 
-        After an interrupt, only complete draws count. If no draw is complete, the finished part of
-        the first draw counts.
+        After an interrupt, only complete draws are averaged. If no draw is complete, the finished
+        part of the first draw is returned.
         """
         batches = math.ceil(len(self.x) / self.size)
         results = results[: len(results) // batches * batches] or results
@@ -205,7 +206,7 @@ class Job:
 
 
 def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
-    """Raise ValueError if α or σ has a graph, which the solver's grid and the prior leave out."""
+    """Raise ValueError if α or σ requires gradients, because these gradients would be wrong."""
     parts = schedule(torch.full((1,), float(schedule.t_min), device=device))
     if any(part.requires_grad for part in parts):
         expected = "α and σ without gradients of their own if enable_grad is True"
@@ -249,9 +250,9 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
 def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
-    The latent has to be finite in its own dtype, which is the network's, and the nll in this dtype
-    or float32, whichever is wider. A cause that is already in the result is kept; otherwise, the
-    first condition (B,) that holds determines the cause.
+    The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
+    finite in this dtype or in float32, whichever is wider. A cause that is already recorded in the
+    result is kept; otherwise, the first condition (B,) that holds determines the cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
@@ -266,7 +267,7 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
 
 
 def network_options(model: ScoreModel) -> dict[str, Any]:
-    """The dtype and device of the network's first floating-point parameter, or the defaults."""
+    """Return dtype and device of the network's first floating-point parameter, or the defaults."""
     for parameter in model.network.parameters() if isinstance(model.network, nn.Module) else ():
         if parameter.is_floating_point():
             return {"dtype": parameter.dtype, "device": parameter.device}
@@ -274,7 +275,7 @@ def network_options(model: ScoreModel) -> dict[str, Any]:
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the log-density of a prior for samples like those in x."""
+    """Return the log-density function of a prior over samples like those in x."""
     if isinstance(prior, Distribution):
         if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"

@@ -2,8 +2,9 @@
 
 Purpose:
     The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
-    log-density is integrated along the same solution, so a sample's density requires no second
-    solve. If no density is wanted, each node requires one network evaluation and no derivatives.
+    log-density is integrated along the same path, so the density of a sample can be computed
+    without solving the ODE a second time. If no density is wanted, the network is evaluated along
+    the path but not differentiated.
 
 Source:
     Song et al., arXiv 2011.13456, appendix D.2; see also `paths`.
@@ -31,7 +32,7 @@ from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
 from hosm_losses.model import ScoreModel, check_model
 
-# The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
+# The numbers of steps that ToTolerance tries. Below 32, the error estimate is unreliable.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -50,58 +51,60 @@ def ode_nll(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> NLLResult:
-    """Negative log-likelihood of x under the model's probability-flow ODE.
+    """Compute the negative log-likelihood of x under the model's probability-flow ODE.
 
-    Sums and states are kept in float64, whatever the network's dtype. The training mode is not
-    changed: call `model.eval()` first if the network has dropout or batch norm.
+    The solver keeps its states and sums in float64, whatever the network's dtype. This function
+    does not switch the network to evaluation mode: call `model.eval()` first if the network has
+    dropout or batch norm.
 
     Args:
         model: the score model.
-        x: data (B, *), taken to be points at the schedule's t_min unless `clean` is True;
+        x: data (B, *), treated as points at the schedule's t_min unless `clean` is True;
             with a `dequantization`, the dtype must be uint8.
-        solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one if `clean`
-            is True; `ToTolerance(nats)`, which uses the fewest steps that meet a tolerance; or
-            `Adaptive()`, which chooses the step sizes of each sample separately.
-        divergence: "exact", which takes d vector-Jacobian products per node; or `Hutchinson(count,
-            distribution)`, which takes one product per probe. "auto" means "exact" for samples of
-            at most 16 elements, and `Hutchinson()` for larger samples. On a fixed grid, each of
-            these options yields a standard error; with `Adaptive`, random probes yield a standard
-            error only if there are at least four probes. For images, "dct" is often the best
-            distribution of probes. If the network's divergence is known, pass a function
-            `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), which receives x and t in
-            the same form as the network.
+        solver: `FixedGrid(steps)`, which usually requires steps + 2 network evaluations, plus one
+            if `clean` is True; `ToTolerance(nats)`, which uses the fewest steps that meet a
+            tolerance; or `Adaptive()`, which chooses the step sizes of each sample separately.
+        divergence: "exact", which computes d vector-Jacobian products per node; or
+            `Hutchinson(count, distribution)`, which computes one product per probe and node.
+            "auto" means "exact" for samples of at most 16 elements, and `Hutchinson()` for larger
+            samples. On a fixed grid, each of these options yields a standard error; with
+            `Adaptive`, random probes yield a standard error only if there are at least four
+            probes. For images, "dct" is often the best probe distribution. If you have a function
+            that computes the network's divergence, pass this function: `(x, t, **model_kwargs)` →
+            (prediction, its divergence (B,)). It is called with the same arguments as the network.
         log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
             log-densities (B,), or as a torch distribution over samples; N(0, prior_std² I) if
             None. A callable receives latents in the network's dtype or float32, whichever is
-            wider, and may return the network's dtype or a wider dtype.
-        clean: whether x is data without noise. If True, noise is added once to take x to t_min.
-            The mean nll is then an upper bound on the nll of x, and can be compared with the
-            result of `variational_nll`. `standard_error` does not account for the random noise
-            added to x, whose effect on the nll is small for a good model.
+            wider, and may return log-densities in the network's dtype or a wider dtype.
+        clean: whether x is data without noise. If True, noise is added once to move x to t_min.
+            The mean of the nll over this noise is then an upper bound on −log p(x), and can be
+            compared with the result of `variational_nll`. `standard_error` does not account for
+            the random noise added to x, whose effect on the nll is small for a good model.
         dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with uniform
             u, so that `bits_per_dim` refers to the integers. `TruncatedNormal()` is for networks
             that were trained on the quantized levels themselves, and None is for continuous data.
-        batch_size: the number of samples to solve at a time; None for all.
+        batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
-        enable_grad: whether the result carries an autograd graph, so that gradients can pass
+        enable_grad: whether the result carries an autograd graph, so that you can backpropagate
             through the result. The graph stores only the states; the backward pass evaluates the
-            network again. A failed sample has no gradient and does not affect the gradients of
-            other samples. On an accelerator, every evaluation calls the network once more, without
-            a graph, to detect failing samples.
+            network again. A failed sample contributes no gradient and does not affect the
+            gradients of other samples. On an accelerator, every evaluation calls the network once
+            more, without a graph, to detect failing samples.
         generator: the random generator, which must be on the device of x; the global generator if
             None.
         model_kwargs: keyword arguments for the network.
 
     Returns:
         The result, in nats; its method `bits_per_dim` converts the nll to bits per dimension. The
-        nll of a failed sample is NaN. The attribute `result` of a KeyboardInterrupt is the result
-        of the finished batches, or None if no batch has finished.
+        nll of a failed sample is NaN. If a KeyboardInterrupt stops the call, the attribute
+        `result` of the exception is the result of the finished batches, or None if no batch has
+        finished.
 
     Raises:
-        TypeError: if x or the result of a function has an invalid dtype, for example if images
-            have an integer dtype and `dequantization` is None.
+        TypeError: if x or the return value of a callable has an invalid dtype, for example if
+            images have an integer dtype and `dequantization` is None.
         ValueError: if an argument has an invalid shape, device, name or value, or if `enable_grad`
-            is True and the schedule has trained parameters, in which gradients would be wrong.
+            is True and the schedule has trainable parameters, whose gradients would be wrong.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
@@ -156,23 +159,23 @@ def ode_sample(
 ) -> SampleResult:
     """Solve the probability-flow ODE from noise to data; return samples with their densities.
 
-    The training mode is not changed: call `model.eval()` first if the network has dropout. To
-    sample with guidance, wrap your network in a module that applies the guidance; the density then
-    belongs to the guided ODE.
+    This function does not switch the network to evaluation mode: call `model.eval()` first if the
+    network has dropout. To sample with guidance, wrap your network in a module that applies the
+    guidance; the densities are then densities under the guided ODE.
 
     Args:
         model: the score model.
         latent: a tensor (B, *) of points at t_max, in the coordinates of x, or a shape (B, *). If
             a shape is given, latents are drawn from N(0, prior_std² I) in the dtype and on the
             device of the network's first parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. With a companion, the
-            density at the samples is computed a second time, on the way back to the latents, but
-            only if a divergence is computed.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. With a companion, and
+            unless `divergence` is None, the ODE is also solved from the samples back to the
+            latents, and the density at the samples is computed a second time on the way.
         divergence: as in `ode_nll`, or None for samples without densities, which require no
             derivatives.
         log_prior: the log-density of the distribution from which you drew the latents, as in
             `ode_nll`.
-        batch_size: the number of samples to solve at a time; None for all.
+        batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether the result carries an autograd graph, as in `ode_nll`.
         generator: the random generator for latents and probes; the global generator if None.
@@ -180,13 +183,13 @@ def ode_sample(
 
     Returns:
         The samples at the schedule's t_min, which contain noise with standard deviation σ(t_min).
-        The attribute `result` of a KeyboardInterrupt contains the samples of the finished batches,
-        as in `ode_nll`.
+        If a KeyboardInterrupt stops the call, the attribute `result` of the exception contains the
+        samples of the finished batches, as in `ode_nll`.
 
     Raises:
-        TypeError: if the latent or the result of a function has an invalid dtype.
+        TypeError: if `latent` or the return value of a callable has an invalid dtype.
         ValueError: if an argument has an invalid shape, device, name or value, or if `enable_grad`
-            is True and the schedule has trained parameters, in which gradients would be wrong.
+            is True and the schedule has trainable parameters, whose gradients would be wrong.
         DerivativeError: if the network's output has no derivative with respect to its input.
         ImportError: if `progress` is True and tqdm is not installed.
 
@@ -231,7 +234,7 @@ def ode_sample(
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
     """Turn a result whose `latent` contains samples into a `SampleResult`.
 
-    After an interrupt, the result contains samples for the first latents only.
+    After an interrupt, the result contains samples only for the latents of the finished batches.
     """
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
@@ -249,8 +252,8 @@ def solve(
 ) -> NLLResult:
     """Solve the ODE from data to latents, or from latents to data if `backwards` is True.
 
-    The `latent` of the result contains the end points of the paths. `steps` are the numbers of
-    steps that `ToTolerance` chose for the samples of an earlier batch.
+    The `latent` of the result contains the end points of the paths. `steps` contains the numbers
+    of steps that `ToTolerance` chose for the samples of an earlier batch.
     """
     _check_tolerance(solver, paths.dtype)
     if clean:
@@ -297,12 +300,14 @@ def solve(
 
 @torch.no_grad()
 def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
-    """Set `solver_error` to the error of the density at x, the point at which the paths end.
+    """Set `solver_error` to an estimate of the error in the density at x, the end of a path.
 
-    Let z be the latents, and z' the latents of x on the same grid. The estimate is
+    Let z be the latent at which a path starts. The way back solves the ODE from x on the same grid
+    and ends at a latent z'. The estimate is
         max(|log p(x) computed from z − log p(x) computed from x|, solver_error of the way back),
-    or infinite if the way back fails. If the probes are random, the noise of the two integrals
-    exceeds their errors, so the first term is |log p_T(z) − log p_T(z')|.
+    or infinity if the way back fails. If the probes are random, the probe noise in the two
+    integrals exceeds the solver's error, so the first term is replaced by
+    |log p_T(z) − log p_T(z')|.
     """
     dtype = paths.x.dtype
     back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
@@ -337,11 +342,13 @@ def _solve_to_tolerance(
 ) -> NLLResult:
     """Solve each sample on the coarsest of `GRIDS` whose `solver_error` is within the tolerance.
 
-    Only the samples whose error exceeds the tolerance are solved again, with new probes, unless it
-    was not finite on two grids. A later batch starts from the first one's median number of steps.
+    If the error of a sample exceeds the tolerance, the sample is solved again on the next grid
+    with new probes, unless its error was not finite on two grids in a row. Later batches start
+    with the median number of steps of the first batch.
 
-    The processes of a group have to evaluate the network equally often. They share their largest
-    error after each grid of the first batch, and solve either all samples again or none.
+    All processes of a group must evaluate the network the same number of times. In the first
+    batch, the processes therefore exchange their largest errors after each grid, and solve either
+    all samples again or none.
     """
     first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
     grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
@@ -383,7 +390,7 @@ def _solve_to_tolerance(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """The change in log p if the diffused Gaussian were the prior; None if `log_prior` is set."""
+    """Return the change in log p if the prior were the diffused Gaussian; None for `log_prior`."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
@@ -395,10 +402,10 @@ def _from_clean(paths: Paths) -> Paths:
     """Add random noise to clean x, and return paths that start at t_min and include `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], where p(x|x_tmin) is the
-    decoder in `variational`. The last two terms of this bound are
-    ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). These terms contain ‖ε‖² for the drawn noise instead of
-    its mean, d. The variation of p(x_tmin) with ε therefore cancels, and the mean of exp(−nll)
-    over draws is a probability density of x.
+    decoder in `variational`. The sum of the last two terms is
+    ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). This sum contains ‖ε‖² for the drawn noise instead of
+    the mean of ‖ε‖², which is d. The variation of p(x_tmin) with ε therefore cancels in the nll,
+    and the mean of exp(−nll) over draws of ε is a probability density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)

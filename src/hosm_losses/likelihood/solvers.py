@@ -1,8 +1,8 @@
 """The ODE solvers and their options: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
-These classes can be compared, hashed and pickled. `data_mean` and
-`data_std` define coordinates in which the paths of Gaussian data are constant (see `paths`), and
-determine `prior_error`. Apart from `prior_error`, the two moments affect only the solver's error.
+Instances of these classes can be compared, hashed and pickled. `data_mean` and `data_std` define
+coordinates in which the paths of Gaussian data are constant (see `paths`), and determine
+`prior_error`. Apart from `prior_error`, the two moments affect only the solver's error.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -58,23 +58,24 @@ class FixedGrid(Solver):
 
     Half of the nodes lie around the scale of the data, following a logistic distribution in log σ̂
     centred at the log of the root mean square of data_std; the other half are spread evenly in
-    log σ̂. For a network that predicts the velocity of a linear flow, the steps are nearly even in
-    t for data of unit size, and shorter at both ends.
+    log σ̂. For a network that predicts the velocity of a linear flow, the steps are nearly equal
+    in t for data of unit size, except that they are shorter at both ends.
 
     Args:
         steps: the number of steps, at least 4. The solver takes steps + 2 network evaluations, or
             steps + 8 if the path starts at a σ̂ between 1/20 and 20 times the data's standard
-            deviation. For a check during training, 20 steps are enough; for a report with the
-            exact divergence, 40 steps are enough.
+            deviation. For a check during training, 20 steps are enough; for reported results with
+            the exact divergence, 40 steps are enough.
         companion: whether to solve the ODE a second time. With a companion, `solver_error` also
             accounts for paths that amplify small errors. In `ode_nll`, the second solution takes
             half as many steps, which adds 52 % to the number of evaluations for 64 steps. In
-            `ode_sample`, it leads back from the samples on the same grid, which doubles the number
-            of evaluations. A companion requires an even number of steps, at least 8.
+            `ode_sample`, the second solution leads from the samples back to latents on the same
+            grid, which doubles the number of evaluations. A companion requires an even number of
+            steps, at least 8.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
-            a sample; stored as a number or as nested tuples. None stands for 0.
-        data_std: the standard deviation of the data, in the same form as `data_mean`; None stands
-            for 0.5. If both moments are set, the results of `ode_nll` have a `prior_error`.
+            a sample; stored as a number or as nested tuples. `None` means 0.
+        data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
+            means 0.5. If both moments are set, the results of `ode_nll` have a `prior_error`.
 
     Raises:
         TypeError: if `steps` is not a whole number.
@@ -106,14 +107,16 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """For each sample, the coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance; only samples
-    above it are solved again. `nfe` includes the coarser grids. Later batches start from the first
-    one's median number of steps.
+    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance. Unless
+    `group` is set, only samples whose error exceeds the tolerance are solved again, on a finer
+    grid. `nfe` includes the evaluations on coarser grids. Later batches start with the median
+    number of steps that were used for the samples of the first batch.
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
-        group: the process group whose processes must use one number of steps, with which every
-            sample of the first batch meets the tolerance; None to choose for each sample.
+        group: the process group whose processes must use the same number of steps, chosen so that
+            every sample of the first batch meets the tolerance; None to choose the number for each
+            sample separately.
         companion: as in `FixedGrid`. Without a companion, the true error of `ode_nll` may exceed
             the tolerance if a path amplifies small errors, and `ode_sample` may take far more
             steps than necessary.
@@ -147,7 +150,7 @@ class Adaptive(Solver):
     Args:
         step_tolerance: the acceptable error in the log-density, in nats, for each step of the
             first solution; the second solution, which is returned, uses a tenth of this value.
-            In float32, rounding in most networks puts less than about 1e-6 out of reach.
+            In float32, rounding in most networks puts values below about 1e-6 out of reach.
         data_mean: the mean of the data, as in `FixedGrid`.
         data_std: the standard deviation of the data, as in `FixedGrid`.
 

@@ -170,7 +170,7 @@ def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor,
     x, elements, sigma = paths.x, paths.dimensions, end.sigma.reshape(())
     latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
-    if paths.log_prior is None:  # its log has a known mean over x_T
+    if paths.log_prior is None:  # the mean of its log over x_T is known in closed form
         ratio = sigma / paths.coordinates.schedule.prior_std
         cross = elements / 2 * ratio.square() - paths.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent

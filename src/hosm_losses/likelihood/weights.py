@@ -1,4 +1,4 @@
-r"""Importance weights of samples from the ODE, for estimating expectations and normalisers.
+r"""Importance weights of samples from the ODE, to estimate expectations and normalising constants.
 
 Formula, for an unnormalised target π and samples x_i drawn from the density q of the ODE:
     log w_i = log π(x_i) + nll_i − v_i/2
@@ -10,18 +10,19 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
 
     Standard errors come from a jackknife that leaves out one sample and its probes at a time.
 
-    The interval for log Z extends 1.96 standard errors below the estimate and farther above it: if
-    weights are skewed, samples that miss the large ones have both a low mean and a low standard
-    error.
-    With the largest weight counted twice, let there be n weights of mean m, standard error s and
-    skewness γ √n. If T = (m − Z)/s, Hall's g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard
-    normal, and equals −1.96 at the upper end of Z,
+    The interval for log Z extends 1.96 standard errors below the estimate and farther above it. If
+    the weights are skewed, a set of samples that misses the large weights underestimates both the
+    mean and the standard error.
+    For the upper end, the largest weight is counted twice. Let the resulting n weights have mean
+    m, standard error s of this mean, and skewness γ √n, and let T = (m − Z)/s. Hall's
+    transformation g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard normal. At the upper end
+    of the interval for Z, g(T) is −1.96, so the upper end is
         m + 3 s u/(1 + c + c²),     u = 1.96 + γ/6,     c = (1 − γ u)^{1/3}
 
     The weights apply to x itself: q is the exact density of x at t_min, where x still contains
     noise with standard deviation σ(t_min). The noise at t_min lowers the effective sample size but
-    adds no bias. Samples that were denoised afterwards have a different density, so the weights do
-    not apply to them.
+    adds no bias. If you denoise the samples, the weights no longer apply, because denoised samples
+    have a different density.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Hall, "On the removal of
@@ -41,8 +42,8 @@ from hosm_losses._checks import check_like, error_message, warn
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
-NORMAL = 1.959964  # the quantile of 0.975
-SMALL, LARGE = 0.25, 1.0  # limits of the weighted mean variance due to the probes
+NORMAL = 1.959964  # the 0.975 quantile of the standard normal distribution
+SMALL, LARGE = 0.25, 1.0  # limits on `Weights.probe_variance`
 
 
 class Expectation(NamedTuple):
@@ -53,7 +54,7 @@ class Expectation(NamedTuple):
 
 
 class Sandwich(NamedTuple):
-    """Bounds on log Z in nats, each with its standard error.
+    """Lower and upper bounds on log Z in nats, with their standard errors.
 
     The lower bound is the mean of log w over the samples. The upper bound is the mean of
     log π + nll over points drawn from the target. Only the upper bound accounts for modes that the
@@ -75,7 +76,7 @@ class Weights:
         log_weights: log w, (B,); −inf where log π is −inf and for failed samples.
         variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
         solver_error: the solver error in the nll of each sample, in nats, (B,).
-        log_target: log π, which `sandwich` evaluates at other points.
+        log_target: the callable that returns log π; `sandwich` evaluates log π at other points.
         failed_share: the fraction of samples that failed; failed samples have weight zero.
     """
 
@@ -93,12 +94,12 @@ class Weights:
 
     @property
     def log_z(self) -> float:
-        """Estimate of log Z, in nats, as the log of the mean weight."""
+        """The estimate of log Z in nats, which is the log of the mean weight."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z`, which is often too small: see `log_z_interval`.
+        """Estimated standard error of `log_z`, often an underestimate: see `log_z_interval`.
 
         The standard error is NaN if one sample has all the weight.
         """
@@ -106,10 +107,11 @@ class Weights:
 
     @property
     def log_z_interval(self) -> tuple[float, float]:
-        """95 % confidence interval of log Z, in nats, which allows for skewed weights.
+        """95 % confidence interval for log Z, in nats, which allows for skewed weights.
 
-        The interval does not account for what the samples miss, such as a mode, or a tail that is
-        much heavier than the model's tail. Its ends are NaN if one sample has all the weight.
+        The interval does not account for regions that the samples miss, such as a mode, or a tail
+        that is much heavier than the model's tail. Both ends of the interval are NaN if one sample
+        has all the weight.
         """
         below = NORMAL * self.log_z_error
         if math.isnan(below):
@@ -136,7 +138,8 @@ class Weights:
     def effective_sample_size(self) -> float:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        Do not select runs by this size: samples that miss the large weights have a larger one.
+        Do not use it to select runs: a run whose samples miss the large weights has a larger
+        effective sample size.
         """
         return self._effective_size(self.normalized.square())
 
@@ -149,8 +152,8 @@ class Weights:
     def effective_sample_size_without_probes(self) -> float | None:
         """Estimate of the effective sample size without the noise of random probes.
 
-        The value is None if the weighted mean of `variance` is above 0.25, because no estimate is
-        possible then.
+        The value is None if the weighted mean of `variance` is above 0.25, because this effective
+        sample size cannot be estimated in that case.
         """
         if self.probe_variance > SMALL:
             return None
@@ -165,7 +168,7 @@ class Weights:
         return float(self.normalized.max())
 
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
-        """Estimate E_π[function(x)], for a function that maps (B, *) to (B,) or (B, *).
+        """Estimate E_π[function(x)] for a function that maps x (B, *) to values (B,) or (B, *).
 
         Returns:
             A named tuple of `value` and `error`, each with the shape of the function's value for
@@ -187,7 +190,7 @@ class Weights:
             raise ValueError(error_message("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
         flat = values.reshape(len(w), -1)
-        # Where the weight is zero, the value may be NaN.
+        # A sample with weight zero may have the value NaN.
         flat = torch.where(self.log_weights.isneginf()[:, None], 0.0, flat)
         mean = w @ flat
         left_out = (mean - w[:, None] * flat) / (1 - w[:, None])
@@ -197,15 +200,16 @@ class Weights:
     def resample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return samples (count, *), drawn by weight with replacement, and their rows in x."""
+        """Resample by weight with replacement; return the draws (count, *) and their rows in x."""
         rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
         return self.x[rows], rows
 
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
-        """Bounds on log Z, from these samples and from the nll of points x drawn from the target.
+        """Return bounds on log Z, from these samples and from points x drawn from the target.
 
-        A sample of weight zero makes the lower bound −inf. A failed point makes the upper bound
-        inf, and a point at which the target is zero makes it −inf.
+        `result` is the result of `ode_nll` for x. A sample of weight zero makes the lower bound
+        −inf. A failed point makes the upper bound inf, and a point at which the target is zero
+        makes the upper bound −inf.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
@@ -223,7 +227,7 @@ class Weights:
         )
 
     def __str__(self) -> str:
-        """Return a line of text with log Z, the effective sample size and any advice."""
+        """Return one line of text with log Z, the effective sample size, warnings and advice."""
         count = len(self.x)
         lower, upper = self.log_z_interval
         interval = f"nats (95 %: {lower:.4f} to {upper:.4f})"
@@ -255,14 +259,14 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
     """Return the importance weights of samples from `ode_sample` for a target density.
 
     Args:
-        result: the samples with their density, drawn with divergence="exact" or with enough probes
-            to estimate a standard error.
+        result: the samples with their densities, drawn with divergence="exact" or with enough
+            probes to estimate a standard error.
         log_target: log π, up to a constant, as a callable x (B, *) → (B,). `log_target` is
-            evaluated at the samples as they are, including their noise at t_min. A value of −inf,
-            for example outside a bounded prior, gives weight zero.
+            evaluated at the samples as they are, including their noise at t_min. A sample at which
+            log π is −inf, for example outside the support of a prior, has weight zero.
 
     Returns:
-        The weights. A failed sample has weight zero but counts as a sample.
+        The weights. A failed sample has weight zero, but is included in the number of samples.
 
     Raises:
         ValueError: if the samples have no density or no standard error, or if log π has an invalid
@@ -311,6 +315,6 @@ def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
 
 
 def _jackknife(left_out: Tensor) -> Tensor:
-    """Return standard errors (k,) of estimates, from values (B, k) that each omit one sample."""
+    """Return standard errors (k,) of k estimates; row i of `left_out` (B, k) omits sample i."""
     count = len(left_out)
     return left_out.std(0, correction=0) * (count - 1) ** 0.5

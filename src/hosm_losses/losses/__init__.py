@@ -1,13 +1,13 @@
 """The losses: first-, second- and third-order denoising score matching.
 
 - `dsm`: the public functions and modules.
-- `objective`: how a loss is computed, from the checks of its arguments to the reduction.
-- `options`: checks of options and weights.
+- `objective`: the computation of a loss, from argument checks to the reduction.
+- `options`: validation of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
 - `terms`: the loss terms, as squares of residuals in which the lower orders are detached.
 - `paired`: the same terms, computed as products of estimates from two independent probes.
-- `times`: how t is drawn where it is learnt which times matter.
-- `weighting`: how noise levels are weighted, and how t is drawn otherwise.
+- `times`: a sampler of t that learns which times matter.
+- `weighting`: the weighting of noise levels, and the other ways to draw t.
 """
 
 from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM

@@ -1,10 +1,11 @@
 """Denoising score matching as functions and as modules.
 
-A function takes a ScoreModel and clean data, and returns a scalar loss, on which `backward` can be
-called. A module can be wrapped in DDP, FSDP2, torch.compile and activation checkpointing: its
-`forward` computes the whole loss, so that a wrapper sees every use of a parameter. The module
-stores the ScoreModel as `model`, together with the options of the function of the same order.
-See `objective` for the formula, and `terms` for the residuals, the detached parts and the source.
+A function takes a ScoreModel and clean data, and returns a loss, by default a scalar, on which you
+can call `backward`. A module can be wrapped in DDP, FSDP2, torch.compile and activation
+checkpointing: its `forward` computes the whole loss, so that a wrapper sees every use of a
+parameter. The module stores the ScoreModel as `model`, and accepts the options of the function of
+the same order. See `objective` for the formula, and `terms` for the residuals, the detached parts
+and the reference.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of order one, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
+    """Return the first-order loss, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
 
-    With prediction="epsilon" and the same α and σ, this loss equals the usual loss up to rounding
-    error for data in float32 or float64; half-precision values are squared in float32. The network
-    runs without the safe primitives. The arguments are the same as for `third_order_dsm`.
+    With prediction="epsilon", this loss equals that of a trainer with the same α and σ, up to
+    rounding error, for data in float32 or float64; half-precision values are squared in float32.
+    Outside `torch.func`, none of the network's operators is replaced by a safe primitive. The
+    arguments are the same as for `third_order_dsm`.
 
     Returns:
         The loss, in float32 or float64. The loss is dimensionless; with weighting="likelihood", it
@@ -99,7 +101,7 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two; order two fits the score's Jacobian and its trace.
+    """Return the loss of orders one and two; order two fits the Jacobian ∂s/∂x and tr ∂s/∂x.
 
     The arguments are the same as for `third_order_dsm`. `weights` contains (first, second,
     trace); a fourth weight, for order three, is ignored.
@@ -177,51 +179,52 @@ def third_order_dsm(
         probes: the number of probes for each sample, and how the estimates from the probes are
             combined. A whole number K means `Hutchinson(K)`: the residual along each probe is
             squared, as in the paper. `Paired()` instead multiplies two independent estimates, each
-            from one probe or from one half of the probes. With `Paired()`, the loss has the same
-            mean as with "exact" and almost no noise from the probes, and a step costs about twice
-            as much as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one
-            mask for all probes of a sample. The exception is order three, where each probe has its
-            own mask unless the probes are `Paired()` and reverse mode is used.
-        targets: the regression target; None stands for the drawn noise ε, as in the paper.
+            computed from one half of the probes. With `Paired()`, the loss has the same mean as
+            with "exact" and almost no noise from the probes, and a step costs about twice as much
+            as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one mask for
+            all probes of a sample. The exception is order three, where each probe has its own mask
+            unless the probes are `Paired()` and reverse mode is used.
+        targets: the regression target; None means the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
             noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
             the noise from the choice of x₀ without using other data, but requires the score
             ∇log p₀ of the data. At order one, a tensor (B, *) passed to the call, such as a
-            teacher's prediction, replaces ε in the residual but not in x; with it, pass the `t`
-            and `noise` of the x that it belongs to.
-        weights: (first, second, trace, third), as nonnegative numbers or one-element tensors in a
-            list, a tuple, an array or a tensor. "paper" means (1, 1, 1, 1), as in the paper's code
-            for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's low-dimensional
-            script. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights of the highest orders
-            are all the number 0, these orders are not evaluated and cost nothing: to ramp up the
-            weights, you can start at (1, 0, 0, 0), which is order one. A term whose weight is a
-            zero tensor is still computed.
-        weighting: "noise" leaves the terms unchanged. "native" makes the first term the squared
-            error of the network's own prediction. `EDMWeighting()` makes the first term the loss
-            of EDM's trainer. "likelihood" makes the first term the likelihood-weighted loss; in
-            that case, set the `weights` of the higher orders yourself. All of these options leave
-            the meaning of the higher terms unchanged. A callable t → (B,) multiplies every term.
+            teacher's prediction, replaces ε in the residual but not in x; also pass the `t` and
+            `noise` of the x for which the tensor was computed.
+        weights: (first, second, trace, third), as a list or tuple of nonnegative numbers or
+            one-element tensors, or as an array or a tensor. "paper" means (1, 1, 1, 1), as in the
+            paper's code for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's
+            low-dimensional script. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights of an
+            order and of all higher orders are the number 0, these orders are not evaluated and
+            add no cost: to ramp up the weights, you can start at (1, 0, 0, 0), which is the
+            first-order loss. A term whose weight is a zero tensor is still computed.
+        weighting: "noise" leaves the terms unchanged. "native" turns the first term into the
+            squared error of the network's own prediction. `EDMWeighting()` turns the first term
+            into the loss of EDM's trainer. "likelihood" turns the first term into the
+            likelihood-weighted loss; in that case, set the `weights` of the higher orders
+            yourself. None of these options changes the mean of the higher terms. The values of a
+            callable t → (B,) multiply every term.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
-            draws t uniformly in log σ̂ and reweights the terms, so that the mean of every term
-            stays the same; for a schedule given as a table, it draws integer indices into this
-            table. Times from a callable (batch size, generator) → t (B,) are treated as if you had
-            passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
-            "schedule" otherwise.
+            draws log σ̂ from a uniform distribution and reweights the terms, so that the mean of
+            every term stays the same; if the schedule is a table, the times are integer indices
+            into the table. `AdaptiveTimes()` learns which times to draw. Times from a callable
+            (batch size, generator) → t (B,) are treated as if you had passed them as `t`. None
+            means "log_sigma_hat" if weighting="likelihood", and "schedule" otherwise.
         antithetic: whether each sample is perturbed with both ε and −ε, at the same t. Every term
-            of a sample, even with reduction="none", is then the average of the two, which has the
-            same mean and less noise where the data are smooth at the scale of the noise. The
-            network is called once, with 2B rows: pass half as many samples for the same cost. If
-            you pass `noise`, it is +ε. Both halves have the same probes and `model_kwargs`.
-            Dropout draws a separate mask for each half.
+            of a sample, even with reduction="none", is then the average over both perturbations.
+            This average has the same mean, and less noise where the density of the data is smooth
+            at the scale of the noise. The network is called once, with 2B rows: pass half as many
+            samples for the same cost. If you pass `noise`, it is used as +ε. Both halves share
+            their probes and `model_kwargs`. Dropout draws a separate mask for each half.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         reduction: "mean" or "sum" over the batch, or "none" for the loss of each sample, (B,).
         generator: the random generator, on the device of x0; None uses the global generator.
         model_kwargs: keyword arguments for the network. A tensor whose first dimension is B is
-            taken to have one row per sample, and its rows are repeated for the probes and selected
-            for `fraction` along with the samples. Wrap a tensor that all samples share in
-            `Shared`.
+            assumed to have one row per sample, and its rows are repeated for the probes and
+            selected for `fraction` along with the samples. If all samples share a tensor, wrap
+            the tensor in `Shared`.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace + w₃ third.
@@ -285,11 +288,11 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the unweighted terms of the loss for each sample, with their autograd graph.
 
-    `order` is 1, 2 or 3; options that only concern higher orders are ignored. The other arguments
+    `order` is 1, 2 or 3; options that concern only higher orders are ignored. The other arguments
     are the same as for `third_order_dsm`.
 
     Returns:
-        The terms, each of shape (B,), in float32 or float64. Terms above `order` are None.
+        The terms, each of shape (B,), in float32 or float64. Terms of higher orders are None.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -343,7 +346,7 @@ class _HigherOptions(_Options, total=False):
 
 
 def _signature(loss: Callable[..., Tensor]) -> inspect.Signature:
-    """Return the signature of a loss's module: the model, and what is not passed to each call."""
+    """Return the signature of a loss module's constructor: the model and the loss's options."""
     in_call = {"x0", *_Inputs.__annotations__} - {"targets", "weights"}
     parameters = inspect.signature(loss).parameters.values()
     return inspect.Signature([each for each in parameters if each.name not in in_call])
@@ -404,7 +407,7 @@ class _DSM(nn.Module):
         return evaluated.loss, terms
 
     def _or_own(self, targets: Any, weights: Any) -> dict[str, Any]:
-        """Return targets and weights, where None stands for those of the constructor."""
+        """Return targets and weights, with the constructor's arguments in place of None."""
         return {
             "targets": self.targets if targets is None else targets,
             "weights": self.weights if weights is None else weights,
@@ -413,7 +416,7 @@ class _DSM(nn.Module):
     def _row_losses(
         self, x0: Tensor, t: Tensor, rows: Tensor, *, targets: Any, weights: Any, **inputs: Any
     ) -> nn.Module:
-        """Return the losses of single samples, from which `AdaptiveTimes` learns."""
+        """Return a module that computes losses of single samples, for use by `AdaptiveTimes`."""
         own = self._or_own(targets, weights)
         return row_losses(self.model, x0, self.options, t, rows, **inputs, **own)
 

@@ -1,10 +1,10 @@
-"""How a loss is computed: check, perturb, differentiate, form residuals, weight, reduce.
+"""Computation of a loss: check, perturb, differentiate, form residuals, weight, reduce.
 
 Formula, with the terms from `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
 
 With antithetic=True, the noisy batch has 2B rows: B rows with +ε, then B rows with −ε, at the same
-times and with the same probes and conditions. The terms are means over the two rows of a sample.
+times and with the same probes and conditions. Each term is the mean over a sample's two rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss and its terms, with their times and rows."""
+    """A loss and its terms, with the drawn times and the rows that have higher terms."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -76,7 +76,7 @@ def dsm(
 ) -> LossAndTerms:
     """Return the loss and its terms.
 
-    Random numbers are drawn in the order t, ε, rows, v, except for those that the caller passes.
+    Random values are drawn in the order t, ε, rows, v; those that the caller passes are not drawn.
     """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
@@ -103,7 +103,7 @@ def dsm(
             # A single call of the network without primitives or copies, as in any trainer.
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            # torch.compile of PyTorch 2.6 knows no property of a named tuple: batch.dimensions.
+            # torch.compile in PyTorch 2.6 does not support properties of named tuples.
             terms = DSMTerms(first_term(residual, x0[0].numel()))
             reduced = terms = _of_samples(terms, options)
             if factors[0] is None and options.reduction == "mean":
@@ -129,14 +129,14 @@ def dsm(
 
 
 class RowLosses(nn.Module):
-    """The loss of each of some samples alone, with its parameters in `model`."""
+    """A module that computes the loss of a single sample, with the parameters in `model`."""
 
     def __init__(self, model: ScoreModel, loss: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model, self._loss = model, loss
 
     def forward(self, index: Tensor) -> Tensor:
-        """Return the loss of the sample at `index`, (1,), as a number."""
+        """Return the loss of the sample at `index` (1,), as a 0-dim tensor."""
         return self._loss(index)
 
 
@@ -152,10 +152,10 @@ def row_losses(
     generator: torch.Generator,
     model_kwargs: Mapping[str, Any] | None,
 ) -> RowLosses:
-    """Return the losses of the samples `rows` (n,) at times t (B,), each by its index below n.
+    """Return a module that maps an index i < n to the loss of sample rows[i], for `rows` (n,).
 
-    The targets are those of the whole batch. The factor of the time sampler is left out, and all
-    samples have the higher terms.
+    The times t are (B,), and the targets are computed from the whole batch. The factor of the time
+    sampler is left out, and the higher terms are computed for every sample in `rows`.
     """
     kwargs, targets = check_model_kwargs(model_kwargs), check_targets(targets, tensor=False)
     batch, bound, weights, order = _prepare(
@@ -193,7 +193,7 @@ def _prepare(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> tuple[NoisyBatch, BoundModel, Weights, int]:
-    """Return the noisy batch, the model bound to it, the weights, and the order they need."""
+    """Return the noisy batch, the model bound to it, the weights, and the order to evaluate."""
     batch = perturb(model, x0, t, _noise(x0, noise, options, generator), targets, kwargs)
     checked = _weights(weights, options, x0[0].numel())
     bound = bind_model(model, len(x0), kwargs, t)
@@ -206,7 +206,7 @@ def _prepare(
 def _check_tensor_targets(
     targets: Tensor, x0: Tensor, t: object, noise: object, options: LossOptions
 ) -> Tensor:
-    """Return a tensor of targets without a graph, if it belongs to the x at which it is used."""
+    """Return the detached targets; raise ValueError if some would be used at the wrong x."""
     targets = _like_data("targets", targets, x0).detach()
     if t is None or noise is None:
         raise ValueError(
@@ -225,7 +225,7 @@ def _check_tensor_targets(
 def _noise(
     x0: Tensor, noise: object, options: LossOptions, generator: torch.Generator | None
 ) -> Tensor:
-    """Return ε (B, *), drawn unless the caller passes it, or (2B, *) with +ε and −ε."""
+    """Return ε (B, *), drawn unless the caller passes it; if antithetic, +ε and −ε (2B, *)."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -243,9 +243,9 @@ def perturb(
     targets: Targets,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε and its targets, which leave out q x, as in `terms`.
+    """Return x = α(t) x₀ + σ(t) ε with its targets, from which q x is subtracted as in `terms`.
 
-    If ε has more rows than x₀ and t, these are repeated, one batch after another.
+    If ε has more rows than x₀ and t, then x₀ and t are repeated, one batch after another.
     """
     data, moments = x0, None
     if len(eps) != len(x0):
@@ -282,19 +282,19 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 
 
 def _both(rows: Tensor, batch: int, options: LossOptions) -> Tensor:
-    """Return the rows of the noisy batch that belong to the given samples."""
+    """Return the indices of the rows of the noisy batch that belong to the given samples."""
     return torch.cat([rows, batch + rows]) if options.antithetic else rows
 
 
 def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
-    """Return the terms of each sample: the means over its two rows if the rows are pairs."""
+    """Return the terms of each sample; if antithetic, the means over the sample's two rows."""
     if not options.antithetic:
         return terms
     return DSMTerms._make(None if term is None else term.reshape(2, -1).mean(0) for term in terms)
 
 
 def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTerms]:
-    """Return the function that computes the terms."""
+    """Return the function that computes all terms of a loss of order two or three."""
     if isinstance(options.probes, Paired):
         return partial(paired_terms, second=is_used(weights[1]))
     return squared_terms
@@ -353,7 +353,7 @@ def _probes(
 ) -> Tensor:
     """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
 
-    With pairs, they are (K, 2n, *), the same for both halves.
+    With antithetic noise, the probes are (K, 2n, *), the same for both halves.
     """
     if probe is not None:
         v = probe if rows is None else probe[:, rows]
@@ -388,7 +388,7 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Sum the terms times their weights and factors, omitting terms whose weight is 0."""
+    """Return the weighted sum of the terms, without those of weight 0, reduced over the batch."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

@@ -1,4 +1,4 @@
-"""Checks of a loss's options and weights, which are documented in `third_order_dsm`."""
+"""Validation of the options and weights that are documented in `third_order_dsm`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class LossOptions:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the objective is uniform in log σ̂, rather than as the schedule draws t."""
+        """Whether the objective weights all log σ̂ equally, not by the schedule's density of t."""
         return self.weighting == "likelihood"
 
 
@@ -85,9 +85,9 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    There must be as many weights as the order has terms; at order 2, a fourth weight is allowed.
+    The number of weights must equal the number of terms; at order 2, a fourth weight is allowed.
     At least one weight must be nonzero. The values of tensors are checked only on the CPU.
-    `elements` is d, which sets the third-order weight if `weights` is None or "paper-toy".
+    `elements` is d, which determines the third-order weight if `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:

@@ -1,21 +1,21 @@
-r"""Unbiased estimates, from a few paired probes, of the terms that probes="exact" gives.
+r"""Unbiased estimates of the terms for probes="exact", computed from a few paired probes.
 
 Purpose:
-    With one probe, the target in the squared residual depends on the random v, and the mean of a
-    square is not the square of the mean. Paired probes replace the target with its mean over v,
-    and the square with the product of two estimates from independent probes. Only the noise from
-    the random choice of data remains.
+    With random probes v, the target in the squared residual depends on v, and the mean of a square
+    is not the square of the mean. Paired probes replace the target with its mean over v, and the
+    square with the product of two estimates from independent probes. Hardly any noise remains,
+    apart from the noise due to the random choice of data.
 
 Formula:
-    Let ℓ = ε + f and A = σ ∂f/∂x. Everything that `terms` holds fixed is held fixed here as well:
+    Let ℓ = ε + f and A = σ ∂f/∂x. The quantities detached in `terms` are detached here as well:
         second = (mean_k(‖D_k‖² + 2 v_k·D_k) − 2 ℓ·(Aℓ) + d − 2 ‖ℓ‖² + ‖ℓ‖⁴)/d²
         a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
         R_k = G_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
     With K > 2 probes, the indices 1 and 2 stand for means over the first K // 2 probes and over
-    the remaining probes, respectively. Averaged over independent v_k with E[v vᵀ] = I, the terms
-    are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with
-    probes="exact". The product of two estimates may be negative for some samples.
+    the remaining probes, respectively. Averaged over independent v_k with E[v vᵀ] = I, the
+    numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as
+    with probes="exact". The product of two estimates may be negative for some samples.
 
     With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
     ·) is added to G_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
@@ -23,7 +23,7 @@ Formula:
     derivatives.
 
     The network is called only once, because ℓ·(Aℓ) is computed by a backward pass from the
-    network's output, and Aℓ needs no graph.
+    network's output, and Aℓ is not differentiated.
 
 Cost of a step with two probes:
     A step costs as much as 12 network evaluations at order two (9 if the weight of `second` is 0)

@@ -1,18 +1,21 @@
-r"""Whether scores belong to the density of the data, by integration by parts.
+r"""A test of whether scores belong to the density of the data, by integration by parts.
 
 Formula:
-    E[v·g + div v] = 0 for g = ∇log p₀ and every field v(x) along the subspace of the data with
-    v p₀ = 0 at the edge. The centres x̄ and ℓ̄ of two such fields are means over other samples:
+    E[v·g + div v] = 0 for g = ∇log p₀ and every vector field v(x) that is tangent to the subspace
+    of the data and for which v p₀ = 0 at the edge of the support. The test uses two such fields,
+    whose centres x̄ and ℓ̄ are means over other samples:
         v = x − x̄ in d dimensions: the mean of −(x − x̄)·g is d.
         v_i = −v_j = ½ (ℓ − ℓ̄) r for two particles in D dimensions, with r = x_i − x_j and
             ℓ = log|r|: div v = 1 + D (ℓ − ℓ̄), so the mean of −(ℓ − ℓ̄) (½ r·(g_i − g_j) + D) is 1.
 
-    In molecules, the first mean multiplies the large forces along bonds by the motion of the whole
-    molecule. The second mean, for a stiff bond, has far less noise. Masses play no part.
+    In molecules, the products in the first mean combine the large forces along bonds with the
+    motion of the whole molecule. For a stiff bond, the second mean has far less noise. Neither
+    mean depends on the masses.
 
 Errors:
-    Consecutive frames of a simulation are correlated, so standard errors are those of the means of
-    `RUNS` runs of consecutive samples. Every run takes its centre from the other runs.
+    Consecutive frames of a simulation are correlated, so standard errors are computed from the
+    means of `RUNS` runs of consecutive samples. The centre of each run is the mean over the other
+    runs.
 """
 
 import math
@@ -23,8 +26,8 @@ from torch import Tensor
 from hosm_losses._checks import warn
 
 RUNS = 32
-WRONG = 0.1  # a fraction by which scores may not be wrong unnoticed
-LARGEST = 1024  # of larger samples, a subspace of a few dimensions less is not worth its cost
+WRONG = 0.1  # the relative error of the scores that must not go unnoticed
+LARGEST = 1024  # number of elements up to which a subspace is looked for
 
 
 def check_scores(
@@ -32,9 +35,10 @@ def check_scores(
 ) -> None:
     """Warn if scores g (N, d) are not those of the data x, or if N samples are too few to tell.
 
-    `matrix` says whether the information becomes a matrix; numbers per element would bias targets
-    in a slanted subspace. `rounding` is the relative error of x. If the data are positions of
-    particles, the mean over pairs has to tell.
+    `matrix` says whether the information is a matrix; with one number per element, the targets
+    would be biased in a subspace that is not parallel to the axes. `rounding` is the relative
+    rounding error of x. If the data are positions of particles, the mean over pairs decides
+    whether there are too few samples.
     """
     varies, dimension = _extent(x, rounding)
     elements = int(varies.sum())
@@ -71,7 +75,7 @@ def check_scores(
 
 
 def _extent(x: Tensor, rounding: float) -> tuple[Tensor, int]:
-    """Return which elements of x (N, d) vary beyond rounding, and in how many directions."""
+    """Return which elements of x (N, d) vary by more than rounding, and the data's dimension."""
     x = (x - x.mean(0)) / (rounding * x.abs().amax(0))
     varies = x.square().mean(0) > 1
     count = int(varies.sum())
@@ -91,10 +95,11 @@ def _products(x: Tensor, g: Tensor) -> list[Tensor]:
 
 
 def _means_of_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """Return the mean over pairs, for each run of x and g (N, n, D); it is 1 for the right scores.
+    """Return the mean over pairs for each run of x and g (N, n, D), near 1 for correct scores.
 
-    The weight of a pair is its mean squared product in the other runs to the power −2, so that
-    mainly stiff pairs count. Weights that change smoothly leave the errors of the runs right.
+    The weight of a pair is 1/m², where m is the mean of the pair's squared products in the other
+    runs, so that mainly stiff pairs count. Because the weights are smooth functions of the data,
+    the standard errors stay valid.
     """
     means: list[Tensor] = []
     squares: list[Tensor] = []

@@ -1,11 +1,11 @@
 r"""Regression targets that replace the drawn noise: less noisy targets, or a user's tensor.
 
 Purpose:
-    The usual targets depend on the single noise ε that was drawn for x = α x₀ + σ ε. However, any
-    other data point x_j may have produced the same x, with the noise ε_j = (x − α x_j)/σ.
-    Averaging the targets over all x_j removes the noise that the random choice of x₀ adds to the
-    targets of every order, without calling the network. If the score g = ∇log p₀ of the data is
-    known at x₀, a control variate reduces this noise without any reference data.
+    The usual targets depend on the one ε that was drawn for x = α x₀ + σ ε. However, any other
+    data point x_j may have produced the same x, with the noise ε_j = (x − α x_j)/σ. Averaging the
+    targets over all x_j removes the noise that the random choice of x₀ adds to the targets of
+    every order, without calling the network. If the score g = ∇log p₀ of the data is known at x₀,
+    a control variate reduces this noise without any reference data.
 
 Formula for averaged targets:
     Let j run over the references and the sample itself (for which ε_j = ε), and define:
@@ -52,8 +52,9 @@ Formula for targets from scores:
     κ₃ are computed with the weights w; without references, they are 0.
 
 Targets of another kind:
-    Subclass `AveragedTargets` and return from `posterior` an object with the `mean`, `at` and
-    `along` of `NoiseMoments`, and `weights` of B rows, of which only the size and the dtype count.
+    Subclass `AveragedTargets` and override `posterior`. The object that it returns must have the
+    `mean`, `at` and `along` of `NoiseMoments`, and a tensor `weights` with B rows. Only the size
+    and the dtype of `weights` matter.
 
 Shapes:
     The weights are (B, R + 1), and ε̄ is (B, *). C₂v and C₃(v, v, ·) have the shape of the probes,
@@ -64,7 +65,7 @@ Precision:
     sample itself, so the moments are exactly zero if every reference has zero weight. A weighted
     sum of the δ_j is computed as a difference of matrix products, which loses digits as σ/α → 0.
     These products are therefore computed in float64, where eight digits remain at α/σ = 1e4, and
-    where neither autocast nor TF32 applies. On devices without float64, the products are in
+    where neither autocast nor TF32 applies. On devices without float64, they are computed in
     float32. The differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype
     of the matrix products.
 
@@ -107,7 +108,7 @@ ELSEWHERE = 2**24
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Return one row per sample, (B, n), without a graph, in the dtype for computing targets."""
+    """Return one row per sample, (B, n), without a graph, in the dtype used to compute targets."""
     return tensor.detach().reshape(len(tensor), -1).to(widest_dtype(tensor))
 
 
@@ -136,7 +137,7 @@ class AveragedTargets:
         reference: data (R, *), with the dtype and device of x₀. If None, the batch itself is the
             reference; under DDP, each process uses its own batch. To average over all processes,
             pass `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
-        own: whether each x₀ is added to the reference for its own sample. Use False if the
+        own: whether the x₀ of each sample is added to the sample's reference. Use False if the
             reference already contains every x₀ unchanged, for example because it is the whole
             training set without flips, crops or dequantization noise: with True, each x₀ would
             count twice. If own=False and an x₀ is missing from the reference, the targets are
@@ -190,7 +191,7 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Return the posterior moments of the noise in x = α x₀ + σ ε.
 
-        ε, α and σ have n rows for each sample x₀ (B, *), one batch after another: (nB, *), (nB,).
+        ε (nB, *), α (nB,) and σ (nB,) consist of n batches, one after another, for x₀ (B, *).
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -299,7 +300,7 @@ class ControlledMoments(NamedTuple):
         return times(self.control, self.basis, v)
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the replacements of C₂v and, if `third`, C₃(v, v, ·), for vectors v (K, B, d)."""
+        """Return the vectors that replace C₂v and, if `third`, C₃(v, v, ·), for v (K, B, d)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -323,7 +324,7 @@ class ControlledMoments(NamedTuple):
 
 
 def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
-    """Multiply v (*, B, d) by the symmetric matrices with the given eigenvalues (B, 1 or d)."""
+    """Multiply v (*, B, d) by symmetric matrices, given by eigenvalues (B, 1 or d) and `basis`."""
     return eigenvalues * v if basis is None else (eigenvalues * (v @ basis)) @ basis.T
 
 
@@ -350,32 +351,32 @@ def cumulants(
 class TargetScores:
     """Less noisy targets for data whose score ∇log p₀ is known at x₀.
 
-    Examples of such scores are forces divided by kT in a data set of molecules, and gradients of
-    the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order
-    one uses e = ε − C (ε + σ̂ g) in place of ε. Using e amounts to target score matching (De
-    Bortoli et al., arXiv 2402.08667) with the weights that leave the least noise. Orders two and
-    three, which are new in this library, need neither Hessians nor additional network calls. The
-    objective is the same up to a constant: for every model, each residual keeps its conditional
-    mean given x. For Gaussian data, e has no noise.
+    Examples of such scores are the forces in a molecular data set, divided by kT, and gradients of
+    the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one
+    uses e = ε − C (ε + σ̂ g) in place of ε. Using e amounts to target score matching (De Bortoli et
+    al., arXiv 2402.08667) with the weights that leave the least noise. The extension to orders two
+    and three is new in this library and needs neither Hessians nor additional network calls. The
+    objective changes only by a constant: for every model, each residual keeps its conditional mean
+    given x. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support: for uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
     data and the scores meet this condition.
 
     Args:
-        scores: the score g, either as a tensor with the shape of x₀, for a single call of a loss,
-            or as a callable that takes data (N, *). A module's constructor accepts only a
-            callable. The scores are detached from any graph.
+        scores: the score g, either as a tensor with the shape of x₀, for a single call to a loss,
+            or as a callable that maps data (N, *) to their scores. A module's constructor accepts
+            only a callable. The scores are detached from any graph.
         information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
             to math.inf (math.inf gives the paper's targets), a tensor with the shape of a sample
             (one number per element), or a matrix (d, d), whose eigenvectors are computed once, in
-            the constructor. A 0-dim tensor is a number. If `information` is None, F is estimated
-            for each sample from the elementwise means of g² over the other samples of the batch
-            (under DDP, of the batch in the same process). If there are no other samples, the
-            targets are the paper's targets; the same is true if the information is zero, or along
-            directions in which it is zero, such as a constant coordinate. An eigenvalue of a
-            matrix counts as zero if it is below 1.2e-7 d times the largest, or below a larger
-            multiple if x₀ or the matrix is in half precision.
+            the constructor. A 0-dim tensor counts as a number. If `information` is None, F is
+            estimated for each sample from the elementwise means of g² over the other samples of
+            the batch (under DDP, of the batch in the same process). The targets are the paper's
+            targets if there are no other samples, and along directions in which the information is
+            zero, such as a constant coordinate. An eigenvalue of a matrix counts as zero if it is
+            below 1.2e-7 d times the largest eigenvalue, or below a larger multiple if x₀ or the
+            matrix is in half precision.
         averaged: an `AveragedTargets` if the targets should also be averaged over all data that
             may have produced x. If `averaged` has a reference, `scores` must be a callable,
             because the scores of the reference are needed as well.
@@ -444,11 +445,12 @@ class TargetScores:
         """Return E g gᵀ for the scores g of data, as one number per element or as a matrix.
 
         By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. A warning is
-        issued if the sample mean differs by more than five standard errors, because the scores or
-        the density then violate the conditions of `TargetScores`. Another warning is issued if
-        five standard errors exceed 10 %, so that even scores as wrong as this may pass. The
-        standard errors account for correlated samples if these are in the order of a simulation
-        that is at least a hundred times as long as their correlation.
+        issued if the sample mean differs from the dimension by more than five standard errors,
+        because the scores or the density then violate the conditions of `TargetScores`. Another
+        warning is issued if five standard errors exceed 10 % of the expected mean, so that even
+        scores with an error of this size may pass. The standard errors account for correlation
+        between samples if the samples are in the order in which a simulation produced them, and
+        if the simulation is at least a hundred times as long as the correlation time.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.
@@ -456,10 +458,11 @@ class TargetScores:
             matrix: whether to return the matrix (d, d) rather than one number per element. The
                 additional noise that the matrix removes, integrated over log σ̂, is
                 ½ log(∏ F_ii / det F).
-            particles: the number n of particles if samples are positions (n, D). The same is then
-                also checked along the stiffest pairs, such as bonds, where the mean of
+            particles: the number n of particles if samples are positions (n, D). The scores are
+                then also checked along the stiffest pairs, such as bonds, where the mean of
                 −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1 for ℓ = log|x_i − x_j|. In
-                molecules, this mean has far smaller errors.
+                molecules, the standard error of this mean is far smaller than that of the mean of
+                −(x − x̄)·g.
 
         Returns:
             F, in units of 1/x², as float64 on devices that support float64, otherwise as float32.
@@ -502,7 +505,7 @@ class TargetScores:
     ) -> ControlledMoments:
         """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        ε, α and σ have n rows for each sample x₀ (B, *), one batch after another: (nB, *), (nB,).
+        ε (nB, *), α (nB,) and σ (nB,) consist of n batches, one after another, for x₀ (B, *).
         """
         own = self._scores_at(x0)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
@@ -553,8 +556,8 @@ class TargetScores:
         self._check_information("targets.information", information, x0)
         if self._eigen is None or information.shape == x0.shape[1:]:
             return leave_inference_mode(information).detach().reshape(1, -1).to(g.dtype), None
-        # Rounding errors, of the scores squared or of F, turn zero information into a little, for
-        # which the target would be 0 instead of ε. Tensors in float64 may have been computed in
+        # Rounding errors in the squared scores or in F make zero information slightly positive, so
+        # that the target would be 0 instead of ε. Tensors in float64 may have been computed in
         # float32. Too high a threshold only leaves noise, since the paper's target is never wrong.
         eigenvalues, basis = self._eigen
         of_scores, of_F = (torch.finfo(each.dtype).eps for each in (x0, information))
@@ -562,7 +565,7 @@ class TargetScores:
         return torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0), basis
 
     def _check_information(self, name: str, information: Tensor, samples: Tensor) -> None:
-        """Raise an error unless a tensor of information matches samples (B, *) and is valid."""
+        """Raise an error unless the information, a tensor, is valid and matches samples (B, *)."""
         shape, d = tuple(samples.shape[1:]), samples[0].numel()
         is_matrix = information.shape == (d, d) != shape
         like = (d, d) if is_matrix else information.shape and shape  # () is a number

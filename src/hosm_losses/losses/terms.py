@@ -25,26 +25,27 @@ Why lower orders are detached:
     Detaching is part of the method, not an optimisation. If the lower orders are held fixed, they
     add only a bounded error to the targets of the higher orders: the minimiser of order two is off
     by exactly ‖ŝ₁ − ∇log q‖², and the minimiser of order three is off by products of the
-    lower-order errors. If gradients flowed through the lower orders, the higher orders could
-    reduce their loss by making the lower orders worse.
+    lower-order errors. If gradients flowed through the lower orders, training could reduce the
+    loss of the higher orders by making the lower orders worse.
 
 Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With probes="exact", the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where M₂ is the residual
-    of the whole Jacobian and R₃ is the residual of the gradient of its trace. With random probes,
-    the second term has the same mean as with "exact"; the means of the trace and third terms are
-    larger by the variance over probes, which is zero at the true score. For an unrestricted vector
-    field, random probes give the same minimiser as "exact"; for a restricted family, the
-    minimisers may differ.
+    With probes="exact", the higher numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where M₂ is the
+    residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's trace. With
+    random probes, the second term has the same mean as with "exact"; the means of the trace and
+    third terms are larger by the variance over probes, which is zero at the true score. For an
+    unrestricted vector field, random probes give the same minimiser as "exact"; for a restricted
+    family, the minimisers may differ.
 
 Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
     exceed the range of float16. The network and its derivatives keep the precision of x.
 
     Only the sum of f = −(p · prediction + q x) and ε matters, so it is computed as the sum of
-    f + q x and ε − q x. For "x0" and "v" near α = 0, f equals −q x except for a part of order α.
-    If f and ε were added directly, r1, which weighting="native" divides by p ~ α, would consist of
+    f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals −q x except
+    for a part of order α.
+    If f and ε were added directly, r1, which weighting="native" divides by p ~ α, would be mostly
     rounding error.
 
 Source:
@@ -81,7 +82,7 @@ class DSMTerms(NamedTuple):
         trace: rt²/d², with the shape of `second`; None at order 1.
         third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
-    If every weight above some order is the number 0, the terms above that order are None.
+    If all weights above some order are the number 0, the terms above that order are None.
     """
 
     first: Tensor
@@ -199,7 +200,7 @@ def squared_terms(
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(model, batch.x, w, order=order, engine=options.engine, summed=exact)
-    # f is computed without q x, which the noise leaves out as well.
+    # f is computed without q x, which is also left out of the noise.
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise_without_x, v))
     r1 = f + noise  # the sum of f + q x and ε − q x

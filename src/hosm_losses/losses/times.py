@@ -1,25 +1,28 @@
-r"""The times that a loss draws, and `AdaptiveTimes`, which learns where they are needed most.
+r"""`AdaptiveTimes`, a sampler of t that learns at which times a loss needs the most samples.
 
 Formula:
-    Let u = log σ̂ range over [u₀, u₁], and let b(u) be the density that the objective gives it: the
-    schedule's own, or uniform if weighting="likelihood". `AdaptiveTimes` divides the range into 32
-    bins of equal width. Bin k, whose mass under b is M_k, is drawn with the probability
+    Let u = log σ̂ range over [u₀, u₁], and let b(u) be the base density, with which the objective
+    weights u: the schedule's own, or uniform if weighting="likelihood". `AdaptiveTimes` divides
+    the range into 32 bins of equal width. Bin k, whose mass under b is M_k, is drawn with the
+    probability
         P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15,
-    and u is uniform within it. Dividing every term by the density P_k/width of u and multiplying
-    it by b(u) leaves its mean unchanged, for any m and for any M that is positive where b is.
+    and u is uniform within the bin. Every term is multiplied by b(u) and divided by P_k/width, the
+    density from which u is drawn. The mean of the term is therefore the same for any m, and for
+    any M that is positive where b is positive.
 
-    If the schedule is a table, each entry belongs to the bin of its own log σ̂. An entry is drawn
-    from its bin with probability b_i/M_k, where b_i is its probability under the base.
+    If the schedule is a table, each entry belongs to the bin that contains its log σ̂. Entry i of
+    bin k is drawn from the bin with probability b_i/M_k, where b_i is its base probability.
 
-    The variance of the gradient is least if m_k² is proportional to V_k, the mean square of the
-    gradient of the loss of one sample (of one pair of opposite noises) at a time in bin k. In
-    Adam's metric, in which each step is taken, the square is Σ_θ g_θ²/(√v̂_θ + eps).
+    The variance of the gradient is smallest if m_k² is proportional to V_k, the mean squared
+    gradient of the loss of one sample (or of one antithetic pair) at times in bin k. With Adam,
+    the squared gradient is measured in the metric of Adam's steps, as Σ_θ g_θ²/(√v̂_θ + eps).
 
 Source:
-    Importance sampling; for likelihoods, Song et al., arXiv 2101.09258, and learnt, Zheng et al.,
-    arXiv 2305.03935, appendix. Sampling in proportion to the root of a second moment is from
-    Nichol and Dhariwal, arXiv 2102.09672, who use that of the loss. Where gradients and losses
-    differ in their spread over noise levels, only the gradient's minimises its variance.
+    Importance sampling of t for likelihoods is from Song et al., arXiv 2101.09258; a learned
+    version is from Zheng et al., arXiv 2305.03935, appendix. Sampling in proportion to the root of
+    a second moment is from Nichol and Dhariwal, arXiv 2102.09672, who use the second moment of the
+    loss. If the gradients and the losses are distributed differently over noise levels, only
+    sampling by the second moment of the gradient minimises the variance of the gradient.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,10 +43,10 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules import Schedule
 
-BINS, FLOOR, DECAY = 32, 0.15, 0.9  # the number of bins, φ, and what a call of `learn` keeps of m²
+BINS, FLOOR, DECAY = 32, 0.15, 0.9  # the number of bins, φ, and the part of m² kept by `learn`
 NODES = 8  # of the quadrature for a bin's mass
-SMALL = 100_000  # parameters up to which vmap is the faster way to the gradients of single samples
-CHUNK = 2**25  # numbers in the gradients that vmap computes at once
+SMALL = 100_000  # number of parameters up to which vmap is faster for gradients of single samples
+CHUNK = 2**25  # number of gradient elements that vmap computes at once
 
 
 def ends_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -94,10 +97,11 @@ class Bins(NamedTuple):
         return cls(schedule, low, span / BINS, below[bounds].diff(), (below, bounds))
 
     def place(self, unit: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return times for uniform numbers, 1 over the density of log σ̂ there, and the bins.
+        """Return times for uniform numbers, the inverse density of log σ̂ at the times, and bins.
 
-        Bin k has probability M_k ratios_k, up to a constant. All results are (B,). For a table,
-        the times are indices, and the density counts each entry over its own width w_i.
+        The probability of bin k is proportional to M_k ratios_k. All results are (B,). For a
+        table, the times are indices, and the density of an entry is its probability divided by
+        its width w_i.
         """
         weights = self.masses * ratios
         # A product with a triangular matrix, since PyTorch's cumsum is not deterministic on CUDA.
@@ -120,17 +124,18 @@ class Bins(NamedTuple):
 class AdaptiveTimes(nn.Module):
     """A time sampler that learns at which noise levels a sample's gradient is largest.
 
-    Pass it to a loss as `time_sampler`. Times are drawn more often where the gradients of single
-    samples are large, and the terms are reweighted. The loss therefore has the same mean as with
-    the schedule's own times (with weighting="likelihood", as with times uniform in log σ̂), but
-    its gradient has less noise. In logged terms, the difficult times are overrepresented.
+    Pass the sampler to a loss as `time_sampler`. Times are drawn more often where the gradients of
+    single samples are large, and the terms are reweighted. The loss therefore has the same mean as
+    with the schedule's own times (with weighting="likelihood", as with times uniform in log σ̂),
+    but its gradient has less noise. Logged terms are not reweighted, so times with large gradients
+    are overrepresented in these terms.
 
-    The buffer `m` is 1 everywhere at first. A loss reads it, and only `learn` updates it: call
+    The buffer `m` is initially 1 in every bin. A loss only reads `m`, and `learn` updates it: call
     `learn` about every 50 training steps.
 
     Attributes:
         m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
-            constant, (32,).
+            constant factor; of shape (32,).
 
     Example:
         >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
@@ -150,7 +155,7 @@ class AdaptiveTimes(nn.Module):
         self.register_buffer("m", torch.ones(BINS, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        """Return the range of m, and the bin in which it is largest."""
+        """Return, as text, the range of m and the bin in which m is largest."""
         least, largest = (float(end) for end in self.m.detach().aminmax())
         where = int(self.m.argmax()) + 1
         return f"m from {least:.2g} to {largest:.2g}, largest in bin {where} of {BINS}"
@@ -158,9 +163,9 @@ class AdaptiveTimes(nn.Module):
     def draw(
         self, schedule: Schedule, like: Tensor, generator: torch.Generator | None, *, uniform: bool
     ) -> tuple[Tensor, Tensor]:
-        """Draw times, and return them with 1 over the density of log σ̂ there, both (B,).
+        """Draw times; return the times and the inverse density of log σ̂ at them, both (B,).
 
-        `uniform` says whether the base is uniform in log σ̂ rather than the schedule's own.
+        `uniform` says whether the base density is uniform in log σ̂ rather than the schedule's own.
         """
         bins = Bins.of(schedule, like, uniform=uniform)
         options = {"device": like.device, "dtype": bins.masses.dtype}
@@ -174,7 +179,7 @@ class AdaptiveTimes(nn.Module):
         return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
 
     def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the midpoints of the bins in log σ̂ and the density of the draws, for plotting.
+        """Return the bins' midpoints in log σ̂ and the density of the drawn log σ̂, for plotting.
 
         Both are (32,), in float64, or in float32 on devices without float64.
 
@@ -211,23 +216,25 @@ class AdaptiveTimes(nn.Module):
         """Update `m` from the gradients of single samples, at times spread over the bins.
 
         The loss of each of min(rows, B) samples of x0 is differentiated separately, with targets
-        computed from the whole batch. The network's parameters, gradients, buffers and modes and
-        the random state are left unchanged (a generator that you pass advances). During the call,
-        batch norm is in evaluation mode, but dropout is not. The cost is that of `rows` forward
-        and backward passes for one sample each: call `learn` less often once `m` has settled.
+        computed from the whole batch. The network's parameters, gradients, buffers and training
+        modes are left unchanged, and so is the global random state; a generator that you pass
+        advances. During the call, batch norm is in evaluation mode, but dropout is not. A call
+        costs as much as `rows` forward and backward passes for one sample each: call `learn` less
+        often once `m` has settled.
 
         Under DDP, call `learn` in every process; each forward pass then broadcasts `m` from the
-        first process, as it does for batch norm. With broadcast_buffers=False, pass the same x0,
-        and generators with the same seed, in every process.
+        first process, as it does the buffers of batch norm. With broadcast_buffers=False, pass the
+        same x0, and generators with the same seed, in every process.
 
         Args:
             objective: the loss module that uses this sampler, possibly within DDP or
                 torch.compile.
             x0: data (B, *).
-            optimizer: if it estimates squared gradients, as Adam does, these estimates set the
-                scale of each parameter, and only the optimizer's parameters count. It is required
-                if the network is wrapped in a plain function.
-            rows: how many samples are used.
+            optimizer: if you pass an optimizer, only the gradients of its parameters are used. If
+                the optimizer estimates squared gradients, as Adam does, these estimates set the
+                scale of each parameter. An optimizer is required if the network is wrapped in a
+                plain function.
+            rows: the number of samples whose gradients are computed.
             targets: as in a call to the objective.
             weights: as in a call to the objective, for orders two and three.
             model_kwargs: as in a call to the objective.
@@ -250,7 +257,7 @@ class AdaptiveTimes(nn.Module):
                 seed = int(torch.randint(2**62, (), device="cpu"))
                 rng = torch.Generator(device).manual_seed(seed)
             bins = Bins.of(loss.model.schedule, x0, uniform=loss.options.is_uniform)
-            # One of the strata for each of the chosen samples, over the bins that have mass.
+            # Each chosen sample has its own stratum, over the bins that have mass.
             order = torch.randperm(len(x0), device=device, generator=rng)
             unit = torch.rand(len(x0), device=device, dtype=bins.masses.dtype, generator=rng)
             unit[order[:count]] = (torch.arange(count, device=device) + unit[:count]) / count
@@ -294,7 +301,7 @@ class AdaptiveTimes(nn.Module):
         self.m.copy_(torch.where(seen, updated.sqrt(), self.m))
 
     def _loss_of(self, objective: nn.Module) -> Any:
-        """Return the loss's module, without the wrappers of DDP and torch.compile."""
+        """Return the module of the loss, without the wrappers of DDP and torch.compile."""
         loss: Any = objective
         while type(loss).__name__ in ("DistributedDataParallel", "OptimizedModule"):
             loss = loss.module if hasattr(loss, "module") else loss._orig_mod
@@ -316,14 +323,14 @@ class AdaptiveTimes(nn.Module):
 
 
 def as_times(t: Tensor, like: Tensor) -> Tensor:
-    """Return times in the dtype of losses, and indices unchanged."""
+    """Return times in the dtype in which losses are computed, but indices unchanged."""
     return t.to(torch.promote_types(like.dtype, torch.float32)) if t.is_floating_point() else t
 
 
 def _trained(
     loss: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """Return the trained parameters and the factors of their squared gradients; None is 1."""
+    """Return the trained parameters and the factors of their squared gradients; None means 1."""
     groups = [] if optimizer is None else optimizer.param_groups
     own = [p for p in loss.parameters() if p.requires_grad]
     eps = {p: group.get("eps", 1e-8) for group in groups for p in group["params"]}
@@ -347,7 +354,7 @@ def _squared_gradients(
     count: int,
     device: torch.device,
 ) -> Tensor:
-    """Return Σ_θ g_θ² times the factors, for the gradient g of each sample's loss alone, (n,)."""
+    """Return Σ_θ factor_θ g_θ² (n,), where g is the gradient of the loss of a single sample."""
     index = torch.arange(count, device=device)
     buffers = {name: buffer.detach().clone() for name, buffer in losses.named_buffers()}
     names = {p: name for name, p in losses.named_parameters()}
@@ -374,7 +381,7 @@ def _squared_gradients(
         try:
             return vmap(of_one, (None, 0), **options)(parameters, index)
         except Exception:
-            pass  # a network that vmap cannot batch; its own errors come again below
+            pass  # a network that vmap cannot batch; its own errors are raised again below
     squares: list[Tensor] = []
     for i in index.split(1):
         loss = functional_call(losses, buffers, (i,)) if buffers else losses(i)

@@ -1,9 +1,9 @@
-r"""The times that a loss draws, and the factors applied to its terms at these times.
+r"""Sampling of t for a loss, and the factors by which the terms are multiplied at each t.
 
 Formula for the factor of the first term (the factor of the higher terms is 1):
     "noise"        1
     "native"       1/p² for ε̂ = p · prediction + q x, which gives the squared error of the
-                   network's own prediction: the loss of trainers that apply no other weighting
+                   network's own prediction, the loss of trainers that apply no other weighting
     EDMWeighting   1 + (σ̂/σ_d)², which gives the loss of EDM's trainer: λ(σ) ‖x̂₀ − x₀‖² with
                    λ(σ) = (σ² + σ_d²)/(σ σ_d)²
     "likelihood"   ½ (g²/σ²) d divided by the density of t, so that the first term is an unbiased
@@ -15,8 +15,8 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     that for "likelihood" is multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
     density of t. The choice of sampler therefore changes the variance of a loss but not its mean.
     With "likelihood", for which "log_sigma_hat" is the default sampler, the factor becomes the
-    constant (u₁ − u₀) d. With "likelihood", the first term has d g²/(2σ² p) times the weight that
-    it has with "noise", so the weights of the terms have to be chosen anew.
+    constant (u₁ − u₀) d. With "likelihood", the weight of the first term is d g²/(2σ² p) times its
+    weight with "noise", so the weights of the terms must be chosen anew.
 
     If the schedule is a table, t is an index i, which "log_sigma_hat" draws with probability
     w_i/(u₁ − u₀). Here, w_i is the length of the interval of log σ̂ in which u_i is the closest
@@ -83,11 +83,11 @@ class EDMWeighting:
 
 Name = Literal["noise", "native", "likelihood"]
 Weighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
-"""Weights over t, as a name, `EDMWeighting()` or a callable t → (B,)."""
+"""The weighting over t: a name, `EDMWeighting()` or a callable t → (B,)."""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | AdaptiveTimes | DrawTime | None
-"""How t is drawn, by a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
+"""The sampler of t: a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
@@ -109,8 +109,8 @@ def draw_time(
 ) -> tuple[Tensor, Tensor | None]:
     """Draw a time for every sample of x0: t of shape (B,), on the device of x0.
 
-    The second result is 1 over the density of log σ̂ at t, with which the terms are reweighted, as
-    (B,) or as a number; None if t is from the schedule or from a callable.
+    The second result is the inverse density of log σ̂ at t, (B,) or a 0-dim tensor, by which the
+    terms are reweighted; it is None if t comes from the schedule or from a callable.
     """
     schedule, sampler = model.schedule, time_sampler
     if sampler is None:
@@ -137,9 +137,9 @@ def time_factors(
     from_schedule: bool = False,
     order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
+    """Return the factors (B,) of the first term and of the higher terms at t; None means 1.
 
-    `spread` is the second result of `draw_time`. Without it, `from_schedule` says whether t was
+    `spread` is the second result of `draw_time`. If it is None, `from_schedule` says whether t was
     drawn from the schedule's own distribution rather than uniformly.
     """
     if weighting == "noise" and spread is None:

@@ -1,18 +1,20 @@
-r"""Modules around a user's network, and the one for data that lie in a linear subspace.
+r"""Modules that wrap a user's network, such as one for data that lie in a linear subspace.
 
 Purpose:
-    Samples x without their centre of mass, or padded at the same elements, have no density over
-    all their d elements. Their coordinates y in an orthonormal basis of the subspace do have one.
-    Around a network of y, every loss and likelihood is that of ordinary data with d − k elements.
+    Samples whose centre of mass has been removed, or which are padded at the same elements, lie in
+    a subspace of dimension d − k, so they have no density over all d elements. Their coordinates y
+    in an orthonormal basis of the subspace do have a density. If the network is wrapped as a
+    function of y, all losses and likelihoods are those of ordinary data with d − k elements.
 
 Formula:
-    If Q (d, d − k) has orthonormal columns, P = Q Qᵀ is the orthogonal projection onto the
-    subspace, x = Q y, y = Qᵀ x, and the network of y is Qᵀ network(Q y, t).
+    Let the columns of Q (d, d − k) be an orthonormal basis of the subspace. Then P = Q Qᵀ is the
+    orthogonal projection onto the subspace, x = Q y, y = Qᵀ x, and the network as a function of y
+    is Qᵀ network(Q y, t).
 
-    Q contains the eigenvectors of P W P with eigenvalues from 1 to 2, for W = diag(1, …, 2). All
-    other eigenvalues are 0, so the rank is exact. The weights W tell directions apart that P
-    treats alike: Q is the same on every computer, and that of a mask consists of unit vectors in
-    the order of the elements.
+    The columns of Q are the eigenvectors of P W P whose eigenvalues are from 1 to 2, where W is
+    diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. The weights W separate
+    directions that P treats alike. Therefore, Q is the same on every computer. If P is a
+    mask, the columns of Q are unit vectors in the order of the elements.
 """
 
 import copy
@@ -32,9 +34,10 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import outside_inference_mode, without_autocast
 
-LARGEST = 4096  # elements of a sample; the eigenvectors of so many take half a minute
-ROUNDING = 1e-5  # by which a projection of normal vectors may differ from Q Qᵀ
-# How far x may lie from the subspace, relative to the size of the data; at least 4 ε of its dtype.
+LARGEST = 4096  # elements of a sample; computing that many eigenvectors takes half a minute
+ROUNDING = 1e-5  # the allowed difference between `project` and Q Qᵀ, on random normal vectors
+# The allowed distance of x from the subspace, as a fraction of the largest element of x. The
+# fraction is never less than four times the machine epsilon of x's dtype.
 OFF = 1e-4
 WRAP_FIRST = (
     "Wrap a network that returns more than its prediction, or takes other arguments, in an "
@@ -44,7 +47,7 @@ PROJECT = "Project them with OnSubspace.project."
 
 
 class Wrapper(nn.Module):
-    """A module around a network, which may be a function."""
+    """A module that wraps a network; the network may be a function."""
 
     network: Callable[..., Any]
 
@@ -56,7 +59,7 @@ class Wrapper(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the module; raise TypeError if the network is a function.
 
-        A copy of the function would still use the weights of the original.
+        A copy of the function would still use the original weights.
         """
         if not isinstance(self._innermost, nn.Module):
             expected = "an nn.Module in a model to copy"
@@ -77,20 +80,21 @@ class Wrapper(nn.Module):
 
 
 class OnSubspace(Wrapper):
-    """A network of samples x in a linear subspace, as a network of their coordinates y.
+    """A network for samples x in a linear subspace, wrapped as a network for their coordinates y.
 
-    The adapter is for data whose centre of mass has been removed, or which are padded at the same
-    elements in every sample. x is Q y, where the columns of Q are an orthonormal basis of the
-    subspace. In a `ScoreModel` around the adapter, y takes the place of x everywhere: in data,
-    noise, samples, `log_prior`, targets and their scores, and in a custom divergence. `output` and
-    `call` of the `ScoreModel` act on y, too.
+    Use the adapter for data whose centre of mass has been removed, or for data that are padded at
+    the same elements in every sample. x is Q y, where the columns of Q are an orthonormal basis of
+    the subspace. In a `ScoreModel` that contains the adapter, y replaces x everywhere: in data,
+    noise, samples, `log_prior`, targets and their scores, and in a custom divergence. The
+    `ScoreModel` arguments `output` and `call` act on y, too.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
-            samples x (B, *). It returns a tensor like x; the part outside the subspace is dropped.
-        project: the orthogonal projection onto the subspace, such as the function that removes the
-            centre of mass. It is called only in the constructor, with float64 samples (n, *) on
-            the CPU, for any n, and must treat all samples alike.
+            samples x (B, *). The result must be a tensor like x; its component outside the
+            subspace is dropped.
+        project: the orthogonal projection onto the subspace, such as a function that subtracts the
+            centre of mass. The function is called only in the constructor, with n float64 samples
+            (n, *) on the CPU. It must accept any n and treat all samples alike.
         shape: the shape of a sample, of at most 4,096 elements.
 
     Attributes:
@@ -121,13 +125,13 @@ class OnSubspace(Wrapper):
     ) -> None:
         super().__init__()
         self.network, self.shape = network, tuple(shape)
-        # No buffer, which .to(torch.bfloat16) would round, and which could not be moved to MPS.
+        # Not a buffer: .to(torch.bfloat16) would round a buffer, and MPS does not support float64.
         self._basis = _basis(project, self.shape)
         self._copies: dict[Any, Tensor] = {}
         self.dimensions = self._basis.shape[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the copies, which may be on an accelerator."""
+        """Return the state without the copies of the basis, which may be on an accelerator."""
         state: Any = super().__getstate__()
         return {**state, "_copies": {}}
 
@@ -172,12 +176,12 @@ class OnSubspace(Wrapper):
     def _times_basis(
         self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
     ) -> Tensor:
-        """Return Qᵀ x or Q y for each sample, from a tensor (B, *own) to a tensor (B, *other)."""
+        """Return Qᵀ x or Q y for each sample, as a tensor (B, *other) from a tensor (B, *own)."""
         of = "OnSubspace.reduce(x)" if name == "y" else "OnSubspace.expand(y)"
         check_like(name, value, (len(value), *own), value.dtype, value.device, of)
         Q = copy_like(self._copies, value, lambda: self._basis)
         kind, is_compiling = value.device.type, torch.compiler.is_compiling()
-        # PyTorch 2.6 does not trace the check whether a device supports autocast.
+        # PyTorch 2.6 cannot trace the check of whether a device supports autocast.
         full = torch.autocast(kind, enabled=False) if is_compiling else without_autocast(kind)
         with full:
             return (value.flatten(1) @ (Q if name == "x" else Q.mT)).reshape(-1, *other)

@@ -1,9 +1,9 @@
 r"""A score model bound to times and conditions: the network's prediction as a function of x.
 
 Formula:
-    ε̂ is affine in the network's prediction and in x: ε̂ = p · prediction + q x. Therefore f = −ε̂
-    has the derivatives D_f = −(p D + q w), G_f = −p G and C_f = −p C, where D, G and C are the
-    derivatives of the prediction.
+    ε̂ is affine in the network's prediction and in x: ε̂ = p · prediction + q x. Therefore, the
+    derivatives of f = −ε̂ are D_f = −(p D + q w), G_f = −p G and C_f = −p C, where D, G and C are
+    the derivatives of the prediction.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -44,7 +44,7 @@ class BoundModel:
         kwargs: the network's keyword arguments, bound to the batch as described in `conditions`.
         batch: the number of samples in the batch to which the arguments were bound.
         primitives: which of the safe primitives are active.
-        known: (p, q) at the times t, if they are known, so that the schedule is not evaluated.
+        known: (p, q) at the times t, if already computed; the schedule is then not evaluated.
     """
 
     model: ScoreModel
@@ -78,7 +78,7 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """The model with PyTorch's operators, which suffice for values and first derivatives."""
+        """This model with PyTorch's own operators, enough for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
@@ -86,7 +86,7 @@ class BoundModel:
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
     def at(self, t: Tensor, known: Affine | None = None) -> "BoundModel":
-        """Return the same model at the times t (B,); `known` is (p, q) at t, if it is known."""
+        """Return the same model at times t (B,); `known` is (p, q) at t, if already computed."""
         t = leave_inference_mode(t)
         return BoundModel(self.model, t, self.kwargs, self.batch, self.primitives, known)
 
@@ -131,7 +131,7 @@ class BoundModel:
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the prediction at x, and vᵀ ∂prediction/∂x v (K, B) in the widest dtype.
 
-        `directions` contains chunks (k, B, *) of the directions v.
+        `directions` yields the directions v in chunks (k, B, *).
         """
         prediction, forms = quadratic_forms(self, x, directions)
         return prediction, forms.to(widest_dtype(x))
@@ -148,7 +148,7 @@ class BoundModel:
     def derive_with_products(
         self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any
     ) -> Products:
-        """Return derivatives of f, and products of its Jacobian with c = cotangent(f + q x).
+        """Return derivatives of f, and products of f's Jacobian with c = cotangent(f + q x).
 
         The `value` of the derivatives is f + q x rather than f.
         """
@@ -186,7 +186,7 @@ def bind_model(
 
 
 SCRIPTED = "ScriptModule"  # the class of traced and scripted modules in torch.jit
-# The names of the classes suffice, so torch.distributed need not be imported.
+# Classes are recognised by name, so torch.distributed need not be imported.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
 WRAPPERS |= {"OptimizedModule", SCRIPTED}
 WRAP_THE_LOSS = (
@@ -197,7 +197,7 @@ WRAP_THE_LOSS = (
 
 
 def refuse_wrapped(network: object) -> None:
-    """Raise TypeError if the network is in DDP or has compiled, scripted or sharded parts."""
+    """Raise TypeError if the network is inside DDP or has compiled, scripted or sharded parts."""
     wrappers, kinds = set[str](), set[type]()
     for part in network.modules() if isinstance(network, nn.Module) else [network]:
         kinds.add(type(part))

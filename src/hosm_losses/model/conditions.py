@@ -1,12 +1,12 @@
-r"""A network's keyword arguments, and which of their tensors are per-sample.
+r"""Decide which tensors in a network's keyword arguments are per-sample.
 
 Purpose:
     Losses may select some rows of a batch or repeat every row, so the conditions of a sample have
-    to be selected or repeated along with the sample. A tensor whose first dimension is the batch
-    size is taken to be per-sample, even inside a dict, another mapping, a list, a tuple, a named
-    tuple, a dataclass or a namespace. A shared table that happens to be as long as the batch must
-    be marked as `Shared(table)`. Which tensors are shared is decided once, when the arguments are
-    bound to a batch: `bind` marks everything that is shared.
+    to be selected or repeated along with the sample. A tensor whose first dimension equals the
+    batch size is taken to be per-sample, even inside a dict, another mapping, a list, a tuple, a
+    named tuple, a dataclass or a namespace. A shared table that happens to be as long as the batch
+    must be marked as `Shared(table)`. The decision is made once, when the arguments are bound to a
+    batch: `bind` marks everything that is shared.
 """
 
 import copy
@@ -23,7 +23,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """Marks a value in `model_kwargs` that all samples share; the network receives only the value.
+    """A mark for a value in `model_kwargs` that all samples share; networks get the bare value.
 
     The mark is only needed for a tensor whose first dimension may equal the batch size, such as a
     table of positions. `check_derivatives` names the tensors that need the mark.

@@ -42,12 +42,12 @@ Probes = Literal["exact"] | Hutchinson
 class PosteriorCovariance:
     """The covariance of x₀ given x_t, as an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    No matrix is stored; instead, each method calls the network once, or twice for a product with
-    the symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, and its
-    symmetric part need not be positive semidefinite.
+    No matrix is stored. Each method calls the network once, or twice for a product with the
+    symmetric part. A network's Jacobian need not be symmetric, and the symmetric part of the
+    Jacobian need not be positive semidefinite; negative variances are not clipped.
     """
 
-    _bound: BoundModel  # uses PyTorch's own operators, whose first derivatives are right
+    _bound: BoundModel  # uses PyTorch's own operators, whose first derivatives are correct
     _bound_twice: BoundModel  # uses operators that can be differentiated twice
     _x: Tensor
     _scale: Tensor  # σ²/α, expanded to the dimensions of x
@@ -70,13 +70,13 @@ class PosteriorCovariance:
 
         Args:
             v: one vector per sample, (B, *), or K vectors per sample, (K, B, *).
-            symmetric: True uses the symmetric part of the operator, since covariances are
-                symmetric. False gives σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v with respect
-                to x. The two products are equal if the network is the gradient of a scalar
+            symmetric: if True, use the symmetric part of the operator, because covariances are
+                symmetric. If False, return σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v with
+                respect to x. The two products are equal if the network is the gradient of a scalar
                 function.
 
         Returns:
-            The products, in the shape of v, without a graph.
+            The products, with the shape of v and without a graph.
 
         Raises:
             ValueError: if v has the wrong shape.
@@ -98,7 +98,7 @@ class PosteriorCovariance:
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the variances (B, *): exact, or the mean of v ∘ Σᵀv over random probes v."""
+        """Return the exact variances (B, *), or the mean of v ∘ Σᵀv over random probes v."""
         x = self._x
         if probes != "exact":
             v = probes.draw(x, generator)
@@ -109,7 +109,7 @@ class PosteriorCovariance:
         return self._scale * apply_affine(jacobian, torch.ones_like(x), *self._affine)
 
     def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
-        """Return the sums (B,) of the variances that `diagonal` returns."""
+        """Return the traces (B,), the sums of the variances that `diagonal` returns."""
         return sum_elements(self.diagonal(probes, generator), 1)
 
     def dense(self) -> Tensor:
@@ -150,8 +150,9 @@ def denoising_posterior(
     """Return the mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
     The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, the covariance is computed
-    as σ²/α times the network's Jacobian. For other predictions, the covariance is a difference
-    that loses digits as σ̂² grows: in float32, all digits are lost if σ̂ exceeds a few hundred.
+    as σ²/α times the network's Jacobian. For other predictions, the covariance is computed
+    as a difference, which loses digits as σ̂² grows: in float32, all digits are lost if σ̂ exceeds
+    a few hundred.
 
     Args:
         model: the score model.

@@ -2,7 +2,8 @@ r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the 
 
 Purpose:
     Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
-    x = α x₀ + σ ε. Elsewhere, only the likelihood's grid distinguishes kinds of prediction.
+    x = α x₀ + σ ε. Elsewhere, only the likelihood's choice of grid depends on the kind of
+    prediction.
 
 Formula:
     epsilon            ε̂ = network
@@ -51,8 +52,8 @@ from hosm_losses.taylor import Jet, transformable
 
 Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
 Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
-"""The quantity that a network predicts; the last four are synonyms, three from diffusers."""
-Affine = tuple[Tensor | None, Tensor | None]  # (p, q); None stands for a p of 1 and a q of 0
+"""The predicted quantity; the last four names are synonyms, three of them from diffusers."""
+Affine = tuple[Tensor | None, Tensor | None]  # (p, q); None means p = 1 or q = 0
 SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
     "If the network is wrapped in fully_shard, its parameters are sharded between steps: call "
@@ -71,7 +72,7 @@ class ScoreModel(Wrapper):
 
     The model registers only the network, as the submodule `network`, unless `time`, `output` or
     `call` is a Module. The state_dict of the model is therefore the network's state_dict with
-    "network." before every key.
+    "network." prepended to every key.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
@@ -81,10 +82,10 @@ class ScoreModel(Wrapper):
         schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
-            data to noise; also "flow_prediction"). A synonym is stored as the name before the
-            parentheses.
-        time: how t is converted to the network's time, as a factor or a callable of t. If None,
-            the network receives t itself.
+            data to noise; also "flow_prediction"). A synonym is stored as the name that
+            precedes the parentheses.
+        time: converts t to the network's time: a factor, or a callable that is applied to t. If
+            None, the network receives t itself.
         output: a callable that selects the prediction from the network's output, for example
             `operator.attrgetter("sample")`. If None, the output is the prediction.
         call: a callable for networks with a different signature, used as
@@ -164,7 +165,7 @@ class ScoreModel(Wrapper):
     def affine(self, t: Tensor, like: Tensor) -> Affine:
         """Return (p, q) in ε̂ = p · prediction + q x, expanded to the dimensions of `like`.
 
-        A p of None stands for 1, and a q of None stands for 0.
+        A p of None means 1, and a q of None means 0.
         """
         if self.prediction == "epsilon":
             return None, None
@@ -177,7 +178,7 @@ class ScoreModel(Wrapper):
     def affine_of_data(self, t: Tensor, like: Tensor) -> Affine:
         """Return (p, q) in x̂₀ = p · prediction + q x, expanded to the dimensions of `like`.
 
-        A p of None stands for 1, and a q of None stands for 0.
+        A p of None means 1, and a q of None means 0.
         """
         if self.prediction == "x0":
             return None, None
@@ -186,7 +187,7 @@ class ScoreModel(Wrapper):
         return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return ε − q x for x = α x₀ + σ ε, which is p times the network's target."""
+        """Return ε − q x at x = α x₀ + σ ε; this equals p times the network's target."""
         if self.prediction in ("epsilon", "score"):
             return noise
         alpha, sigma, a, b = self._target(t, x0)
@@ -265,7 +266,8 @@ class ScoreModel(Wrapper):
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return x, the times and the keyword arguments as they are passed to the network."""
-        # Copies, because a network may write to its arguments. A Jet is made for the call anyway.
+        # Copies, because a network may write to its arguments. A Jet is created for this call
+        # only.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
@@ -303,14 +305,14 @@ def _raised_by_the_call(error: TypeError) -> bool:
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
     """Return p · part + q x for (p, q) from `ScoreModel.affine`.
 
-    A p of None stands for 1; a q or an x of None stands for 0.
+    A p of None means 1; a q or an x of None means 0.
     """
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
 
 
 def check_model(value: object) -> ScoreModel:
-    """Return `value` if it is a ScoreModel."""
+    """Return `value` if it is a ScoreModel; otherwise, raise TypeError."""
     if not isinstance(value, ScoreModel):
         remedy = "Wrap your network: ScoreModel(network, VPSchedule(), prediction='epsilon')."
         if isinstance(value, AveragedModel):

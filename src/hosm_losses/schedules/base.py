@@ -6,9 +6,10 @@ Formula:
     for every schedule.
 
 Checks made when a ScoreModel is built:
-    α and σ must be positive. log σ̂ must grow from the data at t_min to the noise at t_max, and its
-    derivative must also be positive. `time` must be the inverse of log σ̂. All of this is checked
-    on a grid in float64, always on the CPU, so that nothing is read from an accelerator.
+    α and σ must be positive. log σ̂ must increase from t_min, where the data are, to t_max, where
+    the noise is, and its derivative must also be positive. `time` must be the inverse of log σ̂.
+    All of this is checked on a grid in float64, always on the CPU, so that nothing is read from an
+    accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -64,8 +65,8 @@ class Schedule:
     """A noise schedule; a subclass only has to define alpha, sigma, t_min and t_max.
 
     σ/α must grow with t: the data are at t_min. By default, the inverse `time` is computed by
-    bisection, and the derivatives are computed using `torch.func`. The schedules in this package
-    have closed forms for `time` and `squared_diffusion`, which losses and likelihoods call.
+    bisection, and the derivatives are computed using `torch.func`. Losses and likelihoods call
+    `time` and `squared_diffusion`, for which the schedules in this package have closed forms.
 
     t may be a tensor of any shape, a number or an array. Methods return tensors with the shape,
     device and dtype of t, except that dtypes narrower than float32 become float32. Integers are
@@ -74,8 +75,8 @@ class Schedule:
 
     If you write your own `alpha` and `sigma`, both are called only with floating-point tensors.
     `alpha` and `sigma` must return tensors with the shape, dtype and device of t, computed with
-    PyTorch operators, and must not use tensors on other devices. When a ScoreModel is built, it
-    checks these rules; derivatives that you override are only checked against each other.
+    PyTorch operators, and must not use tensors on other devices. These rules are checked when
+    a ScoreModel is built; derivatives that you override are only checked against each other.
 
     The check runs in float64, but losses call `alpha` and `sigma` in float32, where 1 − α²
     keeps few digits near t_min. If α = exp(−B/2), compute σ as torch.sqrt(-torch.expm1(-B)).
@@ -254,7 +255,7 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _check_values(schedule: Schedule, t: Tensor) -> None:
-    """Raise ValueError for the first rule that is broken at the times t, which are increasing."""
+    """Check the rules at increasing times t; raise ValueError for the first that is broken."""
     name = type(schedule).__name__
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     u = sigma.log() - alpha.log()

@@ -6,9 +6,9 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    1 − α² loses all digits near t_min, so σ is computed with expm1 or as a product of sines, and
-    is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, which loses no
-    digits to cancellation.
+    1 − α² loses all significant digits near t_min, so σ is computed with expm1 or as a product of
+    sines, and is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, which
+    loses no digits to cancellation.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -28,7 +28,7 @@ SQRT_2 = math.sqrt(2)
 
 @dataclass(frozen=True, kw_only=True)
 class _LinearBeta(Schedule):
-    """The base class of VP and sub-VP; it defines β, its integral B, α and the inverse of B."""
+    """The base class of VP and sub-VP; defines β, the integral B of β, the inverse of B, and α."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -285,7 +285,8 @@ class EDMSchedule(Schedule):
     def _standard(self) -> tuple[int, float, float, float]:
         """A sign, the range of sign · z for a standard normal z, and the mass inside this range.
 
-        The sign places most of the range below 0, where probabilities keep their digits.
+        The sign places most of the range below 0, because probabilities keep more digits near 0
+        than near 1.
         """
         low, high = (
             (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf

@@ -1,4 +1,4 @@
-r"""A noise schedule from a table, as used by DDPM trainers.
+r"""A noise schedule defined by a table, as used in DDPM training.
 
 Source:
     The linear betas are from Ho et al., "Denoising Diffusion Probabilistic Models", arXiv
@@ -42,7 +42,10 @@ class Table:
         return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """Return the numbers and the slope after each, (2, N), with `like`'s dtype and device."""
+        """Return the numbers and the slopes, (2, N), with the dtype and device of `like`.
+
+        Each slope is the difference between the next number and this one; the last slope is 0.
+        """
         # The slopes are rounded from float64, since differences of rounded entries lose digits.
         both = self.values, self._slopes
         # Created on the CPU: elsewhere, torch.tensor fails under forward-mode AD.
@@ -58,7 +61,7 @@ class Table:
         return low + (t - left) * (high - low)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """Return the fractional index of a number in an increasing table."""
+        """Return the fractional index at which an increasing table has the given value."""
         table = self.beside(value)[0]
         right = torch.searchsorted(table, value.detach().contiguous(), right=True)
         left = (right - 1).clamp(0, len(table) - 2)
@@ -77,10 +80,11 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index from 0 to N−1, as an integer or a float.
 
-    Between the entries, log σ̂ is linear in t. With either of the named time samplers,
-    losses draw integer indices and replace integrals over t with trapezoidal sums. Likelihoods
-    also evaluate the schedule at fractional indices. On the CPU, an index outside the table raises
-    ValueError; on accelerators, indices are not checked, to avoid a synchronisation.
+    Between the entries, log σ̂ is linear in t. If the time sampler is "schedule" or
+    "log_sigma_hat", losses draw integer indices and replace integrals over t with trapezoidal
+    sums. Likelihoods also evaluate the schedule at fractional indices. On the CPU, an index
+    outside the table raises ValueError; on accelerators, indices are not checked, to avoid a
+    synchronisation.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, with every entry in (0, 1), as a list,
@@ -146,8 +150,8 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
 
-        With `scaled`, the steps are equal in √β, as for "scaled_linear" in diffusers. ValueError
-        is raised unless both betas are in (0, 1) and steps ≥ 2.
+        If `scaled` is True, the steps are equal in √β, as for "scaled_linear" in diffusers.
+        ValueError is raised unless both betas are in (0, 1) and steps ≥ 2.
 
         Example:
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
@@ -161,7 +165,7 @@ class DiscreteSchedule(Schedule):
     def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Self:
         """Return the cosine schedule, ᾱ_i ∝ cos²(π/2 (t + s)/(1 + s)) at t = (i + 1)/steps.
 
-        The offset is s. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
+        `offset` is s. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
         stays above 0. ValueError is raised unless 0 < max_beta < 1.
 
         Example:

@@ -1,6 +1,6 @@
 r"""Derivatives of a function along directions, computed by calling the function once.
 
-`jet` and `laplacian` are for users. The taylor engine itself needs only PyTorch:
+The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public functions:
 
     >>> import torch
     >>> x, directions = torch.zeros(4, 3), torch.ones(2, 4, 3)
@@ -10,39 +10,39 @@ r"""Derivatives of a function along directions, computed by calling the function
 
 How it works:
     The function is called once, with a `Jet` in place of x. A Jet is a tensor that looks like x
-    and carries a stack (C, B, *): the value, the first derivatives (one along each direction l)
-    and the second derivatives (taken twice along each l). PyTorch passes each function that is
-    called on a Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule
+    and carries a stack (C, B, *): the value, then the first derivative along each direction l,
+    then the second derivative along each l, or only their sum. PyTorch passes each function that
+    is called on a Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule
     computes the stack of y = f(x) from the stack of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated separately, by `torch.func.jvp`. Calls that could
-    give wrong derivatives, such as calls to a custom autograd.Function or calls with complex
-    numbers outside rotary embeddings, raise `TaylorError`.
+    A function without a rule is differentiated separately, by `torch.func.jvp`. Calls whose
+    derivatives could be wrong raise `TaylorError`, for example calls to a custom autograd.Function
+    and complex arithmetic outside rotary embeddings.
 
 Kinds of rules, with an example of each:
     linear: ∂²f is zero, so the rule is the function itself, which is applied either to each
-        component in turn or, with axes shifted by one, to the whole stack.
+        component in turn or, with adapted axes, to the whole stack.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
-    bilinear: y_l = a_l · b + a · b_l, and so on, all computed by `product_rule`.
+    bilinear: `product_rule` computes y_l = a_l · b + a · b_l and the second derivatives.
 
         @rule("mul", several=True, kind="bilinear")
         def multiply(a, b):
             return product_rule(a, b, torch.mul, ndim)
 
     pointwise: a generator that yields the function's value and first three derivatives at x. The
-    third derivative is needed for gradients, whose code all pointwise rules share; see
-    `pointwise`.
+    third derivative is needed to compute gradients, and all pointwise rules share the code for
+    this; see `pointwise`.
 
         @pointwise("exp")
         def _exp(x):
             return repeat(torch.exp(x), 4)
 
-    composite: composed of a few other functions. `ops` provides torch's functions for plain
-    tensors, and the rules of these functions for Jets.
+    composite: a combination of a few other functions. For plain tensors, `ops` provides torch's
+    own functions; for Jets, `ops` provides the rules for these functions.
 
         @composite(F.glu)
         def _glu(ops, input, dim=-1):
@@ -57,12 +57,13 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 
 Files, from the bottom up:
-- `_torch` and `stacks`: PyTorch's private names, and stacks of components, respectively.
+- `_torch`: the private PyTorch names that the engine uses.
+- `stacks`: stacks of components.
 - `registry`: the rule for each function; errors; hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments for the backward
   passes.
 - `primitives`: operators with a correct double backward, and the `TorchFunctionMode` that
-  substitutes them for PyTorch's operators during reverse-mode differentiation.
+  replaces PyTorch's operators with these during reverse-mode differentiation.
 - `jets`: the class `Jet`, function calls on Jets, and the functions `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
   the rules, each defined next to its gradients and registered on import.
@@ -91,7 +92,7 @@ from hosm_losses.taylor.registry import TaylorError as TaylorError
 from hosm_losses.taylor.registry import check_unchanged as check_unchanged
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
 
-# These calls come after every rule is registered.
+# These calls must come after every rule is registered.
 register_changes()
 complete_primitives()
 define_methods()

@@ -1,8 +1,8 @@
-"""Private names of PyTorch that the engine needs, and queries about the context of a call.
+"""Private PyTorch names that the engine needs, and queries about the context of a call.
 
-PyTorch does not keep private names stable. `tests/taylor/test_torch.py` tests the names that could
-change silently, and lists the PyTorch versions that have them. If one of these tests fails, this
-is the file to change.
+PyTorch may change private names without notice. `tests/taylor/test_torch.py` tests the names that
+could change silently, and lists the PyTorch versions that define each name. If one of these tests
+fails, this is the file to change.
 """
 
 import threading
@@ -46,7 +46,7 @@ def saving_hooks() -> Any:
 
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
-    """The innermost saved-tensor hook if it has this `kind` (default: a checkpoint's hook)."""
+    """The innermost saved-tensor hook if it is of this `kind` (default: a checkpoint's hook)."""
     if _look is None or torch.compiler.is_compiling():
         return None
     hook, _ = _look(True) or (None, None)
@@ -54,7 +54,7 @@ def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
 
 
 def selective_checkpoint() -> bool:
-    """Whether a selective checkpoint, or its recomputation, surrounds this call."""
+    """Whether this call is inside a selective checkpoint or its recomputation."""
     for depth in range(dispatch_depth()):
         name = type(_C._get_dispatch_stack_at(depth)).__name__
         if name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"):
@@ -95,7 +95,7 @@ def in_custom_function() -> bool:
 
 
 def forward_mode_on() -> AbstractContextManager[object]:
-    """Return a context manager that hides its surroundings from `in_custom_function`."""
+    """Return a context manager in which `in_custom_function` ignores any enclosing Function."""
     if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
         return nullcontext()
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
@@ -136,7 +136,7 @@ def will_run(node: object) -> bool:
 
 
 def shell(kind: type[Tensor], stack: Tensor) -> Any:
-    """A data-free tensor of a subclass, with the metadata of a stack's first entry."""
+    """Return a data-free tensor of a subclass, with the metadata of a stack's first entry."""
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
@@ -180,7 +180,7 @@ def _left() -> Iterator[None]:
 
 
 def leave_inference_mode(tensor: Tensor) -> Tensor:
-    """Clone an inference-mode tensor for autograd to save; return any other tensor unchanged."""
+    """Clone an inference-mode tensor so that autograd can save it; return other tensors as is."""
     made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if made_in_it else tensor
 

@@ -4,16 +4,16 @@ Formulas for p = softmax(x), where ⟨z⟩ is the mean under p, z̃ = z − ⟨z
     p_l = p u_l        p_ll = p c̃, where c = u_l² + x_ll
 
 Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index sums over
-the axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
+the softmax axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
 w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x_ll   p (d_l − δ_l)
     in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
     in x      w − p Σ w
-    These formulas need the result, but not x, so only the result is kept.
+    These formulas need the result but not x, so only the result is kept.
 
 Second gradients: the gradients with respect to x and x_l are themselves differentiated with
-respect to the result and its cotangents, in the case without p_ll. For cotangents A and B_l of the
-gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+respect to the result and its cotangents, assuming that there is no p_ll. For cotangents A and B_l
+of the gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
     in a      p Ã
     in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
@@ -159,12 +159,12 @@ def _attention(
 def _attend(
     ops: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: float, scale: Any = None
 ) -> tuple[Any, Any]:
-    """Attention's output and weights; the output is zero where the mask allows no key."""
+    """Return attention's output and weights; the output is zero where the mask allows no key."""
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet):
-        # The factor is a vector, although a number would do. Autograd saves the vector, but the
-        # native kernel saves nothing like it, so torch's own checkpoint, which recomputes with
-        # the native kernel, notices the difference.
+        # The factor is a vector, although a number would suffice. Autograd saves the vector, but
+        # the native kernel saves no such tensor, so torch's own checkpoint, which recomputes with
+        # the native kernel, detects the difference.
         factor = query.new_full(query.shape[-1:], factor)
     logits = ops.matmul(ops.mul(query, factor), ops.transpose(key, -2, -1))
     logits = ops.to(logits, torch.promote_types(logits.dtype, torch.float32))
@@ -176,13 +176,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow at least one key; for others, PyTorch's attention gives zeros."""
+    """Which rows of a mask allow at least one key; PyTorch's attention is zero in other rows."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add to logits; rows that allow no key get zeros, to avoid NaN."""
+    """Return a mask to add to logits, with zeros in rows that allow no key, to avoid NaN."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)

@@ -1,17 +1,18 @@
-r"""Operators composed of a few others; the same body serves Jets and plain tensors.
+r"""Operators composed of a few other operators; one body serves both Jets and plain tensors.
 
-A body takes `ops` before the arguments of its operator. An attribute of `ops`, such as
-`ops.softmax`, stands for a function of torch or torch.nn.functional, or for a method of Tensor.
-On plain tensors, `ops` calls the function itself; on Jets, the function's rule. If a body called
-`torch.softmax(x, -1)` directly, torch.compile would mistake a Jet for a plain tensor.
+A body takes `ops` as its first argument, followed by the operator's own arguments. An attribute
+of `ops`, such as `ops.softmax`, stands for a function of torch or torch.nn.functional, or for a
+method of Tensor.
+For plain tensors, `ops` calls the function itself; for Jets, `ops` calls the function's rule. If a
+body called `torch.softmax(x, -1)` directly, torch.compile would mistake a Jet for a plain tensor.
 
 With `primitive=True`, the body also replaces the operator when a network is differentiated in
 reverse mode; see `primitives`.
 
 Lengths of vectors, and quantities derived from lengths (distances, angles and spreads), are
-composites because PyTorch's own forward-mode formulas cannot be differentiated again where they
-substitute a zero. A length has no derivative at zero; as in PyTorch, it is treated as a constant
-there.
+composites because PyTorch's own forward-mode formulas cannot be differentiated again at points
+where these formulas substitute a zero. A length has no derivative at zero; as in PyTorch, it is
+treated as a constant there.
 """
 
 from collections.abc import Callable
@@ -65,7 +66,7 @@ ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 def composite(
     *names: str | Function, several: bool = True, primitive: bool = False
 ) -> Callable[[Function], Function]:
-    """Register a body for PyTorch functions.
+    """Register the decorated body as the rule for PyTorch functions.
 
     Args:
         names: the functions, or their names.
@@ -102,7 +103,7 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
 
 @composite("logaddexp", primitive=True)
 def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
-    """Uses softplus: PyTorch's second derivative is NaN if float32 arguments differ by over 88."""
+    """Use softplus; PyTorch's second derivative is NaN if float32 arguments differ by over 88."""
     larger = ops.ge(input, other)
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
@@ -111,7 +112,7 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
 
 @composite("prod", several=False)
 def _prod(ops: Any, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Multiplies halves: PyTorch's third derivative is NaN if a factor is zero."""
+    """Multiply halves repeatedly; PyTorch's third derivative is NaN if a factor is zero."""
     dim, dtype = axis(dim, x.ndim), dtype or x.dtype
     x, count = _wide(ops, ops.to(x, dtype)), x.shape[dim]
     if not count or not dtype.is_floating_point:
@@ -214,10 +215,10 @@ def _cdist(ops: Any, x1: Any, x2: Any, p: Any = 2.0, compute_mode: Any = None) -
 
 @composite("cosine_similarity")
 def _cosine_similarity(ops: Any, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
-    """Like PyTorch's value, in which a length below eps counts as eps."""
+    """Treat a length below eps as eps, as PyTorch does when it computes the value."""
     dim = axis(dim, max(x1.ndim, x2.ndim))
     if min(x1.ndim, x2.ndim) < -dim or x1.shape[dim] != x2.shape[dim]:
-        raise NoRule  # each length is taken after broadcasting
+        raise NoRule  # each length is computed after broadcasting
     rows = (_normalize(ops, x, 2, dim, eps) for x in (x1, x2))
     return ops.sum(ops.mul(*rows), dim)
 

@@ -1,4 +1,4 @@
-r"""Rules for in-place changes: call the out-of-place function, then `write_jet`.
+r"""Rules for in-place methods, which call the out-of-place function and then `write_jet`.
 
 In PyTorch, a trailing underscore marks a method that changes its tensor in place. If the method
 without the underscore has a rule, that rule is used. If that method has no rule or does not exist,
@@ -39,7 +39,7 @@ def _change_in_place(
 
 
 def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    """Change x in place: differentiate the same change to a copy, and write the result to x."""
+    """Differentiate the change on a copy of x, then write the result to x in place."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
         copy = x.clone()
@@ -54,7 +54,7 @@ def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Ten
 
 
 def _as_jet(x: Tensor, *others: Any) -> Jet:
-    """Return a Jet unchanged; return a plain tensor as a Jet with zero derivatives."""
+    """Return a Jet unchanged; convert a plain tensor to a Jet with zero derivatives."""
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 

@@ -1,10 +1,11 @@
-r"""The Jet (a tensor with derivatives along directions), and the derivatives of functions.
+r"""The class `Jet`, a tensor with derivatives along directions, and functions that use it.
 
 Purpose:
     A Jet stands in for x and carries a stack (C, B, *): the value, `firsts` first derivatives
     (one for each direction) and, depending on `pairs`, second derivatives. PyTorch passes every
-    function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule
-    computes all components at once: a linear layer is one call on the whole stack.
+    function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. Most
+    rules compute all components at once; for example, a linear layer is applied to the whole
+    stack.
 
     Second derivatives that are zero everywhere, such as those of the input, are not stored.
 
@@ -12,9 +13,9 @@ Purpose:
 
 Without a rule:
     A function that has no rule is differentiated separately: `torch.func.jvp` evaluates it with
-    the user's arguments, using the safe primitives. This is correct but slower. Calls that could
-    give wrong derivatives raise TaylorError: calls with complex numbers outside rotary embeddings,
-    and calls under torch.no_grad, including those in the forward of a custom autograd.Function.
+    the user's arguments, using the safe primitives. This is correct but slower. Calls whose
+    derivatives could be wrong raise TaylorError. Examples are complex arithmetic outside rotary
+    embeddings, and calls under torch.no_grad or in the forward of a custom autograd.Function.
     Operators without a forward-mode derivative in PyTorch raise TaylorError, too. Operators that
     PyTorch does not differentiate raise ConstantError. In-place changes are handled
     in `memory` and `in_place`.
@@ -88,15 +89,15 @@ class Jet(Tensor):
 
     stack: Tensor  # the value, first and second derivatives, (C, B, *)
     firsts: int  # the number of first derivatives
-    pairs: Pairs  # which second derivatives the stack has
-    memory: "list[Any] | None"  # references to itself and to all tensors that may share it
+    pairs: Pairs  # which second derivatives the stack contains
+    memory: "list[Any] | None"  # references to this Jet and to tensors that may share its memory
     changed = False  # whether it was changed in place inside a checkpoint
 
     @staticmethod
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack; the stack may be complex only if `of_complex` is True."""
+        """Make a Jet from a stack, which may be complex only if `of_complex` is True."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -112,7 +113,7 @@ class Jet(Tensor):
         return jet
 
     def like(self, stack: Tensor) -> "Jet":
-        """Return the Jet of another stack with the same directions."""
+        """Make a Jet from another stack, for the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
@@ -120,12 +121,12 @@ class Jet(Tensor):
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
-        """Return the Jet of a stack, or the plain value if the stack holds integers or masks."""
+        """Make a Jet from a stack; for integers or booleans, return the plain value instead."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
 
     def constant(self, value: Tensor) -> "Jet":
-        """Return the Jet of a value without derivatives."""
+        """Make a Jet from a value, with zero derivatives."""
         stack = value.to(self.stack.dtype).unsqueeze(0)
         return self.like(extend(stack, 1 + self.firsts))
 
@@ -166,13 +167,13 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile; the last axis of its data holds the components, then a NaN.
+    """A Jet under torch.compile; the last axis of its data holds the components and a final NaN.
 
     Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
     These rows contain all components but lack a Jet's attributes; `unpack` turns the rows into
     Jets. torch.func.vmap inside a network also takes rows, but would treat the components as
     elements; the NaN in the data then makes the result NaN. In PyTorch 2.14 and 2.15, `x[i] = y`
-    bypasses it as well, and changes nothing but the data; see `refuse_written`.
+    also bypasses `__torch_function__`, and changes only the data; see `refuse_written`.
     """
 
 
@@ -190,7 +191,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Convert the rows that torch.compile unpacked, in one argument or a list, into Jets."""
+    """Turn rows that torch.compile unpacked, alone or in a list, into Jets."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -236,7 +237,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     rule = _rule_of(func) if compiling else RULES.get(func)
     if rule is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
-        # A property that returns a tensor, such as .real, is a function like any other.
+        # A property that returns a tensor, such as .real, is differentiated like a function.
         return differentiate(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if rule is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
@@ -252,7 +253,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Differentiate a function without a rule by torch.func.jvp, in a single evaluation."""
+    """Differentiate a function that has no rule, by torch.func.jvp in a single evaluation."""
     if isinstance(func, torch.ScriptMethod):
         raise ScriptedError(SCRIPTED)
     flat, form = pytree.tree_flatten((args, kwargs))
@@ -303,10 +304,10 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """The stacks of a function's results, from a single evaluation by nested torch.func.jvp.
+    """Return the stacks of a function's results, computed in one pass of nested torch.func.jvp.
 
-    For each value, `derivatives` contains the stack of its `firsts` first derivatives and, unless
-    they are zero everywhere, its second derivatives.
+    For each value, `derivatives` contains a stack of `firsts` first derivatives, followed by the
+    second derivatives unless these are zero everywhere.
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -330,7 +331,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value of a function, and its derivatives along all directions.
 
-    If there are several directions, vmap evaluates them, and they share one dropout mask.
+    Several directions are evaluated by vmap, with the same dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -381,7 +382,7 @@ def propagate(
 
     `pairs` selects the second derivatives: "none", "squares" (∂²f[w, w] for every direction w) or
     "sum" (the sum of these derivatives, carried as one component). Raises TaylorError if
-    derivatives cannot be carried through the function. For a tuple of inputs, pass a tuple of
+    derivatives cannot be propagated through the function. For a tuple of inputs, pass a tuple of
     directions; an input whose directions are None stays a plain tensor.
 
     Example:
@@ -455,7 +456,7 @@ def result_type(a: Any, b: Any) -> torch.dtype:
 
 
 def define_methods() -> None:
-    """Give Jet its own versions of Tensor's Python methods, once every rule is registered."""
+    """Define Jet's versions of Tensor's Python methods, after all rules are registered."""
     for name in METHODS.split():
         function = getattr(Tensor, name)
         IN_PYTHON.append((function, RULES.get(function)))
@@ -533,16 +534,17 @@ def jet(
             batches, each with its own shape.
         directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
             of inputs, pass a tuple; direction k then applies to all inputs at once. An input
-            whose directions are None is held fixed and may have any dtype, as labels do.
+            whose directions are None, such as class labels, is held fixed and may have any dtype.
         pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
             v) or "sum" (the sum of these derivatives over all directions).
 
     Returns:
-        f (B, \*), first derivatives (K, B, \*), and second derivatives, which are None for
-        "none", (K, B, \*) for "squares" and (B, \*) for "sum".
+        f (B, \*), first derivatives (K, B, \*), and second derivatives, which are None if `pairs`
+        is "none", and have the shape (K, B, \*) for "squares" and (B, \*) for "sum".
 
     Raises:
-        TaylorError: if derivatives cannot be carried through the function; the message says why.
+        TaylorError: if derivatives cannot be propagated through the function; the message says
+            why.
         DerivativeError: if an operator inside the function has no derivative in PyTorch, or if a
             hook changes a gradient.
         TypeError: if an input or its directions are not floating-point tensors.

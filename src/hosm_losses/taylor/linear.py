@@ -3,8 +3,8 @@
 Dimensions are converted to negative indices, which refer to the same axes in a value and in its
 stack.
 
-The functions that networks call most often have a rule for the whole stack. The other functions
-are called on each component in turn, with the user's own arguments.
+The functions that networks call most often have a rule that acts on the whole stack. Other linear
+functions are called on each component in turn, with the user's own arguments.
 
 Queries and casts:
     Queries about a Jet's graph are answered from its stack, so tools that monitor modules, such as
@@ -148,7 +148,7 @@ VIEWS = {
 
 # ----------------------------------------------------------------------------------- new tensors
 def _reduced(reduce: Function) -> Function:
-    """A sum or a mean over all or some axes of the value, as a function of the stack."""
+    """Return a function of the stack that sums or averages over some or all axes of the value."""
 
     def reduced(
         stack: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -183,7 +183,7 @@ linear(_transpose, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttrib
 def _pairs_as_complex(x: Jet) -> Jet:
     if x.ndim == 0:
         raise NoRule
-    # PyTorch wants the pairs last in memory, which may be true of the value but not of its stack.
+    # PyTorch requires pairs to be last in memory, which may hold for the value but not its stack.
     stack = torch.view_as_complex(x.stack.contiguous())
     return share(x, Jet.make(stack, x.firsts, x.pairs, of_complex=True))
 
@@ -259,7 +259,7 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 @rule(torch.where, several=True, kind="linear")
 def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
-    """In each component, the elements of `a` where a mask is True, and those of `b` elsewhere."""
+    """Select, in each component, from `a` where a mask is True and from `b` elsewhere."""
     known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
@@ -284,7 +284,7 @@ def _where_of(a: Any, condition: Any, b: Any) -> Jet:
 
 @rule("masked_fill", several=True, kind="linear")
 def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
-    """x with its elements replaced by a number where a mask is True."""
+    """Return x with elements replaced by a number where a mask is True."""
     if (isinstance(value, Tensor) and value.ndim) or not x.is_floating_point():
         raise NoRule
     return _where(mask, value, x, x.dtype)
@@ -337,7 +337,7 @@ def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """The stack's autograd node or, if it has none, a node that leads nowhere; never None."""
+    """Return the stack's autograd node or, if there is none, an unconnected node; never None."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -373,5 +373,5 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """A cast under torch.compile; in eager mode, the cast is below autograd and is refused."""
+    """Cast x under torch.compile; in eager mode, this cast is below autograd and is refused."""
     return x.of(x.stack.to(dtype=dtype, device=device))

@@ -1,6 +1,6 @@
 r"""Rules for square matrices: determinants, inverses, linear systems and Cholesky factors.
 
-Formulas for the derivatives along l and twice along l, where X = A⁻¹ is computed once:
+Formulas for the first and second derivatives along l, where X = A⁻¹ is computed once:
     log|det A|    tr(X A_l)                    tr(X A_ll) − tr((X A_l)²)
     det A         det A tr(X A_l)              det A (tr(X A_ll) − tr((X A_l)²) + tr(X A_l)²)
     A Y = B       Y_l = X (B_l − A_l Y)        Y_ll = X (B_ll − A_ll Y − 2 A_l Y_l)
@@ -9,13 +9,13 @@ Formulas for the derivatives along l and twice along l, where X = A⁻¹ is comp
     PyTorch's gradients. The inverse of A is the solution Y if B is the identity matrix.
 
 Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
-correctly at every order. PyTorch also differentiates the values above correctly in reverse mode,
-but before version 2.15 not in forward mode: under vmap, the jvp of the grad of slogdet is wrong
-for all samples but the first.
+correctly at every order. PyTorch also differentiates the values above correctly in reverse mode.
+In forward mode, versions before 2.15 are wrong: under vmap, the jvp of the grad of slogdet is
+incorrect for all samples but the first.
 
-Precision: a condition number κ costs up to log10 κ digits, and float32 has seven, so use float64
-for nearly singular matrices. For an exactly singular matrix, the derivatives of the determinant
-are NaN, and PyTorch raises an error for the inverse and for linear systems.
+Precision: if the condition number is κ, up to log10 κ digits are lost. Float32 has only seven,
+so use float64 for nearly singular matrices. For an exactly singular matrix, the derivatives of the
+determinant are NaN, and PyTorch raises an error for the inverse and for linear systems.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic

@@ -6,8 +6,8 @@ Changes in place:
     PyTorch, every tensor that shares the changed memory, such as a view, sees the change; with
     Jets, no other tensor would see it. A change is therefore rejected while another tensor that
     may share the memory (a view, the result of a reshape, or a detached tensor) is in use. Under
-    torch.compile, which does not support weak references, every tensor that was ever taken from a
-    Jet counts as being in use.
+    torch.compile, which does not support weak references, every tensor that was ever recorded as
+    possibly sharing a Jet's memory counts as being in use.
 
     A detached tensor shares the memory of a stack and must not be changed, because a Jet made by a
     reshape may or may not have its own copy of that memory. The versions of all detached tensors
@@ -19,10 +19,11 @@ Changes in place:
 Recomputation:
     When a rule is composed of operators, autograd keeps every tensor that any of the operators
     needs. An elementwise rule consists of a handful of operators on tensors as large as the
-    activations; keeping all of these tensors would take several times the memory of the network
-    itself. `with_recomputation` keeps only a rule's arguments, or only its result, and evaluates
-    the rule again when a gradient is needed. The gradient is evaluated in the same way, as a
-    function of the arguments and the cotangents, and so on to any order.
+    activations; keeping all of these tensors would take several times as much memory as the
+    network's own activations. `with_recomputation` keeps only a rule's arguments, or only its
+    result, and evaluates the rule again when a gradient is needed. The gradient is evaluated in
+    the same way, as a function of the arguments and the cotangents, and so are derivatives of any
+    higher order.
 
     Under torch.compile and the transforms of torch.func, which decide for themselves what to keep,
     the function is evaluated directly.
@@ -222,8 +223,8 @@ def with_recomputation(
             first argument of a pullback says which gradients are needed; any other gradient may be
             None. The second pullback differentiates the first result of the first pullback, and so
             on. Beyond the last pullback, autograd computes the gradients.
-        again: a version of the function for repeated differentiation, for example by a transform.
-            If None, `function` is used.
+        again: a version of the function for repeated differentiation, for example under
+            torch.func. If None, `function` is used.
         by_result: whether the result, instead of the arguments, is kept and passed to the
             pullbacks.
 
@@ -274,7 +275,7 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Which of `tensors`, a Function's last arguments, need gradients in this backward pass.
 
-    A backward pass for x alone needs no weight gradients, but a Function is not told this.
+    A backward pass for x alone needs no weight gradients, but `ctx.needs_input_grad` ignores this.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []
@@ -289,7 +290,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """The needed gradients from a pullback."""
+    """Call a pullback, and return only the gradients that are needed."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -300,7 +301,7 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """The needed gradients with respect to the tensors, given cotangents of some results."""
+    """Return the needed gradients with respect to tensors, given cotangents of some results."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -11,12 +11,12 @@ Formulas for a row, where ⟨·⟩ is the mean over the row, c = x − ⟨x⟩ (
 
 Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c and multiplied by
 ρ:
-    A derivative is symmetric in its directions and its result, and hence its own transpose:
+    A derivative is symmetric in its directions and its result, and is hence its own transpose:
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
-    Gradients of the gradients with respect to x and x_l, for cotangents p and q_l of these
-    gradients, without y_ll:
+    Second gradients (of the gradients with respect to x and x_l), for cotangents p and q_l of
+    these gradients, assuming that there is no y_ll:
     in a      J p
     in b_l    J q_l + second(p, c_l)
     in x_l    second(p, b_l)
@@ -52,7 +52,7 @@ Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 
 
 class Rows(NamedTuple):
-    """The rows over which a norm is taken."""
+    """The rows over which a norm is computed."""
 
     shape: tuple[int, ...]  # the shape to which the value is reshaped
     dims: tuple[int, ...]  # the dimensions of a row, counted from the back
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
         return math.prod([self.shape[dim] for dim in self.dims])
 
     def reshape(self, stack: Tensor) -> Tensor:
-        """A stack reshaped to `shape`, in at least float32."""
+        """Reshape a stack to `shape`, and cast it to at least float32."""
         return at_least_float32(stack).reshape(len(stack), *self.shape)
 
     def total(self, x: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class Rows(NamedTuple):
         return centred * rho, rho
 
     def multiply(self, x: Tensor, weight: Some) -> Tensor:
-        """A stack times the weight."""
+        """Multiply a stack by the weight, if there is one."""
         return x if weight is None else x * weight.reshape(self.weights)
 
     def scale_cotangents(self, cotangents: Tensor, rho: Tensor, weight: Some = None) -> Tensor:
-        """The cotangents times the weight and ρ, then centred if the norm subtracts the mean."""
+        """Multiply cotangents by the weight and ρ; centre them if the norm subtracts the mean."""
         scaled = cotangents * self.multiply(rho, weight)
         return scaled.sub_(self.mean(scaled)) if self.centred else scaled
 
@@ -116,13 +116,13 @@ class _Stack(NamedTuple):
 
 
 class _Derivatives:
-    """J, −second and −third for a given y, the last two as lists of terms."""
+    """The maps J, −second and −third at a given y; the last two return lists of terms."""
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows, self.value = rows, value
 
     def stack(self, z: Tensor) -> _Stack:
-        """A stack of rows z, with the Z of each row."""
+        """Pair a stack of rows z with the Z of each row."""
         return _Stack(z, self.rows.mean(self.value * z))
 
     def product(self, x: _Stack, y: _Stack) -> Tensor:
@@ -145,7 +145,7 @@ class _Derivatives:
         return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
     def of_seconds(self, firsts: _Stack, seconds: Tensor, pairs: Pairs) -> Tensor:
-        """y_ll: second(c_l, c_l), plus J c_ll if there are second derivatives."""
+        """Return y_ll: second(c_l, c_l), plus J c_ll if there are second derivatives."""
         second = collect(-2 * firsts.along * firsts.z, pairs)
         along = collect(self.product(firsts, firsts), pairs)
         if len(seconds):
@@ -159,14 +159,14 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place: each to its own component, or all to a single component."""
+    """Add terms to a stack in place, summing each term's components if the stack has only one."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """A stack with the shape and dtype of another tensor."""
+    """Reshape and cast a stack to the shape and dtype of another tensor."""
     return x.reshape(other.shape).to(other.dtype)
 
 
@@ -178,7 +178,7 @@ class Norm(NamedTuple):
     pairs: Pairs
 
     def evaluate(self, stack: Tensor, weight: Some, bias: Some) -> Tensor:
-        """The stack of the norm, after applying the weight and the bias."""
+        """Return the stack of the norm, with the weight and the bias applied."""
         rows = self.rows
         scaled, rho = rows.standardize(stack)
         value, tangents, seconds = components(scaled, self.firsts)
@@ -272,7 +272,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 
 
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
-    """The norm, computed in at least float32 with operators whose gradients are correct."""
+    """Compute the norm in at least float32, with operators whose gradients are correct."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums, divided afterwards: the gradient of a sum is a view, but a mean's gradient is a copy.
     if rows.centred:
@@ -339,7 +339,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics, and let PyTorch reject channels with one value."""
+    """Let PyTorch update the running statistics, and reject channels with a single value."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

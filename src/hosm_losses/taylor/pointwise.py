@@ -146,9 +146,9 @@ def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> F
 def pointwise(
     *names: str | Function, operators: Operators | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a generator that, given a function's arguments, yields its value and derivatives.
+    """Register a generator that takes x and yields a function's value and derivatives at x.
 
-    The `operators` take the function's further arguments as well; see `apply`.
+    The generator and the `operators` also take the function's other arguments; see `apply`.
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,7 +214,7 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise("gelu", operators=Operators(F.gelu, torch.ops.aten.gelu_backward.default))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
-    # x S(x), with a share S between 0 and 1.
+    # The value is x S(x), where S, called `share`, is between 0 and 1.
     square = x * x
     if approximate == "none":
         share = 0.5 + 0.5 * torch.erf(x * math.sqrt(0.5))
@@ -271,7 +271,7 @@ def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise("abs", "__abs__", "absolute")
 def absolute(x: Tensor) -> Iterator[Tensor]:
-    """|x|, and its derivatives, which are zero at zero."""
+    """|x| and its derivatives, which are all zero at x = 0."""
     return piecewise_linear(torch.abs(x), torch.sign(x))
 
 
@@ -299,7 +299,7 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
-    """The power of x with a constant exponent, and its derivatives."""
+    """x raised to a constant exponent, and the derivatives of this power."""
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
@@ -318,7 +318,7 @@ def _log(x: Tensor) -> Iterator[Tensor]:
 
 
 def _slope_of_softplus(along: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    # beta and threshold may be tensors of one number.
+    # beta and threshold may be one-element tensors.
     return torch.ops.aten.softplus_backward.default(along, x, float(beta), float(threshold))
 
 
@@ -359,7 +359,7 @@ def _operands(a: Any, b: Any) -> int:
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """The dtype of PyTorch's result for a and b, found without a query if both dtypes agree."""
+    """Return the dtype of PyTorch's result; call `result_type` only if the dtypes differ."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
@@ -422,7 +422,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
 
 
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
-    """The stack of y = a / b, without powers of 1/b, which may be out of range where y is not.
+    """Compute the stack of y = a / b without powers of 1/b, which may be out of range if y is not.
 
     The derivatives follow from a = y b: for example, y_l = (a_l − y b_l) / b.
     """

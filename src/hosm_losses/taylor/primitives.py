@@ -1,20 +1,20 @@
 r"""Replace or reject the few operators whose derivatives PyTorch gets wrong.
 
 Purpose:
-    PyTorch 2.6, 2.13 and 2.15 do not correctly differentiate layer norm, batch norm (in training)
-    or instance norm more than twice. The parameter gradient of a loss on a directional derivative
-    has a silent error of several percent to more than a hundred percent; at order three, the
-    derivative itself sometimes has such an error too. In reverse mode, PyTorch 2.14 and 2.15
-    raise an error instead for batch and instance norm, as PyTorch does for all norms with the pull
-    requests below. Group norm, attention and the gated linear unit fail with an error on common
-    inputs. When composed of means, products and softmax, each of these operators is differentiated
-    correctly in every mode.
+    PyTorch computes wrong derivatives if layer norm, batch norm (in training) or instance norm is
+    differentiated more than twice (tested with 2.6, 2.13 and 2.15). The parameter gradient of a
+    loss on a directional derivative is silently wrong by several percent to more than a hundred
+    percent; at order three, the derivative itself sometimes has such an error, too. In reverse
+    mode, PyTorch 2.14 and 2.15 raise an error for batch and instance norm instead; forward mode is
+    still wrong. With the pull requests below, PyTorch raises an error for all norms. Group norm,
+    attention and the gated linear unit fail with an error on common inputs. When composed of
+    means, products and softmax, each of these operators is differentiated correctly in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
-    loss evaluates the network, and only in the loss's thread. Nothing is patched. An activation
-    checkpoint evaluates its part of the network again in the backward pass, when the mode is off;
-    `recomputable` turns the mode on again for this evaluation.
+    loss evaluates the network, and only in the loss's thread. No PyTorch function is patched. An
+    activation checkpoint evaluates its part of the network again in the backward pass, when the
+    mode is off; `recomputable` turns the mode on again for this evaluation.
 
 Refused:
     A few operators are refused where their forward-mode derivative is needed, because PyTorch does
@@ -67,7 +67,7 @@ def _operators_named(names: str) -> set[Any]:
 # Operators with a forward-mode formula that PyTorch does not differentiate correctly: those up to
 # logdet before version 2.15, cumprod if a factor is zero, and the operators from eigh on if they
 # are differentiated twice. For some inputs, the formulas of cholesky_inverse, cholesky_solve and
-# triangular_solve are wrong themselves.
+# triangular_solve are themselves wrong.
 _FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse cholesky_solve triangular_solve linear_cross_entropy dist pairwise_distance "
@@ -76,7 +76,7 @@ _FORWARD = _operators_named(
 )
 # These operators are wrong only if they reduce by a product.
 _PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
-# Operators whose kernels for the CPU support neither vmap nor, except for mish, forward mode.
+# Operators whose CPU kernels do not support vmap; only mish's kernel supports forward mode.
 _PLAIN_ONLY = _operators_named("scaled_dot_product_attention multi_head_attention_forward mish")
 WRONG = (
     "PyTorch does not differentiate its forward-mode derivative correctly. Write it with other "
@@ -193,9 +193,9 @@ class _SafePrimitives(TorchFunctionMode):
 def _refuse_foreign_checkpoint() -> None:
     """Raise an error if torch's own checkpoint would recompute an operator without its primitive.
 
-    If a checkpoint was already active when the mode was entered, that checkpoint is
-    `hosm_losses.checkpoint` or surrounds the loss. In both cases, the recomputation enters the
-    mode again.
+    A checkpoint that was already active when the mode was entered is either
+    `hosm_losses.checkpoint` or one that surrounds the loss. In both cases, the recomputation
+    enters the mode again.
     """
     if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
@@ -212,10 +212,10 @@ def safe_primitives(
 
 
 class _Transformable(TorchFunctionMode):
-    """Uses primitives for operators that a transform of torch.func may not support.
+    """A mode that uses primitives for operators that torch.func transforms may not support.
 
-    Under vmap, PyTorch would evaluate such an operator for one sample after another, and warn. A
-    backward pass by vmap, as in jacrev, begins after the network was evaluated.
+    Under vmap, PyTorch would evaluate such an operator for one sample at a time, and warn. A
+    backward pass under vmap, as in jacrev, starts only after the network has been evaluated.
     """
 
     def __torch_function__(
@@ -225,13 +225,16 @@ class _Transformable(TorchFunctionMode):
 
 
 def transformable(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context manager in which all transforms of torch.func support x's operators."""
+    """Return a context manager in which torch.func transforms support operators applied to x."""
     replaces = type(x) is Tensor and x.device.type == "cpu"
     return _Transformable() if replaces else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
-    """Return a context manager that rejects operators without a derivative, and replaces none."""
+    """Return a context manager that rejects operators without a derivative.
+
+    Unlike `safe_primitives`, this context manager replaces no operators.
+    """
     return _SafePrimitives({})
 
 
@@ -254,26 +257,26 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 # ---------------------------------------------------------------------------------- the primitives
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
-    """Add to batch norm's batch counter with out=, as torch.func forbids the in-place method."""
+    """Add to batch norm's counter with `out=`, because torch.func forbids the in-place method."""
     if counter.is_floating_point():
         return counter.add_(other, alpha=alpha)
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """Uses softplus: PyTorch's own second derivative is NaN for float32 inputs above 88."""
+    """Use softplus, because PyTorch's own second derivative is NaN for float32 inputs above 88."""
     result = input * torch.tanh(F.softplus(input))
     return input.copy_(result) if inplace else result
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """Writes to a slice of length one: PyTorch's select_scatter has a wrong gradient in vmap."""
+    """Write to a slice of length one; PyTorch's select_scatter has a wrong gradient under vmap."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """Uses a mask: PyTorch's own index_fill is wrong under vmap if only the value is batched."""
+    """Use a mask; PyTorch's own index_fill is wrong under vmap if only the value is batched."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 

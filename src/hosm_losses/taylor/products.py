@@ -10,19 +10,20 @@ Gradients, for a cotangent c:
     The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form with respect to one
     argument is linear in the other two. For a cotangent p of the gradient with respect to a, the
     product ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩ is the same form with p in place of a, and likewise for
-    b and c. Three functions therefore give all derivatives of every order, and only their
-    arguments are kept.
+    b and c. Three functions therefore suffice for derivatives of every order, and only the
+    arguments of these functions are kept.
 
 Formulas for Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
-    All three sums are over the same terms (i, j, k, f), where f is a factor and f A_i B_j is a
+    All three sums run over the same terms (i, j, k, f), where f is a factor and f A_i B_j is a
     part of Y_k. Each sum is accumulated in place. If the products were computed separately and
     then added, the larger matrices, such as attention's weights, would be read and written three
     times for each product.
 
 When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as a
-convolution whose kernel is the cotangent, which is as large as the image. This costs up to three
-times as much as the method used in a first backward pass. A `Form` always uses the cheaper method.
+convolution whose kernel is the cotangent, which is as large as the image. This is up to three
+times as expensive as the method used in a first backward pass. A `Form` always uses the cheaper
+method.
 """
 
 from collections.abc import Callable, Iterable
@@ -90,12 +91,12 @@ class Form(NamedTuple):
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether each tensor is a plain Tensor or Parameter, rather than of another subclass."""
+    """Whether each tensor is a plain Tensor or Parameter, not an instance of another subclass."""
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
-    """The product of a and b, whose derivatives are parts of the form."""
+    """Return the product of a and b; its derivatives are computed from parts of the form."""
     value: Any = _Gradient.apply(form, 2, a, b)
     return value
 
@@ -127,7 +128,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
-    """Evaluate a part of a form in the dtypes of its factors, even under autocast."""
+    """Evaluate one part of a form in the dtypes of the factors, even under autocast."""
     with without_autocast(others[0].device.type):
         return form[place](*others)
 
@@ -161,7 +162,7 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 
 @rule(F.linear, kind="bilinear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
-    """A linear layer with a weight and a bias."""
+    """A linear layer with a weight and an optional bias."""
     if weight.ndim != 2 or x.stack.ndim < 2:  # x or the weight has too few axes
         raise NoRule
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
@@ -203,7 +204,7 @@ def _convolution(
 
 
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
-    """The gradients of a convolution.
+    """Return the form of a convolution.
 
     The weight is kept in its own dtype, but is multiplied in autocast's dtype if autocast is on
     when the form is made.
@@ -233,8 +234,8 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
 
 
 # --------------------------------------------------------------------------------------- matrices
-# Forms are used for at most this many directions: each direction adds terms, and each term is a
-# call.
+# Forms are used for at most this many directions: each direction adds terms, and each term needs
+# a separate call.
 MOST = 2
 
 
@@ -264,14 +265,14 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The stack that `_sums` returns, but with its matrices stored column by column."""
+    """Return the same stack as `_sums`, but with each matrix stored column by column."""
     return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
-    """The form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
+    """Return the form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
-    Each gradient is stored in the same memory order as its factor. If the order differed,
+    Each factor's gradient is stored in the factor's own memory order. If the order differed,
     operators that combine the gradient with other tensors, as in the backward of a softmax, would
     take three times as long.
     """
@@ -289,7 +290,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """The batch, row, sum and column indices; None if this is not a product of matrices."""
+    """Return the batch, row, sum and column indices, or None if this is no product of matrices."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -301,7 +302,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices, computed as products of matrices; None if it needs `product_rule`."""
+    """Sum over indices by products of matrices; return None if `product_rule` is needed."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))

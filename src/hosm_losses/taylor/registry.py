@@ -38,11 +38,11 @@ class ConstantError(DerivativeError):
 
 
 class TaylorError(RuntimeError):
-    """A function that the Taylor engine cannot differentiate, although reverse mode might."""
+    """The Taylor engine cannot differentiate a function, although reverse mode may be able to."""
 
 
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
-    """A call that a rule does not support; PyTorch's own function is differentiated instead."""
+    """A rule does not support a call; PyTorch's own function is differentiated instead."""
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -72,7 +72,7 @@ class Rule:
     anything: bool  # whether it accepts other keyword arguments as well
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """The arguments as passed to the rule; None if the rule does not accept them."""
+        """Return the arguments to pass to the rule, or None if the rule does not accept them."""
         named: dict[str, Any] = {}
         for name, value in kwargs.items():
             if name not in ("inplace", "out"):
@@ -105,7 +105,7 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions in `names`, each string replaced by the functions and methods it names."""
+    """Return the functions in `names`, with each string replaced by the functions it names."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
@@ -121,8 +121,8 @@ def rule(
 ) -> Callable[[Function], Function]:
     """Register a rule for PyTorch functions; the rule takes the same arguments as the functions.
 
-    Only the first argument is a Jet, unless `several` says that any argument may be a Jet. If
-    `with_function` is true, the rule takes the called function as an extra first argument.
+    Only the first argument may be a Jet, unless `several` is true; then any argument may be a Jet.
+    If `with_function` is true, the rule takes the called function as an extra first argument.
     """
 
     def register(function: Function) -> Function:
@@ -152,14 +152,14 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """A dimension of a value, as a negative index so that it is valid for the stack too."""
+    """Convert a dimension of a value to a negative index, which is valid for the stack too."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
 
 
 def axes(dim: Any, ndim: int) -> tuple[int, ...]:
-    """One or more dimensions of a value, or all its dimensions if `dim` is None; see `axis`."""
+    """Apply `axis` to one or more dimensions of a value, or to all of them if `dim` is None."""
     if dim is None:
         dim = tuple(range(ndim))
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
@@ -192,14 +192,14 @@ FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    """Raise if a module's hooks returned gradients that differ from the ones they received."""
+    """Raise an error if a module's hooks returned gradients other than the ones they received."""
     for after, before in zip(returned, incoming, strict=True):
         if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
             raise ChangedGradientError(CHANGING_HOOK)
 
 
 def guard_hook(hook: Callable[[Any], Any]) -> Callable[[Tensor | None], None]:
-    """Return a hook that raises if `hook` changes a gradient."""
+    """Return a hook that raises an error if `hook` changes a gradient."""
 
     def guarded(gradient: Tensor | None) -> None:
         incoming = [] if gradient is None else [gradient]  # None if the output is not used

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# The second derivatives in a stack: none, one along each direction twice, or the sum of these.
+# The second derivatives in a stack: none, one for each direction, or the sum over directions.
 Pairs = Literal["none", "squares", "sum"]
 
 
@@ -16,14 +16,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split a stack into the value, the first derivatives and any second derivatives."""
-    # The gradient of a split is one stack, while each slice would give a stack of mostly zeros.
+    # The gradient of a split is one stack; each slice's gradient would be mostly zeros.
     sizes = 1, firsts, stack.shape[0] - 1 - firsts
     value, tangents, seconds = stack.split_with_sizes(sizes)
     return value, tangents, seconds
 
 
 def collect(squares: Tensor, pairs: Pairs) -> Tensor:
-    """Return the squares that second derivatives need: either all of them or their sum."""
+    """Sum the squares over directions if `pairs` is "sum"; otherwise return them unchanged."""
     return squares.sum(0, keepdim=True) if pairs == "sum" else squares
 
 
