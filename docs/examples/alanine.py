@@ -2,7 +2,7 @@
 
     python docs/examples/alanine.py [--frames 2000] [--kelvin 800]
 
-Positions are in Å, without their centre of mass; scores are forces over kT, in 1/Å.
+Positions are in Å, with their centre of mass removed; scores are forces divided by kT, in 1/Å.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NME C   7.5 -0.1 0.0
 
 
 class Alanine:
-    """The molecule at a temperature: its energy, its forces, its simulation, and its torsions."""
+    """The molecule at a given temperature: its energy, forces, simulation and torsions."""
 
     def __init__(self, kelvin: float = 800.0, seed: int = 0) -> None:
         forcefield = app.ForceField("amber14-all.xml")
@@ -47,7 +47,7 @@ class Alanine:
         modeller.addHydrogens(forcefield)
         self.atoms = [f"{a.residue.name} {a.name}" for a in modeller.topology.atoms()]
         self.kT = GAS * kelvin
-        # Rigid bonds would have no density.
+        # With rigid bonds, the positions would have no density.
         system = forcefield.createSystem(modeller.topology, constraints=None)
         integrator = openmm.LangevinMiddleIntegrator(kelvin, 1.0, 0.0005)  # K, 1/ps, ps
         integrator.setRandomNumberSeed(seed + 1)
@@ -58,7 +58,7 @@ class Alanine:
         self.context.setVelocitiesToTemperature(kelvin, seed + 1)
 
     def simulate(self, frames: int, apart: int = 600) -> tuple[Tensor, Tensor]:
-        """Return positions and scores (frames, 22, 3), so many steps of 0.5 fs apart."""
+        """Return positions and scores (frames, 22, 3), `apart` steps of 0.5 fs between frames."""
         self.context.getIntegrator().step(20_000)
         found = []
         for _ in trange(frames, desc="frames", file=sys.stderr, leave=False):
@@ -68,7 +68,7 @@ class Alanine:
         return x - x.mean(1, keepdim=True), scores
 
     def log_target(self, x: Tensor) -> Tensor:
-        """Return −E/kT of positions (N, 22, 3) in Å."""
+        """Return −E/kT for positions (N, 22, 3) in Å."""
         values = []
         for positions in x.double().cpu().numpy() / 10:
             self.context.setPositions(positions)
@@ -82,7 +82,7 @@ class Alanine:
         return 10 * x, forces / (10 * self.kT), state.getPotentialEnergy()._value
 
     def torsion(self, x: Tensor, names: str) -> Tensor:
-        """Return the angle (N,) around the bond between the second and the third atom, in rad."""
+        """Return the angle (N,) around the bond between the second and third atoms, in radians."""
         rows = [self.atoms.index(name) for name in names.split(", ")]
         a, b, c = x[:, rows].diff(dim=1).unbind(1)
         b_hat = b / b.norm(dim=1, keepdim=True)
@@ -91,7 +91,7 @@ class Alanine:
         return torch.atan2(side, (first * second).sum(1))
 
     def left_handed(self, x: Tensor) -> Tensor:
-        """Return positions (N, 22, 3), mirrored if the amino acid is of the wrong hand."""
+        """Return positions (N, 22, 3), mirrored where the amino acid has the wrong handedness."""
         names = ("ALA N", "ALA C", "ALA CB", "ALA CA")
         *three, centre = (x[:, self.atoms.index(name)] for name in names)
         a, b, c = (part - centre for part in three)

@@ -1,8 +1,8 @@
 """Densities of the ODE on the 2-D checkerboard, after training with orders one, two and three.
 
-Every order trains the same network for equally many steps or, with --seconds, for equal processor
-time. The KL divergence, from the data blurred as at t_min to the density of the ODE, is an
-integral over the points of a grid, without sampling error.
+Every order trains the same network for the same number of steps or, with --seconds, for the same
+processor time. The KL divergence from the data at the noise level of t_min to the density of the
+ODE is computed as a sum over a grid, without sampling error.
 
     python docs/examples/checkerboard.py [--steps 6000 | --seconds 90]
 """
@@ -78,7 +78,7 @@ def train(
     seconds: float | None = None,
     rate: float = 2e-3,
 ) -> str:
-    """Train for `seconds` of processor time if given, else for `steps`; return what it took."""
+    """Train for `seconds` of processor time or, if None, `steps`; return what was spent."""
     optimizer = torch.optim.Adam(model.parameters())
     start, step, spent = time.process_time(), 0, 0.0
     while (part := spent / seconds if seconds else step / steps) < 1:
@@ -91,7 +91,7 @@ def train(
 
 
 def nll(model: hosm.ScoreModel, x: Tensor) -> Tensor:
-    """Return −log p of the ODE, (B,), with the exact divergence."""
+    """Return −log p (B,) under the ODE, with the exact divergence."""
     solver = hosm.FixedGrid(96, data_std=3**-0.5)
     return hosm.ode_nll(model, x, solver=solver, divergence="exact", batch_size=4096).nll
 
@@ -116,7 +116,7 @@ def main() -> None:
             model, lambda m=model, f=loss: f(m, draw(256)), options.steps, options.seconds
         )
         log_p = -nll(model, grid)
-        # Points where the density of the data is zero in float32 contribute nothing.
+        # Points where the density of the data is zero in float64 contribute nothing.
         ratio = torch.where(log_q.isinf(), 0, log_q - log_p)
         kl = float((log_q.exp() * ratio).sum() * (axis[1] - axis[0]) ** 2)
         print(f"order {order}: KL {kl:.4f} nats ({cost})", flush=True)

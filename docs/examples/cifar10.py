@@ -1,17 +1,17 @@
 """Train an image model on CIFAR-10 with a loss of any order, and compare bits per dimension.
 
-    python cifar10.py pictures FOLDER   # generated pictures in the format of CIFAR-10, to try it
+    python cifar10.py pictures FOLDER   # synthetic pictures in CIFAR-10's format, for a trial run
     torchrun --nproc-per-node 8 cifar10.py train FOLDER one --loss first
     torchrun --nproc-per-node 8 cifar10.py train FOLDER three --loss paired3 --init-from one \
         --steps 20000 --warmup 1000 --lr 5e-5
-    # The control: order one continued for as many steps
+    # The control: order one continued for the same number of steps
     torchrun --nproc-per-node 8 cifar10.py train FOLDER more --loss first --init-from one \
         --steps 20000 --warmup 1000 --lr 5e-5
     torchrun --nproc-per-node 8 cifar10.py evaluate FOLDER one more three
 
-Repeating a command continues where it stopped. Everything random in a step is drawn from a seed
-made of --seed, the step and the rank, so a resumed run repeats the losses of one that was never
-stopped, and no generator is saved.
+Rerunning a command continues from its last checkpoint. All random numbers of a step are drawn from
+a seed that combines --seed, the step and the rank. Therefore, a resumed run has the same losses as
+an uninterrupted one, and checkpoints contain no generator state.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def read_images(folder: Path, names: list[str]) -> Tensor:
 
 
 def write_pictures(folder: Path, records: int = 400) -> None:
-    """Write smooth generated pictures in the format of CIFAR-10, `records` to each file."""
+    """Write smooth synthetic pictures in the format of CIFAR-10, `records` per file."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for name in TRAIN + TEST:
@@ -83,11 +83,12 @@ def write_pictures(folder: Path, records: int = 400) -> None:
 
 
 def new_model(sde: str, size: str, dropout: float) -> hosm.ScoreModel:
-    """Return a new network, diffusers' UNet2DModel with attention at 16 x 16.
+    """Return a model with a new network: diffusers' UNet2DModel with attention at 16 x 16.
 
     Its options make it resemble DDPM++ ("vp", which predicts the noise) and NCSN++ ("ve", which
     divides the output of its last layer by σ and so predicts the score). Data in [-1, 1] have
-    twice the scale of data in [0, 1], hence σ from 0.02 to 100 for 0.01 to 50 in the paper's code.
+    twice the scale of data in [0, 1], hence σ from 0.02 to 100 instead of the 0.01 to 50 in the
+    paper's code.
     """
     channels, layers, groups = SIZES[size]
     if sde == "ve":  # its blocks have group norms of 32 groups
@@ -116,7 +117,7 @@ def new_model(sde: str, size: str, dropout: float) -> hosm.ScoreModel:
 
 
 def new_objective(model: hosm.ScoreModel, args: argparse.Namespace) -> nn.Module:
-    """Return the module of the loss, with times that are uniform in log σ̂ for every term."""
+    """Return the loss module, with times drawn uniformly in log σ̂ for every term."""
     low, high = model.schedule.log_sigma_hat_range
 
     def times(batch: int, generator: torch.Generator | None) -> Tensor:
@@ -130,7 +131,7 @@ def new_objective(model: hosm.ScoreModel, args: argparse.Namespace) -> nn.Module
 
 
 def start() -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started; return the rank, their number and the device."""
+    """Join torchrun's processes; return the rank, the number of processes and the device."""
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -155,7 +156,7 @@ def load(run: Path) -> dict[str, Any]:
 
 
 class Training:
-    """The network in training, its average, and the optimizer."""
+    """The network being trained, the average of its weights, and the optimizer."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(args.seed)
@@ -182,7 +183,7 @@ class Training:
             self.optimizer.load_state_dict(saved["optimizer"])
 
     def save(self) -> None:
-        """Write the checkpoint; a process that is killed leaves the old one."""
+        """Write the checkpoint; if the process is killed, the old checkpoint remains."""
         state = {"step": self.step, "options": self.options}
         state |= {"objective": self.objective.state_dict()}
         state |= {"ema": self.average.network.state_dict()}
@@ -191,10 +192,10 @@ class Training:
         partial_file.replace(self.args.out / "checkpoint.pt")
 
     def update(self) -> Tensor:
-        """Take a step of Adam, and move the average; return the norm of the gradient.
+        """Take an Adam step and update the average; return the norm of the gradient.
 
-        A stage that continues another has a rate that falls to 0 by half a cosine, and by default
-        an average over a tenth of its steps.
+        If the stage continues another one, the learning rate decays to 0 along a half cosine and,
+        by default, the weights are averaged over a tenth of the steps.
         """
         args, continues = self.args, self.args.init_from is not None
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -222,9 +223,9 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(images: Tensor, run: Training, rank: int, count: int) -> Iterator[Tensor]:
-    """Yield this process's images for each step that is left, dequantized and mirrored.
+    """Yield this process's images for each remaining step, dequantized and randomly mirrored.
 
-    Images that do not fill a batch at the end of an epoch are left out.
+    Images that do not fill a batch at the end of an epoch are skipped.
     """
     args = run.args
     while run.step < args.steps:
@@ -237,12 +238,12 @@ def batches(images: Tensor, run: Training, rank: int, count: int) -> Iterator[Te
 
 
 def dequantized(images: Tensor) -> Tensor:
-    """Return uint8 images as floats in [-1, 1], with uniform noise on their levels."""
+    """Return uint8 images as floats in [-1, 1], with uniform noise within each level."""
     return -1 + 2 * (images.float() + torch.rand(images.shape, device=images.device)) / 256
 
 
 def train(args: argparse.Namespace) -> None:
-    """Take the steps that are left, with a log, validations and checkpoints."""
+    """Take the remaining steps; log, validate and save checkpoints."""
     rank, count, device = start()
     images = read_images(args.data, TRAIN)
     held_out, images = images[: len(images) // HELD_OUT], images[len(images) // HELD_OUT :]
@@ -281,7 +282,7 @@ def add_gradients(loss_of: nn.Module, x0: Tensor, args: argparse.Namespace) -> d
     means: dict[str, Tensor] = {}
     parts = x0.chunk(args.parts)
     for place, part in enumerate(parts, 1):
-        # The processes exchange their gradients in the last part.
+        # The processes exchange gradients only in the last part.
         waits = isinstance(loss_of, DistributedDataParallel) and place < len(parts)
         with loss_of.no_sync() if waits else nullcontext():
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=args.bf16):
@@ -312,7 +313,7 @@ def validation(run: Training, images: Tensor, rank: int, count: int) -> list[flo
 def bits_of(run: Path, images: Tensor, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the bits per dimension of every image; NaN where a path failed.
 
-    The random numbers of a batch depend on its place alone, so all runs have the same.
+    The random numbers of a batch depend only on its index, so all runs use the same numbers.
     """
     rank, count, device = start()
     saved = load(run)
@@ -337,7 +338,7 @@ def bits_of(run: Path, images: Tensor, args: argparse.Namespace) -> dict[str, li
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the bits of all runs, and the paired differences of the last run from the others."""
+    """Print all runs' bits per dimension, and the last run's paired differences from others."""
     torch.backends.cudnn.allow_tf32 = False
     rank, _, _ = start()
     images, found = read_images(args.data, TEST)[: args.limit], {}
@@ -357,7 +358,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, and do what it says."""
+    """Read the command line and run its command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("pictures", help="write generated pictures")

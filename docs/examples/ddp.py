@@ -1,4 +1,4 @@
-"""Plain DistributedDataParallel around the loss module, rather than around the network.
+"""Plain DistributedDataParallel around the loss module instead of the network.
 
 torchrun --nproc-per-node 2 docs/examples/ddp.py
 """

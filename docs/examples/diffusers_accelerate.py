@@ -1,4 +1,4 @@
-"""diffusers' unconditional training loop with accelerate; "-" marks removed, "+" added lines.
+"""diffusers' unconditional training loop with accelerate; "-" is removed, "+" is added.
 
 accelerate launch docs/examples/diffusers_accelerate.py      (any number of GPUs, or --cpu)
 """

@@ -1,6 +1,7 @@
 """Bits per dimension of held-out images from scikit-learn's 8×8 digits.
 
-The same network is trained with order one, and with orders one and two, for equal processor time.
+The same network is trained twice for the same processor time: once with order one, and once with
+orders one and two.
 
     python docs/examples/digits.py [--seconds 60]
 """
@@ -18,7 +19,7 @@ LEVELS, HELD_OUT = 17, 360
 
 
 def dequantized(levels: Tensor) -> Tensor:
-    """Return integers 0 to 16 as numbers in [−1, 1), uniform within each level."""
+    """Map integers from 0 to 16 to [−1, 1), with uniform noise within each level."""
     return 2 * (levels + torch.rand(levels.shape)) / LEVELS - 1
 
 

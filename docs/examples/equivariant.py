@@ -1,7 +1,7 @@
-"""A small network for particles: every pair is pulled together or pushed apart along its line.
+"""A small network that pulls or pushes each pair of particles along the line between them.
 
-The network's output turns and moves with the particles, and mirrors with them. Particles of one
-type are interchangeable.
+The network's output rotates and is mirrored with the particles. Particles of the same type
+are interchangeable.
 """
 
 from itertools import pairwise
@@ -15,8 +15,8 @@ import hosm_losses as hosm
 class PairNetwork(nn.Module):
     """ε̂(x, t) for positions x (N, n, D) without their centre of mass, under a VE schedule.
 
-    It adds to the predictor for isotropic Gaussian data. Distances are in units of their standard
-    deviation at the noise level, so that stiff bonds are resolved.
+    The network adds a correction to the exact predictor for isotropic Gaussian data. Distances are
+    in units of their standard deviation at the noise level, so that stiff bonds are resolved.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""diffusers' UNet2DModel, trained with order one in diffusers' own way, then fine-tuned.
+"""diffusers' UNet2DModel, trained with order one by the usual diffusers loop, then fine-tuned.
 
 Fine-tuning is done twice, from the same weights and for the same number of steps: with orders one
-and two, and with order one alone, to show what the second order is worth.
+and two, and with order one alone, to show the effect of the second order.
 
     python docs/examples/fine_tune_unet.py [--steps 600] [--tuning 200]
 """

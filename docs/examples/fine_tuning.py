@@ -1,4 +1,4 @@
-"""The paper's regime: a first-order checkpoint, fine-tuned with orders two and three.
+"""The paper's procedure: fine-tune a first-order checkpoint with orders two and three.
 
 The script ramps up the weights of the higher orders, clips gradients and keeps an EMA:
 
@@ -38,7 +38,7 @@ def draw(count: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train, fine-tune, and print the nats of the ODE after each phase."""
+    """Train, fine-tune, and print the ODE's mean −log p in nats after each phase."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="of each of the two phases")
     steps = parser.parse_args().steps

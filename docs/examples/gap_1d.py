@@ -1,4 +1,4 @@
-"""Where the ODE's score goes wrong at orders one and three, on the mixture of mixture_1d.py.
+"""Show where the ODE's score is wrong at orders one and three, on the mixture of mixture_1d.py.
 
 One network is trained with each order. Its score, and the score of the density p of its ODE, are
 compared with the true score at each noise level. With f = σ s for the network, f* for the truth
@@ -7,8 +7,9 @@ and u = log σ̂, the integrals of Lu et al. (ICML 2022, 2206.08265, theorems 3.
     J_SM = ∫ E‖f − f*‖² du          J_Fisher = ∫ E‖σ ∇log p − f*‖² du
     J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du ≤ √(J_SM J_Fisher)
 
-J_ODE is the ODE's KL divergence from the data, less that of its prior from the noisy data; of the
-SDE, it is at most J_SM. ∇log p is the gradient of `ode_nll` from the noise level on.
+J_ODE is the KL divergence from the data to the ODE's density, minus the KL divergence from the
+noisy data to the ODE's prior. For the SDE, this difference is at most J_SM. ∇log p is
+computed as minus the gradient of `ode_nll`, which is solved from each noise level to the prior.
 
     python docs/examples/gap_1d.py [--schedule ve] [--steps 2000] [--nodes 24]
 """
@@ -42,7 +43,7 @@ def truth(schedule: hosm.Schedule) -> hosm.ScoreModel:
 
 
 def ode_score(model: hosm.ScoreModel, x: Tensor, t: float) -> Tensor:
-    """Return ∇log p at x (B, *) for the density p of the model's ODE at the time t."""
+    """Return ∇log p at x (B, *) for the density p of the model's ODE at time t."""
     later = copy.copy(model.schedule)
     for name, value in (("t_min", t), ("_starts_at_data", False)):
         object.__setattr__(later, name, value)  # a schedule is frozen

@@ -1,8 +1,9 @@
 """A linear inverse problem with a known posterior: y = A x + noise, with x from six Gaussians.
 
 A conditional network is trained with order one, and then with either order one or order two for
-equal processor time. KL is from the posterior p(x | y) to the density of the ODE, averaged over 24
-observations. The variances are the posterior variances of clean x, given a noisy x and y.
+the same processor time. The printed KL divergence is from the posterior p(x | y) to the density of
+the ODE, averaged over 24 observations. The variances are the posterior variances of clean x, given
+a noisy x and y.
 
     python docs/examples/inverse_problem.py [--seconds 20]
 """
@@ -49,7 +50,7 @@ def draw(count: int) -> tuple[Tensor, Tensor]:
 
 
 def given(prior: MixtureSameFamily, rows: Tensor, noise: Tensor, y: Tensor) -> MixtureSameFamily:
-    """Return the posterior of x, for a mixture prior (M,), given y = rows x + noise (M, n)."""
+    """Return the posterior of x for a mixture prior (M,) and data y = rows x + noise, (M, n)."""
     parts = prior.component_distribution
     covariance = rows @ parts.covariance_matrix @ rows.mT + noise.square() * torch.eye(len(rows))
     logits = prior.mixture_distribution.logits
@@ -62,7 +63,7 @@ def given(prior: MixtureSameFamily, rows: Tensor, noise: Tensor, y: Tensor) -> M
 
 
 def train(kind: type, model: hosm.ScoreModel, seconds: float, rate: float) -> str:
-    """Train with a loss, and return the steps and the time that it took."""
+    """Train with a loss; return the number of steps and the time taken."""
     objective = kind(model)
 
     def loss() -> Tensor:
@@ -73,7 +74,7 @@ def train(kind: type, model: hosm.ScoreModel, seconds: float, rate: float) -> st
 
 
 def main() -> None:
-    """Train with both losses and compare with the posterior."""
+    """Train with both losses, and compare both models with the exact posterior."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20, help="of the second training")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A Lightning module that trains with quiet batches and validates by the ODE's likelihood.
+"""A Lightning module that trains with low-noise gradients and validates with the ODE's likelihood.
 
 python docs/examples/lightning_module.py
 """
@@ -26,7 +26,7 @@ class Network(nn.Module):
 
 
 class Diffusion(pl.LightningModule):
-    """Holds the network only inside the loss module, so that Lightning wraps both as one."""
+    """Stores the network only inside the loss module, so that Lightning wraps the two together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Diffusion(pl.LightningModule):
         )
 
     def quiet(self, x: torch.Tensor) -> dict[str, Any]:
-        """Return half of the batch, for pairs, and all of it as the reference of averages."""
+        """Return half of the batch for pairs, and the whole batch as reference for averages."""
         return {"x0": x[: len(x) // 2], "targets": hosm.AveragedTargets(x, own=False)}
 
     def training_step(self, batch: list[torch.Tensor], _index: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Diffusion(pl.LightningModule):
             self.objective.time_sampler.learn(self.objective, optimizer=optimizer, **quiet)
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
-        """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
+        """Log the ODE's mean −log p in nats. `ode_nll` works in Lightning's inference mode."""
         model, solver = self.objective.model, hosm.FixedGrid(20)
         result = hosm.ode_nll(model, batch[0], solver=solver, divergence="exact")
         self.log("nll", result.nll.mean(), prog_bar=True)

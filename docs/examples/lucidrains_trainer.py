@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch's Trainer with the third-order loss, by replacing one method.
+"""Use denoising-diffusion-pytorch's Trainer with the third-order loss by replacing one method.
 
 python docs/examples/lucidrains_trainer.py
 """

@@ -1,8 +1,8 @@
 """Sample an energy with known Z and known forces: many wells in 8 and 16 dimensions.
 
-Order one trains on samples of the energy with four kinds of targets, for equally many steps each.
-KL is from the energy's distribution to the density of the ODE; log Z and the effective sample size
-are computed from importance weights.
+Networks are trained with order one on samples of the energy, with four kinds of targets, for the
+same number of steps. The printed KL divergence is from the energy's distribution to the density of
+the ODE; log Z and the effective sample size are computed from importance weights.
 
     python docs/examples/many_well.py [--steps 2500] [--samples 500]
 """
@@ -29,7 +29,7 @@ def log_target(x: Tensor) -> Tensor:
 
 
 def score(x: Tensor) -> Tensor:
-    """Return the gradient of `log_target`, which is ∇log p₀: the forces over kT."""
+    """Return the gradient of `log_target`, which is ∇log p₀: the forces divided by kT."""
     a, b = x[:, ::2], x[:, 1::2]
     return torch.stack([12 * a + 0.5 - 4 * a**3, -b], 2).reshape(x.shape)
 
@@ -58,7 +58,7 @@ def fresh_loss(objective: torch.nn.Module, pairs: int) -> Tensor:
 
 
 def judge(model: hosm.ScoreModel, data: Tensor, points: Tensor) -> str:
-    """Return a line of numbers that judge a model, at points that it was not trained on."""
+    """Return a line of quality metrics for a model; `points` were not used in training."""
     options = {"solver": hosm.FixedGrid(data_mean=data.mean(0), data_std=data.std(0))}
     options |= {"divergence": "exact"}
     drawn = hosm.ode_sample(model, points.shape, **options)
@@ -71,7 +71,7 @@ def judge(model: hosm.ScoreModel, data: Tensor, points: Tensor) -> str:
 
 
 def main() -> None:
-    """Train with each kind of targets in both dimensions, and print how good each model is."""
+    """Train with each kind of targets in both dimensions, and print metrics of each model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--samples", type=int, default=500)

@@ -26,7 +26,7 @@ class Network(nn.Module):
 
 
 def main(steps: int = 24) -> None:
-    """Train in bfloat16 on a CPU or in float16 on a GPU, and print the first and last loss."""
+    """Train in bfloat16 on a CPU or in float16 on a GPU, and print early and late losses."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.bfloat16

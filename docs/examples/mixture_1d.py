@@ -2,15 +2,15 @@
 
 What it shows:
     A diffusion model defines a density of the data through its probability-flow ODE. A small
-    score-matching loss does not guarantee that this density is good. Here, a small network is
+    score-matching loss does not guarantee that this density is right. Here, a small network is
     trained with each of the three orders on the mixture of three Gaussians of Lu et al. (ICML
-    2022, arXiv 2206.08265). In one dimension, KL(q || p_ODE) is an integral over a grid, without
+    2022, arXiv 2206.08265). In one dimension, KL(q || p_ODE) is integrated over a grid, without
     sampling error. q is the mixture at t_min, which is very close to the data. The error of the
     ODE's score is the root mean square of d/dx log p_ODE - d/dx log q under q, divided by the root
     mean square of d/dx log q.
 
     "averaged" means targets=AveragedTargets(), which averages the targets over the batch to reduce
-    the noise of the data. docs/worth.md compares the losses on more problems.
+    their noise. docs/worth.md compares the losses on more problems.
 
 How the orders are compared:
     The orders are compared at equal cost: each uses as many evaluations of the network as order
@@ -19,7 +19,7 @@ How the orders are compared:
     2 N steps, each with a cosine decay of that length. The table shows the processor time, to
     which Python contributes noticeably because the network is small.
 
-How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
+How to run, which takes two to five minutes on two cores (pip install "hosm-losses[examples]"):
     python docs/examples/mixture_1d.py [--schedule vp] [--steps 1500] [--seed 0] [--out DIR]
 """
 
@@ -51,8 +51,8 @@ DATA_MEAN = float(FRACTIONS @ MEANS)
 DATA_STD = math.sqrt(float(FRACTIONS @ (VARIANCES + MEANS.square())) - DATA_MEAN**2)
 GRID = torch.linspace(-1.25, 1.55, 801, dtype=torch.float64)
 BATCH, WIDTH = 512, 128
-# The paper's weights. In one dimension, "exact" costs as much as one random probe. It draws no
-# random numbers, so every order sees the same noise.
+# The paper's weights. In one dimension, "exact" costs as much as one random probe. "exact" draws
+# no random numbers, so every order sees the same noise.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "1": hosm.first_order_dsm,
     "2": partial(hosm.second_order_dsm, weights=(1, 0.5, 0), probes="exact"),
@@ -72,8 +72,8 @@ def waves(value: Tensor, count: int) -> Tensor:
 class Network(nn.Module):
     """An MLP for ε̂(x, t) with hidden layers scaled and shifted by features of log σ̂.
 
-    The details of a mixture matter at small noise, which is a tiny part of the range of t but a
-    wide part of the range of log σ̂.
+    The details of a mixture matter at low noise levels, which are a tiny part of the range of t
+    but a large part of the range of log σ̂.
     """
 
     def __init__(self, schedule: hosm.Schedule) -> None:
@@ -214,7 +214,7 @@ def train_all(jobs: Sequence[Job]) -> list[Outcome]:
 
 
 def picture(report: Mapping[str, Any]) -> Figure:
-    """Draw density and score of each ODE, at equal cost, over the mixture's curves in grey."""
+    """Plot each ODE's density and score, at equal cost, over the mixture's curves in grey."""
     curves = report["curves"]
     figure = Figure((9.3, 4.8), layout="constrained")
     rows = figure.subplots(2, len(report["equal_cost"]), sharex=True, sharey="row")

@@ -16,7 +16,7 @@ OTHERS = ("levels", "low", "high", "widening", "elements")  # the same for every
 
 
 class ODELikelihood(Metric):
-    """Gathers results; compute() returns their means and standard errors."""
+    """A metric that gathers results; compute() returns their means and standard errors."""
 
     full_state_update = False
 

@@ -1,8 +1,8 @@
-r"""Targets for particles from known scores, by a control that depends on the configuration.
+r"""Targets for particles with known scores: a control variate depends on the configuration.
 
 The target is e = ε − A z − σ̂ ∇·A with z = ε + σ̂ g and the matrix
     A(x₀) = (I + σ̂² (Σ_p k_p D_pᵀ u_p u_pᵀ D_p + a F))⁻¹,   F = E g gᵀ,
-where p runs over pairs of particles, D_p x = x_i − x_j is r_p u_p, and k_p and a depend on σ̂.
+where p runs over pairs of particles, D_p x = x_i − x_j = r_p u_p, and k_p and a depend on σ̂.
 Given x, the law of x₀ has the score z/σ̂, so e and ε have the same mean by integration by parts.
 """
 
@@ -15,7 +15,7 @@ LEVELS = 17  # of log σ̂, between which log k_p and log a are interpolated
 
 
 class PairControl(nn.Module):
-    """k_p and a for positions and scores (N, n, D), fitted to leave the least noise."""
+    """k_p and a for positions and scores (N, n, D), fitted to minimise the targets' noise."""
 
     def __init__(self, x: Tensor, scores: Tensor, low: float, high: float) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PairControl(nn.Module):
         return eps - self.control(x, eps + sigma[:, None, None] * scores, sigma)
 
     def fit(self, x: Tensor, scores: Tensor, steps: int = 300, batch: int = 128) -> None:
-        """Fit k_p and a to the least mean square of e over noise levels."""
+        """Fit k_p and a so that the mean square of e over noise levels is minimal."""
         optimizer = torch.optim.Adam([self.logs], 0.1)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)

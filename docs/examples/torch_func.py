@@ -1,4 +1,4 @@
-"""torch.func: the gradient of every sample's loss, and an ensemble trained by one call.
+"""torch.func: the gradient of every sample's loss, and an ensemble trained in one call.
 
 python docs/examples/torch_func.py [--steps 300]
 """
@@ -33,7 +33,7 @@ def draw(count: int) -> Tensor:
 
 
 def main() -> None:
-    """Print the spread of per-sample gradients, then the nats of each member of an ensemble."""
+    """Print the spread of per-sample gradients, then each ensemble member's −log p in nats."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps

@@ -28,8 +28,8 @@ schedule = VESchedule(sigma_min=0.02, sigma_max=10.0)
 
 # %%
 # The data are uniform on half of the squares of a 4×4 board. Because the board has sharp edges,
-# the network gets sines of the position; it also gets sines of the noise level. Its activations
-# are smooth, because the higher orders differentiate them.
+# the network takes sines of the position as inputs, and also sines of the noise level. The
+# activations are smooth, because the higher orders differentiate them.
 
 
 def draw(count):
@@ -61,7 +61,7 @@ class Network(nn.Module):
 
 # %%
 # A score model is a network with its noise schedule. This network takes the noise level in place
-# of t. ``check_derivatives`` says whether the losses can differentiate the network.
+# of t. ``check_derivatives`` reports whether the losses can differentiate the network.
 
 
 def new_model():
@@ -73,9 +73,9 @@ print(check_derivatives(new_model(), draw(8)))
 
 # %%
 # For each sample, order one evaluates the network three times (a backward pass counts twice),
-# order two six times and order three twelve times. Therefore, the higher orders get fewer steps.
-# ``AveragedTargets`` replaces the noise of each sample by an average over the batch. This costs
-# no evaluation and helps whenever the batch is dense at the scale of the noise.
+# order two six times and order three twelve times. Therefore, the higher orders train for fewer
+# steps. ``AveragedTargets`` replaces the noise of each sample by an average over the batch. This
+# needs no further evaluations, and helps whenever the batch is dense at the scale of the noise.
 
 
 def train(objective, steps, rate):
@@ -99,9 +99,9 @@ for name, loss, steps, rate in (
 
 # %%
 # At the smallest noise level, where the ODE ends, the density of the data and its score are known,
-# and the KL divergence to each ODE is a sum over a grid. ``ode_nll`` returns negative
-# log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions, the exact
-# divergence is cheap.
+# and the KL divergence to each ODE's density is computed as a sum over a grid. ``ode_nll`` returns
+# negative log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions,
+# the exact divergence is cheap.
 
 
 def log_density(x):
@@ -131,7 +131,7 @@ for name, model in models.items():
 
 # %%
 # All three models find the squares. They differ in how uniform the density is inside the squares,
-# and even more in its slope, the score.
+# and even more in the slope of the log-density, which is the score.
 figure, axes = plt.subplots(1, 4, figsize=(9.3, 3.3), layout="constrained")
 for ax, (name, values) in zip(axes, density.items(), strict=True):
     shown = values.reshape(64, 64).T
@@ -145,6 +145,6 @@ figure.suptitle(
 
 # %%
 # The density depends on the divergence of the field along the whole path, and its score depends on
-# how that divergence changes. Order one trains neither of the two: see :ref:`Theory <why>`. These
-# results are from one seed; :doc:`/worth` has the study, and :doc:`/paper_losses` says when a
-# higher order is worth its price.
+# how that divergence changes. Order one trains neither: see :ref:`Theory <why>`. These results are
+# from one seed; :doc:`/worth` reports the full study, and :doc:`/paper_losses` says when a higher
+# order is worth its cost.

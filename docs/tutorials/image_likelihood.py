@@ -81,14 +81,14 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# First, is the network wrapped correctly? If it had been trained with another schedule or another
-# prediction type, every number below would be wrong, without an error message.
+# First, is the network wrapped correctly? If the network had been trained with another schedule or
+# another prediction type, every number below would be wrong, without an error message.
 report = check_wrapping(model, held_out)
 print(report)
 
 # %%
 # Now measure the likelihood. Two random probes at each node give every image a standard error.
-# ``levels=17`` counts the bits of the integers.
+# With ``levels=17``, the bits per dimension refer to the integers.
 moments = {"data_mean": float(held_out.mean()), "data_std": float(held_out.std())}
 solver = FixedGrid(64, **moments)
 with torch.no_grad():

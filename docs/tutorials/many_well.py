@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 # %%
 # The energy is a sum over four pairs (a, b) of a double well in a and a parabola in b. Each pair
-# has two modes, so the energy has sixteen. Z is known by quadrature.
+# has two modes, so the energy has sixteen modes. Z is computed by quadrature.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -49,7 +49,7 @@ data = draw(4096)
 mean, std = data.mean(0), data.std(0)
 
 # %%
-# The network gets log σ̂, and x in units of its standard deviation at that noise level.
+# The network's inputs are log σ̂, and x in units of its standard deviation at that noise level.
 
 
 class Network(nn.Module):
@@ -91,7 +91,7 @@ print(weights)
 print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}")
 
 # %%
-# Weights do not reveal a mode into which no sample falls, but points from the target do: the mean
+# The weights do not reveal a mode that no sample reaches, but points from the target do: the mean
 # of log π − log q over such points is an upper bound on log Z, and a dropped mode would raise it.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
@@ -108,5 +108,5 @@ ax.set(xlabel="log weight, nats", ylabel="samples")
 ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
-# ``weights.expectation`` returns means under the energy with their errors, and
-# ``weights.resample`` returns samples of the energy: see :doc:`/energies`.
+# ``weights.expectation`` returns means under the energy's distribution, with errors, and
+# ``weights.resample`` returns samples from this distribution: see :doc:`/energies`.

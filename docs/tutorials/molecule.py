@@ -3,15 +3,15 @@ From forces to a free energy
 ============================
 
 Simulate a molecule with its forces, train an equivariant network on both, and sample. Weighted
-samples of a cluster give a free energy difference with its error. In full, this takes some eleven
-minutes of one core:
+samples of a cluster give a free energy difference with its error. The full run takes about eleven
+minutes on one core:
 
 .. code-block:: bash
 
    pip install -e ".[molecules,docs]"
    python docs/tutorials/molecule.py
 
-The site shows the pictures and the output of such a run, at the end.
+On the website, the end of this page shows the pictures and the output of such a run.
 """
 
 import math
@@ -40,12 +40,13 @@ from equivariant import PairNetwork
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-quick = "--quick" in sys.argv  # tries everything, and measures nothing
+quick = "--quick" in sys.argv  # runs all of the code, without meaningful results
 
 # %%
 # Alanine dipeptide has 22 atoms. ``docs/examples/alanine.py`` simulates it in vacuum with OpenMM.
-# Bonds are not rigid, because rigid bonds have no density, and 800 K lets the torsions move.
-# Frames come with their forces over kT, which are the score of the density of the positions.
+# The bonds are not rigid, because positions with rigid bonds have no density. At 800 K, the
+# torsions can move. Each frame comes with its forces divided by kT, which are the score of the
+# density of the positions.
 molecule = Alanine(kelvin=800.0)
 frames, scores = molecule.simulate(400 if quick else 20_000)
 backbone = {"φ": "ACE C, ALA N, ALA CA, ALA C", "ψ": "ALA N, ALA CA, ALA C, NME N"}
@@ -63,9 +64,9 @@ for name, atoms in backbone.items():
     print(f"frames: {len(frames)}, of which {independent:.0f} are independent by cos {name}")
 
 # %%
-# Wrong units, signs or temperatures bias the training, and no loss would show it. Over stiff bonds
-# they stand out. Here, the forces are divided by the kT of a temperature 6% too high; then, the
-# subspace below is forgotten.
+# Wrong units, signs or temperatures bias the training. The loss does not reveal such errors, but a
+# check over stiff bonds does. The first call below divides the forces by the kT of a temperature
+# that is 6% too high; the second call ignores that the positions lie in a subspace.
 x, g = frames[:10_000], scores[:10_000]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -75,9 +76,10 @@ for warning in caught:
     print(warning.message)
 
 # %%
-# Positions without their centre of mass fill 63 of 66 dimensions, and ``OnSubspace`` works in
-# coordinates of these. A random orientation for each frame makes E g gᵀ independent of how far
-# the molecule happened to turn. This matrix determines how much of the noise the scores remove.
+# Positions without their centre of mass span 63 of 66 dimensions, and ``OnSubspace`` works in
+# coordinates of this subspace. A random orientation for each frame makes E g gᵀ independent of how
+# far the molecule happened to turn. This matrix determines how much of the noise the scores
+# remove.
 
 
 def in_random_orientation(x, scores):
@@ -88,7 +90,7 @@ def in_random_orientation(x, scores):
 
 
 class Particles:
-    """A model of positions (n, D) without their centre of mass, and its data in coordinates."""
+    """A model of positions (n, D) without their centre of mass, and its data in the subspace."""
 
     def __init__(self, x, scores, types):
         x, scores = in_random_orientation(x, scores)
@@ -124,14 +126,15 @@ class Particles:
         return ode_sample(self.model, shape, solver=solver, divergence="exact", batch_size=64)
 
 
-# Each atom has a type of its own; hydrogens of one type would be interchangeable across groups.
+# Each atom has its own type; otherwise, hydrogens of different groups would be interchangeable.
 alanine = Particles(frames, scores, types=torch.arange(22))
 alanine.train(20 if quick else 6000)
 
 # %%
-# The network turns with the molecule and mirrors with it, so half of the samples are of the wrong
-# hand, told by the sign of a volume at Cα. They are replaced by −x before a torsion is taken;
-# otherwise, the two basins mix. Each mirror image has half of the density, hence log 2.
+# The network is equivariant to rotations and reflections, so half of the samples have the wrong
+# handedness, which the sign of a volume at Cα reveals. These samples are replaced by −x before a
+# torsion is computed; otherwise, the two basins would mix. Each mirror image has half of the
+# density, hence log 2.
 
 
 def log_target(y):
@@ -172,8 +175,8 @@ if not quick:
     figure.savefig("molecule_samples.svg")
 
 # %%
-# How much noise is left in the targets of each noise level? With the network for the mean of the
-# target, this is an upper bound, which includes the network's own error.
+# How much noise is left in the targets at each noise level? The network's output is used in place
+# of the mean of the target, so the result is an upper bound, which includes the network's error.
 figure, ax = plt.subplots(figsize=(9.3, 3.3), layout="constrained")
 levels = torch.logspace(-2, 1, 16)
 rows = torch.randint(len(alanine.y), (32 if quick else 1000,))
@@ -195,10 +198,10 @@ if not quick:
     figure.savefig("molecule_noise.svg")
 
 # %%
-# Weights need a better network than some minutes of a core give for 63 dimensions: nearly all of
-# the weight falls on one or two samples, and an average over them, such as a free energy
-# difference between the two basins of φ, would be worth nothing. DW4 is small enough: four
-# particles in the plane, with a double well in each of the six distances.
+# In 63 dimensions, importance weights need a better network than a few minutes of training on one
+# core can produce: nearly all of the weight falls on one or two samples, and a weighted average,
+# such as the free energy difference between the two basins of φ, would be meaningless. DW4 is
+# small enough: it has four particles in the plane, and a double well in each of the six distances.
 
 
 def log_dw4(x):
@@ -208,7 +211,7 @@ def log_dw4(x):
 
 
 def simulate_dw4(frames, chains=2000, step=0.1, before=1000):
-    """Run Hamiltonian Monte Carlo, and return every tenth round's positions and their scores."""
+    """Run Hamiltonian Monte Carlo; return positions after every tenth round, and their scores."""
     slope = torch.func.grad(lambda x: log_dw4(x).sum())
     square = 2.6 * torch.cartesian_prod(*[torch.tensor([-0.5, 0.5]).double()] * 2)
     x, found = square + 0.2 * torch.randn(chains, 4, 2, dtype=torch.float64), []
@@ -231,13 +234,13 @@ def simulate_dw4(frames, chains=2000, step=0.1, before=1000):
 
 
 def is_open(x):
-    """Tell whether three or more of the six pairs are beyond the barrier between the wells."""
+    """Return 1 where at least three of the six pairs are beyond the barrier between the wells."""
     first, second = torch.triu_indices(4, 4, 1)
     return (((x[:, first] - x[:, second]).norm(dim=2) > 4).sum(1) >= 3).double()
 
 
 def free_energy(p, error):
-    """Return F(open) − F(closed) in kT and half of its 95% interval."""
+    """Return F(open) − F(closed) in kT, and half the width of its 95% interval."""
     return math.log((1 - p) / p), 1.96 * error / (p * (1 - p))
 
 
@@ -260,7 +263,7 @@ for name, data in {"same": x, "ten times longer": longer}.items():
     )
 
 # %%
-# The printed lines, and the pictures, of a full run:
+# A full run prints these lines and draws these pictures:
 #
 # .. literalinclude:: /tutorials/molecule.txt
 #    :language: text
@@ -269,9 +272,10 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 #
 # .. image:: /images/molecule_noise.svg
 #
-# Alanine takes a better network than this one: most of the samples' energies are beyond the
-# picture, and too many samples have φ > 0, because from distances alone, the network hardly tells
-# the hand of that torsion from the hand at Cα. If log weights are normally distributed with a
-# standard deviation of s nats, the effective size is exp(−s²) of the samples, so 2% takes s = 2.
-# The way there is a larger network that is trained for longer; one that sees the sign of a volume
-# needs no mirror images. For DW4, half of the samples are effective.
+# Alanine needs a better network than this one: most of the samples' energies are beyond the range
+# of the picture, and too many samples have φ > 0, because the network sees only distances and can
+# hardly distinguish the handedness of that torsion from the handedness at Cα. If log weights are
+# normally distributed with a standard deviation of s nats, the effective sample size is a fraction
+# exp(−s²) of the number of samples, so 2% requires s = 2. To get there, train a larger network for
+# longer; a network that sees the sign of a volume needs no mirror images. For DW4, the effective
+# sample size is half of the number of samples.

@@ -20,9 +20,10 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
-# The simulator is the two-moons problem of `Greenberg et al. (2019) <https://arxiv.org/abs/1905.07488>`_.
-# A point y on a thin crescent is shifted by θ, which has a uniform prior on [−1, 1]². An absolute
-# value hides which side θ was on, so the posterior of θ has two moons.
+# The simulator is the two-moons problem of `Greenberg et al. (2019)
+# <https://arxiv.org/abs/1905.07488>`_. A point y on a thin crescent is shifted by θ, which has a
+# uniform prior on [−1, 1]². An absolute value hides the side on which θ was, so the posterior of θ
+# has two moons.
 
 
 def rotated(theta):
@@ -44,8 +45,8 @@ def draw(count):
 
 
 # %%
-# The network predicts the noise in θ, and takes y as a second input. Sines help with crescents
-# that are a hundredth thick.
+# The network predicts the noise in θ, and takes y as a second input. Sines of the inputs help to
+# resolve crescents with a thickness of one hundredth.
 
 
 def waves(x, frequencies):
@@ -74,7 +75,8 @@ class Network(nn.Module):
 
 # %%
 # Every step uses new simulations. If simulations are expensive, keep some for the checks below.
-# The targets are the drawn noise, because ``AveragedTargets`` would mix the θ of different y.
+# The targets are the drawn noise, because ``AveragedTargets`` would mix the θ that belong to
+# different y.
 schedule = VESchedule(sigma_min=0.003, sigma_max=10.0)
 model = ScoreModel(Network(), schedule, time=schedule.sigma)
 objective = FirstOrderDSM(model)
@@ -100,11 +102,12 @@ with torch.no_grad():
 
 # %%
 # Now apply simulation-based calibration (`Talts et al. <https://arxiv.org/abs/1804.06788>`_). If
-# the posterior is right, the true parameter is like one more sample from it, so its rank among the
-# 99 samples takes each value from 0 to 99 equally often. The rank of the true parameter's density
-# is uniform as well. The number of samples with a higher density determines the smallest region of
-# highest density that contains the true parameter. Regions of 90% should contain 90% of the true
-# parameters; if they contain fewer, the regions are too small.
+# the posterior is right, the true parameter is like one more sample from the posterior, so the
+# parameter's rank among the 99 samples takes each value from 0 to 99 equally often. The rank of
+# the true parameter's density is uniformly distributed as well. The number of samples with a
+# higher density determines the smallest region of highest density that contains the true
+# parameter. Regions of 90% should contain 90% of the true parameters; if they contain fewer, the
+# regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
 nominal = torch.arange(101) / 100
@@ -127,9 +130,9 @@ figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the bino
 
 # %%
 # Now compute the exact posterior. The likelihood is the density of the point on the crescent. The
-# integral of the likelihood over the prior's box is a mean over a grid of radii and angles: each
-# pair of a radius and an angle leads from y back to two values of θ, which count if they are
-# inside the box.
+# integral of the likelihood over the prior's box is computed as a mean over a grid of radii and
+# angles: each pair of a radius and an angle maps y back to two values of θ, which are counted if
+# they lie inside the box.
 
 
 def log_posterior(theta, y):
@@ -151,12 +154,12 @@ def log_posterior(theta, y):
 
 
 # %%
-# There are two numbers that the ranks do not give. One is the KL divergence from the exact
-# posterior, averaged over y: it is the mean difference of the two log-densities at the true
-# parameters. The other is the share of the density outside the box. The density of an ODE is
-# smooth and has no edge where the prior has one, so part of it lies outside the box, and most of
-# all for those y whose moons are cut by the edge. The largest differences are near the edge as
-# well.
+# The ranks do not show two important quantities. The first is the KL divergence from the exact
+# posterior, averaged over y: the mean difference between the two log-densities at the true
+# parameters. The second is the share of the probability outside the box. The density of an ODE is
+# smooth even at the edge of the prior, so part of the probability lies outside the box, most of
+# all for those y whose moons are cut by the edge. The largest differences between the
+# log-densities are near the edge as well.
 log_p = log_posterior(theta, y)
 kl, kl_error = float((log_p - log_q).mean()), float((log_p - log_q).std()) / count**0.5
 outside = (samples.abs() > 1).any(-1).double().mean(0)
@@ -166,8 +169,8 @@ print(f"outside of the box: {outside.mean():.1%} of the samples, {outside.max():
 
 # %%
 # Finally, plot one posterior on a grid. The colours span twelve nats. Every continuous map of a
-# normal distribution to two moons leaves bridges between the moons; here, they contain little
-# mass.
+# normal distribution to two moons leaves bridges between the moons; here, the bridges contain
+# little mass.
 observed, half = torch.zeros(2), 0.45
 axis = (torch.arange(100) + 0.5) / 100 * 2 * half - half
 grid = torch.cartesian_prod(axis, axis)
@@ -189,11 +192,11 @@ figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2
 # %%
 # Calibration misses two faults. A model that ignored y and returned the prior would pass, because
 # the true parameters are samples from the prior as well. Calibration also averages over y, so
-# regions that are too wide for some observations make up for regions that are too narrow for other
-# observations, perhaps for the one you have.
+# regions that are too wide for some observations compensate for regions that are too narrow for
+# other observations, perhaps for yours.
 #
-# The mean of log q over pairs of θ and y reveals both faults, and compares two models even if the
-# exact posterior is unknown; the prior's mean log-density is the least value to beat. To handle
-# the edge, reject samples outside the box and divide the density by the share inside, or train on
-# a map from the box to the plane and add its log-determinant. :doc:`/densities` has more on such
-# distributions.
+# The mean of log q over pairs of θ and y reveals both faults. It can also be used to compare two
+# models if the exact posterior is unknown; a useful model exceeds at least the prior's mean
+# log-density. To handle the edge, reject samples outside the box and divide the density by the
+# share inside, or map the box to the plane, train there, and add the map's log-determinant.
+# :doc:`/densities` describes such distributions.
