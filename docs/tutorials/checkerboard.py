@@ -2,9 +2,8 @@ r"""
 Train a better density
 ======================
 
-Train a small network on a checkerboard with orders one, two and three of score matching, each
-order for the same number of network evaluations, and compare the density and the score of each ODE
-with the truth.
+For each order of score matching from one to three, train a small network on a checkerboard with
+equally many network evaluations, and compare the density and score of its ODE with the true ones.
 """
 
 import matplotlib.pyplot as plt
@@ -28,8 +27,8 @@ schedule = VESchedule(sigma_min=0.02, sigma_max=10.0)
 
 # %%
 # The data are uniform on half of the squares of a 4×4 board. Because the board has sharp edges,
-# the network takes sines of the position as inputs, and also sines of the noise level. The
-# activations are smooth, because the higher orders differentiate them.
+# the network's inputs include sines and cosines of the position. Sines and cosines also encode the
+# noise level. The activations are smooth, because the higher orders differentiate them.
 
 
 def draw(count):
@@ -60,8 +59,8 @@ class Network(nn.Module):
 
 
 # %%
-# A score model is a network with its noise schedule. This network takes the noise level in place
-# of t. ``check_derivatives`` reports whether the losses can differentiate the network.
+# A score model combines a network with its noise schedule. This network takes the noise level in
+# place of t. ``check_derivatives`` reports whether the losses can differentiate the network.
 
 
 def new_model():
@@ -72,10 +71,11 @@ def new_model():
 print(check_derivatives(new_model(), draw(8)))
 
 # %%
-# For each sample, order one evaluates the network three times (a backward pass counts twice),
-# order two six times and order three twelve times. Therefore, the higher orders train for fewer
-# steps. ``AveragedTargets`` replaces the noise of each sample by an average over the batch. This
-# needs no further evaluations, and helps whenever the batch is dense at the scale of the noise.
+# Per sample, a step costs three network evaluations at order one (a backward pass counts as two),
+# six at order two and twelve at order three. Therefore, higher orders get fewer steps. In each
+# sample's target, ``AveragedTargets`` replaces the noise with an average over the batch. This
+# needs no further network evaluations, and helps whenever the batch is dense at the scale of the
+# noise.
 
 
 def train(objective, steps, rate):
@@ -98,8 +98,8 @@ for name, loss, steps, rate in (
     train(loss(models[name], targets=AveragedTargets()), steps, rate)
 
 # %%
-# At the smallest noise level, where the ODE ends, the density of the data and its score are known,
-# and the KL divergence to each ODE's density is computed as a sum over a grid. ``ode_nll`` returns
+# At the smallest noise level, where the ODE ends, the true density and its score are known; the KL
+# divergence from this density to each ODE's is computed as a sum over a grid. ``ode_nll`` returns
 # negative log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions,
 # the exact divergence is cheap.
 
@@ -144,7 +144,7 @@ figure.suptitle(
 )
 
 # %%
-# The density depends on the divergence of the field along the whole path, and its score depends on
-# how that divergence changes. Order one trains neither: see :ref:`Theory <why>`. These results are
-# from one seed; :doc:`/worth` reports the full study, and :doc:`/paper_losses` says when a higher
-# order is worth its cost.
+# The density depends on the divergence of the field along the whole path, and its score on the
+# gradient of that divergence. Order one controls neither: see :ref:`Theory <why>`. These results
+# are from one seed; :doc:`/worth` reports the full study, and :doc:`/paper_losses` says when a
+# higher order is worth its cost.

@@ -87,8 +87,8 @@ report = check_wrapping(model, held_out)
 print(report)
 
 # %%
-# Now measure the likelihood. Two random probes at each node give every image a standard error.
-# With ``levels=17``, the bits per dimension refer to the integers.
+# Now measure the likelihood. Each image's standard error is estimated from two random probes at
+# each node. With ``levels=17``, the bits per dimension are those of the integers.
 moments = {"data_mean": float(held_out.mean()), "data_std": float(held_out.std())}
 solver = FixedGrid(64, **moments)
 with torch.no_grad():
@@ -97,9 +97,9 @@ print(result.summary(levels=17))
 
 # %%
 # The summary shows three errors. The first is the standard error of the mean over images. The
-# second is the part of the standard error that is due to the probes, which decreases with more
-# probes or steps. The third is the solver's error, which decreases with more steps. Are the
-# claimed errors right? With d = 64, the exact divergence is affordable for a few images:
+# second, the part of the standard error that is due to the probes, decreases with more probes or
+# steps. The third, the solver's error, decreases with more steps. Are the claimed errors right?
+# With d = 64, the exact divergence is affordable for a few images:
 few = 32
 exact = ode_nll(model, held_out[:few], solver=FixedGrid(40, **moments), divergence="exact")
 error, claimed = result.nll[:few] - exact.nll, 2 * result.standard_error[:few]
@@ -125,7 +125,7 @@ figure.suptitle(
 )
 
 # %%
-# Solved in the other direction, the same ODE draws samples, each with its density. ``denoise``
+# Solved in the other direction, the same ODE produces samples, each with its density. ``denoise``
 # removes the noise that is left at t_min.
 drawn = ode_sample(model, (16, 1, 8, 8), solver=solver, divergence=Hutchinson(2))
 print(drawn.summary(levels=17))

@@ -2,9 +2,9 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on samples of an energy in eight dimensions, draw samples from the model with their
-densities, and reweight them to the energy itself. The importance weights also give the effective
-sample size and log Z.
+Train a model on samples from an energy's distribution in eight dimensions, draw samples from the
+model with their densities, and reweight these to that distribution. The weights also yield the
+effective sample size and log Z.
 """
 
 import math
@@ -28,8 +28,8 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
-# The energy is a sum over four pairs (a, b) of a double well in a and a parabola in b. Each pair
-# has two modes, so the energy has sixteen modes. Z is computed by quadrature.
+# Each of four pairs (a, b) of coordinates adds a double well in a and a parabola in b to the
+# energy. Each pair has two modes, so there are sixteen. Z is computed by quadrature.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -83,7 +83,7 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# Each sample comes with its exact density, because the divergence is exact.
+# The divergence is exact, so the samples' densities have no probe error.
 solver = FixedGrid(64, data_mean=mean, data_std=std)
 drawn = ode_sample(model, (500, 8), solver=solver, divergence="exact")
 weights = importance_weights(drawn, log_target)
@@ -92,15 +92,17 @@ print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.
 
 # %%
 # The weights do not reveal a mode that no sample reaches, but points from the target do: the mean
-# of log π − log q over such points is an upper bound on log Z, and a dropped mode would raise it.
+# of log π − log q over such points is an upper bound on log Z, and a missed mode would raise this
+# bound.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
 bounds = weights.sandwich(points, given)
 print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}")
 
 # %%
-# If the weights are nearly equal, the model is good. Weights far to the left belong to samples in
-# the wrong place; weights far to the right belong to regions where the model has too few samples.
+# If the weights are nearly equal, the model is good near its samples. Weights far to the left
+# indicate regions where the model has too many samples; weights far to the right, regions where it
+# has too few.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500
@@ -108,5 +110,5 @@ ax.set(xlabel="log weight, nats", ylabel="samples")
 ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
-# ``weights.expectation`` returns means under the energy's distribution, with errors, and
-# ``weights.resample`` returns samples from this distribution: see :doc:`/energies`.
+# ``weights.expectation`` returns means under the energy's distribution, with standard errors, and
+# ``weights.resample`` returns samples from it: see :doc:`/energies`.

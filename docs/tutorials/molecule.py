@@ -2,16 +2,16 @@ r"""
 From forces to a free energy
 ============================
 
-Simulate a molecule with its forces, train an equivariant network on both, and sample. Weighted
-samples of a cluster give a free energy difference with its error. The full run takes about eleven
-minutes on one core:
+Simulate a molecule, train an equivariant network on its positions and forces, and sample. For a
+cluster, estimate a free energy difference and its error from weighted samples. The full run takes
+about eleven minutes on one core:
 
 .. code-block:: bash
 
    pip install -e ".[molecules,docs]"
    python docs/tutorials/molecule.py
 
-On the website, the end of this page shows the pictures and the output of such a run.
+On the website, this page ends with the pictures and output of such a run.
 """
 
 import math
@@ -45,8 +45,8 @@ quick = "--quick" in sys.argv  # runs all of the code, without meaningful result
 # %%
 # Alanine dipeptide has 22 atoms. ``docs/examples/alanine.py`` simulates it in vacuum with OpenMM.
 # The bonds are not rigid, because positions with rigid bonds have no density. At 800 K, the
-# torsions can move. Each frame comes with its forces divided by kT, which are the score of the
-# density of the positions.
+# torsions cross their barriers. Each frame comes with its forces divided by kT, which are the
+# score of the positions' density.
 molecule = Alanine(kelvin=800.0)
 frames, scores = molecule.simulate(400 if quick else 20_000)
 backbone = {"φ": "ACE C, ALA N, ALA CA, ALA C", "ψ": "ALA N, ALA CA, ALA C, NME N"}
@@ -65,7 +65,7 @@ for name, atoms in backbone.items():
 
 # %%
 # Wrong units, signs or temperatures bias the training. The loss does not reveal such errors, but a
-# check over stiff bonds does. The first call below divides the forces by the kT of a temperature
+# check on stiff bonds does. The first call below divides the forces by the kT of a temperature
 # that is 6% too high; the second call ignores that the positions lie in a subspace.
 x, g = frames[:10_000], scores[:10_000]
 with warnings.catch_warnings(record=True) as caught:
@@ -78,8 +78,8 @@ for warning in caught:
 # %%
 # Positions without their centre of mass span 63 of 66 dimensions, and ``OnSubspace`` works in
 # coordinates of this subspace. A random orientation for each frame makes E g gᵀ independent of how
-# far the molecule happened to turn. This matrix determines how much of the noise the scores
-# remove.
+# far the molecule happened to turn. This matrix determines how much of the targets' noise the
+# scores remove.
 
 
 def in_random_orientation(x, scores):
@@ -133,8 +133,8 @@ alanine.train(20 if quick else 6000)
 # %%
 # The network is equivariant to rotations and reflections, so half of the samples have the wrong
 # handedness, which the sign of a volume at Cα reveals. These samples are replaced by −x before a
-# torsion is computed; otherwise, the two basins would mix. Each mirror image has half of the
-# density, hence log 2.
+# torsion is computed; otherwise, the two basins would mix. Each mirror image has half the
+# molecule's density, hence −log 2.
 
 
 def log_target(y):
@@ -274,8 +274,8 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 #
 # Alanine needs a better network than this one: most of the samples' energies are beyond the range
 # of the picture, and too many samples have φ > 0, because the network sees only distances and can
-# hardly distinguish the handedness of that torsion from the handedness at Cα. If log weights are
+# hardly infer from them the sign of φ relative to the handedness at Cα. If log weights are
 # normally distributed with a standard deviation of s nats, the effective sample size is a fraction
 # exp(−s²) of the number of samples, so 2% requires s = 2. To get there, train a larger network for
 # longer; a network that sees the sign of a volume needs no mirror images. For DW4, the effective
-# sample size is half of the number of samples.
+# sample size is half the number of samples.

@@ -4,7 +4,7 @@ A posterior you can trust
 
 Train a conditional model on a simulator, and check its posterior as you would if the exact
 posterior were unknown: by the ranks of the true parameters and the coverage of credible regions.
-Here, the exact posterior is known, so it shows what such checks miss.
+Here, the exact posterior is known and shows what such checks miss.
 """
 
 import math
@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 
 # %%
 # The simulator is the two-moons problem of `Greenberg et al. (2019)
-# <https://arxiv.org/abs/1905.07488>`_. A point y on a thin crescent is shifted by θ, which has a
-# uniform prior on [−1, 1]². An absolute value hides the side on which θ was, so the posterior of θ
-# has two moons.
+# <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent, shifted by
+# θ, which has a uniform prior on [−1, 1]². An absolute value hides the sign of θ₁ + θ₂, so the
+# posterior of θ has two moons.
 
 
 def rotated(theta):
@@ -45,8 +45,8 @@ def draw(count):
 
 
 # %%
-# The network predicts the noise in θ, and takes y as a second input. Sines of the inputs help to
-# resolve crescents with a thickness of one hundredth.
+# The network predicts the noise in θ, and takes y as an additional input. Sines of the inputs help
+# to resolve crescents with a thickness of one hundredth.
 
 
 def waves(x, frequencies):
@@ -195,8 +195,8 @@ figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2
 # regions that are too wide for some observations compensate for regions that are too narrow for
 # other observations, perhaps for yours.
 #
-# The mean of log q over pairs of θ and y reveals both faults. It can also be used to compare two
-# models if the exact posterior is unknown; a useful model exceeds at least the prior's mean
-# log-density. To handle the edge, reject samples outside the box and divide the density by the
-# share inside, or map the box to the plane, train there, and add the map's log-determinant.
-# :doc:`/densities` describes such distributions.
+# Both faults lower the mean of log q over pairs of θ and y. Two models can be compared by this
+# mean even if the exact posterior is unknown; a useful model's mean at least exceeds the prior's.
+# To handle the edge, reject samples outside the box and divide the density by the share inside, or
+# map the box to the plane, train there, and add the map's log-determinant. :doc:`/densities`
+# describes such distributions.

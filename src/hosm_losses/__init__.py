@@ -1,6 +1,6 @@
 """Denoising score matching of orders one to three and likelihoods of diffusion ODEs, for PyTorch.
 
-Five starting points, shown for standard normal data, for which the optimal network is known:
+Here are five starting points. The data are standard normal, so the optimal network is known:
 
     >>> import torch
     >>> import hosm_losses as hosm

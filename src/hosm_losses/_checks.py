@@ -3,8 +3,8 @@
 Every public function checks names, shapes, dtypes and devices before it does any work, because
 these checks cost next to nothing. An argument is not checked if Python, PyTorch or a type checker
 would report the mistake just as clearly. A wrong type or dtype raises TypeError, and any other
-invalid argument raises ValueError. Values are checked only where reading them is free, which is in
-CPU tensors outside `torch.compile` and `torch.func` transforms. On an accelerator, reading values
+invalid argument raises ValueError. Values are checked only where reading them is free: in CPU
+tensors, outside `torch.compile` and `torch.func` transforms. On an accelerator, reading values
 would force a synchronisation.
 """
 
@@ -168,7 +168,8 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]
 def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
     """Return `value` if it is a non-empty, finite floating-point batch (B, *).
 
-    If `images` is True, integers may be images, and the error message suggests scaling them.
+    If `images` is True, integer tensors are assumed to be images, and the error message suggests
+    scaling them.
     """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
@@ -265,7 +266,7 @@ def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums, states and targets: float64 if supported, otherwise float32."""
+    """Return the dtype of sums, states and targets: float64, or float32 on MPS."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -287,7 +288,10 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that restores the global random state of the CPU and of `device`."""
+    """Return a context manager that restores global random states on exit.
+
+    The states of the CPU and of `device` are restored.
+    """
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -295,9 +299,9 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances the bar by a given number of units; the bar ends at `total`.
+    """Yield a function that advances a progress bar of `total` units by a given number of units.
 
-    If `visible` is False, no bar is shown and tqdm is not needed. The extra `progress` installs
+    If `visible` is False, no bar is shown and tqdm is not needed. The `progress` extra installs
     tqdm.
     """
     if not visible:

@@ -1,4 +1,6 @@
-"""PyTorch's private names and error messages; names for the taylor engine are in `taylor._torch`.
+"""Private names and error messages of PyTorch that are used outside the taylor engine.
+
+`taylor._torch` contains those that the taylor engine uses.
 
 PyTorch does not guarantee that these names and messages stay the same.
 `tests/test_torch_internals.py` tests the names and messages that could change silently, and lists
@@ -47,7 +49,7 @@ _autograd: Any = torch.autograd
 
 
 def differentiated() -> bool:
-    """Return whether this call is inside torch.func.grad, vjp or jacrev with gradients enabled."""
+    """Return whether gradients are enabled inside torch.func.grad, vjp or jacrev."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 
@@ -69,7 +71,7 @@ def surroundings() -> tuple[Any, ...]:
 
 
 def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:
-    """Yield each node of the tensors' autograd graphs once, stopping at the node of `point`."""
+    """Yield each node of the tensors' autograd graphs once, up to but excluding `point`'s node."""
     nodes = [tensor.grad_fn for tensor in tensors]
     seen = set() if point is None else {gradient_node(point)}
     while nodes:

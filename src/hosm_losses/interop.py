@@ -60,9 +60,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) is
     converted to a DiscreteSchedule. With such a schedule, t is the timestep, which is an integer
-    in training and fractional in the likelihood. A HunyuanDiT receives t in the dtype of x. x is
-    the model's input; for an Euler scheduler, this is the sample as scaled by
-    `scheduler.scale_model_input`.
+    in training and may be fractional when a likelihood is computed. A HunyuanDiT receives t in the
+    dtype of x. The argument x is the model's input, which for an Euler scheduler is the sample as
+    scaled by `scheduler.scale_model_input`.
 
     A flow-matching scheduler is converted to a LinearFlowSchedule, as is a scheduler such as UniPC
     if it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is
@@ -70,8 +70,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift affects only
     which times are drawn: to use a shift, draw the times yourself and pass them as t.
 
-    With timestep_type="continuous" and "v_prediction", the model's timestep is ¼ log(σ/α).
-    Pass class labels, text embeddings and so on in `model_kwargs`.
+    If the scheduler has a table, timestep_type="continuous" and prediction_type="v_prediction",
+    the model receives ¼ log(σ/α) as its timestep. Pass class labels, text embeddings and so on in
+    `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -82,9 +83,10 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Raises:
         TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or if the
-            scheduler is not a flow-matching scheduler and lacks a table.
-        ValueError: if the table has zero terminal SNR, if the prediction type is unknown, or if
-            the model takes 1 - t and predicts data minus noise, as Lumina2 and ZImage do.
+            scheduler neither has a table nor is a flow-matching scheduler.
+        ValueError: if the table has zero terminal SNR, if the prediction type is unknown, if a
+            flow-matching scheduler is configured with `invert_sigmas`, or if the model takes 1 - t
+            or predicts data minus noise; Lumina2 and ZImage do both.
 
     Example:
         A pipeline contains both the model and the scheduler::
@@ -163,15 +165,16 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     """Return a ScoreModel with the network, table and objective of a GaussianDiffusion.
 
     t is an index into the table. x is scaled as the network expects: pass
-    `diffusion.normalize(images)` to the losses and to `ode_nll`. The first term of the losses is
-    the project's own loss. To reproduce min_snr_loss_weight, pass the weighting
-    min(SNR, min_snr_gamma)/SNR, whatever the objective is. The network is `diffusion.model`, so
-    the project's Trainer, optimizer and EMA use the same parameters. A network from the project's
-    `classifier_free_guidance` drops classes at random in every call, as in the project's loss,
-    except after `.eval()`. The variance of a LearnedGaussianDiffusion is not used.
+    `diffusion.normalize(images)` to the losses and to `ode_nll`. With the default weighting, the
+    first term of each loss equals the project's own loss. To reproduce min_snr_loss_weight, pass
+    the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is. The ScoreModel uses
+    `diffusion.model` itself, not a copy, so the project's Trainer, optimizer and EMA work on the
+    same parameters. In training mode, a network from the project's `classifier_free_guidance`
+    drops classes at random in every call, as in the project's loss; after `.eval()`, it drops
+    none. The variance of a LearnedGaussianDiffusion is not used.
 
     Raises:
-        TypeError: if the object is not a GaussianDiffusion.
+        TypeError: if `diffusion` is not a GaussianDiffusion.
         ValueError: if the network is self-conditioned, the objective is unknown, or the table has
             zero terminal SNR.
 
@@ -209,10 +212,11 @@ def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) ->
 def from_edm(net: Any) -> ScoreModel:
     """Return a ScoreModel for an EDM denoiser D(x, σ, class_labels); t is σ.
 
-    The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
-    the range of EDM's sampler. Pass one-hot labels in `model_kwargs` as class_labels.
+    σ ranges from the network's sigma_min to its sigma_max, with both limits clipped to
+    [0.002, 80], the range of EDM's sampler. Pass one-hot labels in `model_kwargs` as class_labels.
 
-    With the following objective, the first term equals the loss of EDM's trainer:
+    The first term of the following objective equals the loss of EDM's trainer, averaged over
+    elements:
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
@@ -252,11 +256,12 @@ def from_flow_matching(
         network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` if `time_first` is True.
         schedule: the path, with time running from the data to the noise. None means the straight
             path, `LinearFlowSchedule()`.
-        data_at: the network's time for clean data. It is 1 in torchcfm, flow_matching and
-            RectifiedFlow, and 0 if the velocity is noise minus data, as in Stable Diffusion 3.
-        time: the factor by which the network's time is multiplied, such as 999 for RectifiedFlow.
-            The velocity is not rescaled.
-        time_first: whether the network takes its time before x, as in torchcfm.
+        data_at: the value of s at which the data are clean. Pass 1 for a network from torchcfm,
+            flow_matching or RectifiedFlow, and 0 for a network that predicts noise minus data, as
+            Stable Diffusion 3 does.
+        time: the factor by which s is multiplied before it is passed to the network, such as 999
+            for RectifiedFlow. The velocity is not rescaled.
+        time_first: whether the time is the network's first argument, before x, as in torchcfm.
 
     Raises:
         ValueError: if `data_at` is neither 0 nor 1.
@@ -290,13 +295,14 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return a ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index into the diffusion's own table. As in the project, the model receives the step
-    number from before respacing. If t lies between two indices, the model receives the fractional
-    step number that has the same noise level as t. With rescale_timesteps, this number is
-    multiplied by 1000 and divided by the original number of steps. Pass class labels in
+    t is an index into the diffusion's own table. As in the project, the model receives the number
+    that the step had before respacing. If t lies between two indices, the model receives the
+    fractional step number that has the same noise level as t. With rescale_timesteps, this number
+    is multiplied by 1000 and divided by the original number of steps. Pass class labels in
     `model_kwargs` as y. If the model learns its variance, only the first half of its output
-    channels is used. For orders above one, replace the project's own checkpoint function, which
-    the attention blocks call even if `use_checkpoint` is False.
+    channels is used. The project's own checkpoint function, which the attention blocks call even
+    if `use_checkpoint` is False, drops the graph: for orders above one, replace this function with
+    one that calls `hosm_losses.checkpoint`.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -332,7 +338,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     DataParallel: for orders two and three, pass the network inside it, `model.module`.
 
     Args:
-        model: the network, model(x, labels).
+        model: the network, called as model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
         continuous: the value of `config.training.continuous`. Except with a subVPSDE, a network
             trained with continuous=False expects step numbers; such a network is rejected, and the
@@ -391,7 +397,7 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
 def check_has(
     name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
 ) -> None:
-    """If an attribute is missing, raise TypeError with its name in place of {} in `expected`."""
+    """Raise TypeError if an attribute is missing; its name replaces the {} in `expected`."""
     for attribute in attributes:
         if getattr(value, attribute, None) is None:
             raise TypeError(error_message(name, expected.format(attribute), value, remedy))
@@ -416,7 +422,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 
 
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
-    """Translate another project's prediction type, which was read from `where`."""
+    """Return this package's name for another project's prediction type, read from `where`."""
     if isinstance(value, str) and value in names:
         return names[value]
     remedy = "Build a ScoreModel with an equivalent prediction, or convert the network's output."

@@ -12,9 +12,9 @@ Formula:
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
-    channels, which turns three colours into brightness and two opponent colours. If neighbouring
-    elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S
-    is. Qᵀ is applied by FFT; along one dimension,
+    channels. Along the channels, three colours become brightness and two opponent colours. If
+    neighbouring elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to
+    diagonal than S is. Qᵀ is applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, otherwise c_k = √(2/n).
 
 Source:
@@ -154,12 +154,13 @@ class Paired(_Random):
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
     On average, the square of a noisy estimate is too large by the estimate's variance, whereas the
-    product of two independent estimates is unbiased. The terms have the same mean as with
-    `probes="exact"`, but may be negative for individual samples.
+    product of two independent estimates is unbiased. The terms of the loss have the same mean as
+    with `probes="exact"`, but may be negative for individual samples.
 
     Args:
-        count: K, the number of independent probes per sample, at least 2. Estimates from the first
-            half of the probes are multiplied by estimates from the second half.
+        count: K, the number of independent probes per sample, at least 2. The mean of the
+            estimates from the first K // 2 probes is multiplied by the mean of the estimates from
+            the remaining probes.
         distribution: as in `Hutchinson`.
 
     Raises:

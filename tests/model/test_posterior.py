@@ -190,6 +190,8 @@ def test_conditions_go_with_their_samples_and_nothing_has_a_graph():
         torch.testing.assert_close(found, expected)
         assert not found.requires_grad
     assert not posterior.mean.requires_grad
+    noise = hosm.denoising_posterior(hosm.ScoreModel(Scaled(), VP), x, t, model_kwargs=kwargs)
+    assert not (noise.covariance @ torch.ones(2, 3, requires_grad=True)).requires_grad
     with torch.inference_mode():
         inside = hosm.denoising_posterior(
             model, x.detach().clone(), t, model_kwargs=kwargs

@@ -1,43 +1,47 @@
 r"""The two engines, which compute a network's value, derivatives and Jacobian products.
 
 Formula:
-    All derivatives are taken along directions w = σ v.
+    D = ∂f/∂x w is the derivative of the network's value f along a direction w = σ v.
 
     To compute D, the taylor engine calls the network on a `Jet` of x. A backward pass then
-    computes G, the gradient of w·D.
+    computes G, the gradient of w·D with respect to x.
 
     Reverse mode starts from g = (∂f/∂x)ᵀ c, which is linear in c. Hence ∂(w·g)/∂c = ∂f/∂x w = D,
-    which contains the Jacobian itself and not its transpose. At c = w, the same backward pass also
-    computes ∂(w·g)/∂x = G.
+    a product with the Jacobian itself and not with its transpose. At c = w, the same backward pass
+    also computes ∂(w·g)/∂x = G.
 
-    If only the sum over the directions is needed, the taylor engine computes the sum of G in a
-    single backward pass, and all directions share one value.
+    If only the sum of G over the directions is needed, the taylor engine computes this sum in a
+    single backward pass, and all directions share one f.
 
     The two Jacobian products use a fixed c = cotangent(f), where f is the network's value.
     A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The
     product jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c
     is linear in c.
 
-    The network is called once. Reverse mode computes vjp_c in any case, because D is the gradient
-    of vjp_c·w with respect to c. In reverse mode, all directions share f. In the taylor engine,
-    each direction for which G is computed separately has its own copy of x, and hence its own
-    dropout mask.
+    The network is called once. Reverse mode computes vjp_c even if no products are requested,
+    because D is the gradient of vjp_c·w with respect to c. In reverse mode with products, all
+    directions share f. In the taylor engine, and in reverse mode without products, each direction
+    for which G is computed separately has its own copy of x, and hence its own dropout mask.
 
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
     whose backward returns gradients without a graph. A second backward pass would then compute
-    wrong values, so every cut immediately raises an error that names the remedy.
+    wrong values, so the engine raises an error that names the remedy as soon as it detects a cut.
+    Neither engine detects a .detach() on one of several paths from x to the output, or a Function
+    that drops only part of its graph.
 
-    The graph of a derivative with respect to x ends at the engine's own copy of x. If the graph
-    has no other leaf, for example because all parameters are frozen, there is nothing to train.
-    The engine then returns tensors without a graph, and PyTorch raises its usual error when a loss
-    computed from these tensors is differentiated.
+    Unless x itself requires grad, the graph of a derivative ends at the engine's own copy of x. If
+    the graph has no other leaf, for example because all parameters are frozen, there is nothing to
+    train. The engine then returns tensors without a graph, and PyTorch raises its usual error when
+    a loss computed from these tensors is differentiated.
 
 Cost:
-    A training step of order one costs 3 network evaluations. A step of order 2 with products and K
-    directions costs 6 + 3 K evaluations in reverse mode, and 6 + 6 K evaluations in the taylor
-    engine. A step of order 3 costs 7 + 9 K evaluations in reverse mode. In the taylor engine, a
-    step of order 3 costs 20 K evaluations, because each direction has its own f.
+    A backward pass counts as two evaluations of the network. A training step of order one costs as
+    much as 3 evaluations of the network. A step of order 2 with products and K directions costs as
+    much as 6 + 3 K evaluations of the network in reverse mode, and as much as 6 + 6 K evaluations
+    in the taylor engine. A step of order 3 with products and K directions costs as much as 7 + 9 K
+    evaluations of the network in reverse mode. In the taylor engine, such a step costs as much as
+    20 K evaluations of the network, because each direction has its own f.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
@@ -132,11 +136,11 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
     """Make the backward pass from `value` raise an error if a Function drops the graph.
 
     A Function that drops the graph receives a gradient that requires grad, but returns only
-    gradients that do not require grad. Nodes beyond `point` are not checked; if `wanted` is False,
-    no node is checked.
+    gradients that cannot be differentiated again. Nodes beyond `point` are not checked; if
+    `wanted` is False, no node is checked.
 
-    Returns whether the graph contains a custom Function. If it does, vmap must be avoided, because
-    the hooks cannot see what a Function does under vmap.
+    Returns whether any of the checked nodes belongs to a custom Function. If so, vmap must be
+    avoided, because the hooks cannot see what a Function does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -161,7 +165,7 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Return whether a value at `point`, the engine's copy of x, depends on another leaf."""
+    """Return True if `point` is x or if a value computed at `point` depends on another leaf."""
     if point is x:
         return True
     point_node = internals.gradient_node(point)
@@ -241,8 +245,9 @@ def pass_back(
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
     """Apply a backward pass with a single point to K cotangents; return K gradients (K, B, *).
 
-    The backward pass is called under vmap. If vmap fails, as may happen in the backward of a
-    custom autograd.Function, K separate calls are made instead.
+    The backward pass is called once, under vmap. If `in_turn` is True, or if vmap cannot be used
+    or fails, K separate calls are made instead. For example, vmap may fail in the backward of a
+    custom autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
@@ -277,7 +282,7 @@ class Network(Protocol):
 
     @property
     def native(self) -> "Network":
-        """The function with PyTorch's own operators, for values and first derivatives only."""
+        """This function with PyTorch's own operators; only for values and first derivatives."""
         ...
 
     def repeat(self, count: int) -> "Network":
@@ -491,9 +496,9 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
-    This requires one forward pass, and one backward pass for each chunk (k, B, *) of directions.
-    Raises DerivativeError if no graph leads from the output to x, or if a custom autograd.Function
-    drops the graph.
+    This requires one forward pass and, for each chunk (k, B, *) of directions, either one backward
+    pass under vmap or k backward passes. Raises DerivativeError if no graph leads from the output
+    to x, or if a custom autograd.Function drops the graph.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False

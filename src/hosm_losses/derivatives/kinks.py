@@ -3,7 +3,7 @@ r"""Warnings about operators with discontinuous derivatives, and facts known abo
 Purpose:
     In a ReLU network, ∂f/∂x is piecewise constant as a function of the bias before a ReLU. The
     gradient of a second-order term with respect to that bias is therefore zero, and the term's
-    gradient with respect to other parameters is too small. Yet the mean of the term over the data
+    gradient with respect to other parameters is incomplete. Yet the mean of the term over the data
     depends on all these parameters, because they determine how often the data cross a kink.
     Derivatives of the network do not show this dependence, whichever engine computes them. In the
     first call to a network, the operators between x and the output are therefore checked for
@@ -84,7 +84,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return `field`, wrapped to warn about jumps if this is its first call with gradients."""
+    """Return `field` or, for its first call with gradients, a wrapper that warns about jumps."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -103,8 +103,8 @@ def find_jumps(
 ) -> tuple[Tensor, str | None]:
     """Return a field's value, and a phrase that names operators with discontinuous derivatives.
 
-    At order two, only first derivatives are checked; at order three, second derivatives are
-    checked too.
+    If no such operator is found, the phrase is None. At order two, only first derivatives are
+    checked; at order three, second derivatives are checked too.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
@@ -163,7 +163,11 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield the name of each recorded operator in `nodes`, and which derivative has a jump."""
+        """Yield each recorded operator in `nodes`: its name and the lowest order that jumps.
+
+        This is the order of the lowest-order derivative that jumps; 0 means that no derivative
+        jumps.
+        """
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
@@ -177,7 +181,8 @@ class _Watch(TorchFunctionMode):
 def _between(point: Tensor, value: Tensor) -> set[Any]:
     """Return the graph nodes between a point and a value.
 
-    If the point is a Jet, return all nodes of the value's graph, and None.
+    If the point is a Jet, return all nodes of the value's graph, and in addition None, which is
+    the node of a tensor without a graph.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):

@@ -1,16 +1,18 @@
-r"""Choice of the engine that differentiates a network, and memory of earlier attempts.
+r"""Choose the engine that differentiates a network, and remember which attempts failed.
 
 Purpose:
-    "auto" tries the taylor engine first. If the taylor engine cannot differentiate the network,
-    reverse mode takes over, but only in eager mode. A failed attempt leaves buffers and generators
-    unchanged, and the user is warned once. If an engine refuses a call, the refusal is remembered
-    immediately for all calls of the same kind. After any other error, the engine is abandoned only
-    if the next call of the same kind also fails, because a bad batch may have caused the error.
-    Once an engine has succeeded with a kind of call, errors in calls of that kind reach the user,
-    without a fallback. `check_derivatives` finds errors that only a backward pass would raise.
+    "auto" tries the taylor engine first; for Jacobian products in eager mode, however, it tries
+    reverse mode first. If the taylor engine cannot differentiate the network, reverse mode takes
+    over, but only in eager mode. A failed attempt leaves buffers and generators unchanged. The
+    user is warned when reverse mode first takes over for a network. If an engine refuses a call,
+    the refusal is remembered immediately for all calls of the same kind. After any other error,
+    the engine is abandoned only if the next call of the same kind also fails, because a bad batch
+    may have caused the error. Once an engine has succeeded with a kind of call, errors in calls of
+    that kind reach the user, without a fallback. `check_derivatives` finds errors that only a
+    backward pass would raise.
 
-    An error raised here while torch.compile is tracing breaks the graph, and the call is repeated
-    in eager mode. With fullgraph=True, the error reaches the user.
+    An error raised here while torch.compile is tracing causes a graph break, and the call is
+    repeated in eager mode. With fullgraph=True, the error reaches the user.
 """
 
 import contextlib
@@ -62,8 +64,8 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 class NetworkState:
     """Saved copies of a network's buffers and of the states of torch's random generators.
 
-    There are no buffers to restore if the network is neither a Module nor a Module's method. The
-    generator states of the CPU and of x's device are saved.
+    Buffers are saved only if the network is a Module or a method of a Module. The states of the
+    generators of the CPU and of x's device are saved, except during the capture of a CUDA graph.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:
@@ -103,10 +105,10 @@ def derive(
     engine: str = "auto",
     summed: bool = False,
 ) -> Derivatives:
-    """Return a network's value at x (B, *) and derivatives along w (K, B, *).
+    """Return a network's value at x (B, *) and its derivatives along w (K, B, *).
 
-    At order 2, the derivative is D. Order 3 adds G; with `summed`, an engine may return only the
-    sum of G over the directions. Under `torch.no_grad`, the results have no graph. Raises
+    At order 2, the only derivative is D. Order 3 adds G; if `summed` is True, an engine may return
+    only the sum of G over the directions. Under `torch.no_grad`, the results have no graph. Raises
     DerivativeError if the engine cannot differentiate the network or, with "auto", if neither
     engine can.
     """
@@ -215,7 +217,10 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, order: int) -> None:
-    """Raise an error if a buffer would change, as PyTorch's own error would prevent a fallback."""
+    """Raise an error if a loss of order three would update running statistics.
+
+    PyTorch's own error would prevent the fallback to eager mode.
+    """
     for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -289,7 +294,7 @@ class EngineAttempts:
 def _another_may_do(engine: str, error: Exception) -> bool:
     """Return whether the other engine may succeed.
 
-    An error in the network's own code would occur in both engines.
+    An error in the network's own code would occur with either engine.
     """
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
@@ -305,7 +310,7 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
 
 def _warn_once(attempts: EngineAttempts) -> None:
-    """Warn, once for each network, that reverse mode takes over."""
+    """Warn, once for each network, that reverse mode replaces the taylor engine."""
     if not attempts.memory.warned:
         attempts.memory.warned = True
         warn(

@@ -97,7 +97,8 @@ class DerivativeReport:
     """The result of `check_derivatives`; printing it shows a verdict.
 
     Attributes:
-        orders: the orders of loss whose values and derivatives are correct: (1, 2) or (1, 2, 3).
+        orders: the orders of loss for which the network's values and derivatives are correct:
+            (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
         advice: sentences about anything that was not checked or that is slow.
     """
@@ -124,14 +125,14 @@ def check_derivatives(
 ) -> DerivativeReport:
     """If a derivative of the network is wrong, raise an error that names the module at fault.
 
-    Otherwise, return a report with the correct orders, the engine and advice.
+    Otherwise, return a report that lists the orders checked, the engine and any advice.
 
     The check looks, in this order, for the following faults, which a loss cannot detect:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
-    - tensors in `model_kwargs` that are assumed to have one row for each sample, but do not
-      (this test is skipped if the network draws random numbers);
+    - tensors in `model_kwargs` that are wrongly assumed to have one row for each sample (this test
+      is skipped if the network draws random numbers);
     - discontinuous values or first derivatives, as in ReLU networks; for order 3, also
       discontinuous second derivatives, as in ELU networks;
     - derivatives with respect to x or the parameters that disagree with finite differences.
@@ -150,7 +151,8 @@ def check_derivatives(
         x0: a small batch of data (B, *). Two samples are enough; a single sample cannot reveal
             effects between samples.
         order: the order of the loss that training will use, 2 or 3.
-        t: times (B,), as in the losses. If None, the times are spread over the schedule.
+        t: times (B,), as in the losses. If None, the times are spread over the middle of the
+            schedule.
         engine: the engine that training will use.
         model_kwargs: keyword arguments of the network.
 
@@ -160,7 +162,8 @@ def check_derivatives(
     Raises:
         DerivativeError: if the check finds a fault, or if a derivative cannot be computed.
         TypeError: if the network computes in half precision (check a float32 copy instead), or if
-            it is wrapped, for example in DataParallel (pass model.module instead).
+            the model or the network is wrapped, for example in DataParallel (use the wrapper's
+            .module instead).
         ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
@@ -238,7 +241,8 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """If the check finds a fault, raise an error that names the innermost module with a fault.
 
-    Otherwise, return whether the network has a fault that a float64 copy does not have.
+    If a float64 copy of the network is known to have no fault, return True instead. If no fault is
+    found, return False.
     """
     # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound
@@ -273,7 +277,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Return whether the float64 copy of a float32 network is known to have no fault."""
+    """Return whether a float64 copy of a float32 network is known to have no fault."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64
@@ -289,7 +293,7 @@ def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _remedy(functions: list[str]) -> str:
-    """Return advice about a fault in a graph with custom autograd.Functions of these names."""
+    """Return advice about a fault in a graph that contains these custom autograd.Functions."""
     if not functions:
         return GENERAL
     remedies = dict.fromkeys(  # without repetition
@@ -302,7 +306,7 @@ def _remedy(functions: list[str]) -> str:
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
     """Return times (B,), evenly spaced in log σ̂ and away from both ends of the schedule.
 
-    If times are indices, they are integers.
+    If the schedule's times are indices, return integers.
     """
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)

@@ -1,4 +1,4 @@
-r"""Find jumps in a field, and derivatives that disagree with finite differences of values.
+r"""Find jumps in a field, and derivatives that disagree with finite differences.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with the finite difference of ⟨f, b⟩ along w, and ⟨G, c⟩ with the
@@ -7,21 +7,22 @@ Formula:
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), accurate to fourth order in h.
 
     `Smoothness` compares p(b) − p(a) with ∫ p′ ds, computed by the Gauss-Legendre rule. The
-    comparison is made along the line x + s w for −½ ≤ s ≤ ½, for the functions
+    comparison is made along the line x + s w, with −½ ≤ s ≤ ½, for the functions p₀ and p₁, where
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
     This comparison is needed for ReLU networks. Their second derivatives are zero wherever they
     exist, so finite differences with small steps reveal no fault, even though the gradient of the
-    third-order term is zero.
+    third-order term is wrongly zero.
 
     If the integral differs from p(b) − p(a), the line is bisected repeatedly. Each time, the half
     on which the trapezoidal rule has the larger error is kept. Over a distance h, the error of the
-    trapezoidal rule does not depend on h if p has a jump, is ∝ h if p′ has a jump, and is ∝ h³ if
-    neither p nor p′ has a kink.
+    trapezoidal rule does not depend on h if p has a jump. The error is proportional to h if p′ has
+    a jump, and to h³ if neither p nor p′ has a kink.
 
-    The search therefore converges to a jump, with one evaluation per halving. At a jump, the bend
-    |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b, remains half as large as the
-    jump. Elsewhere, the bend is ∝ h², or ∝ h at a kink of p. Hence |x|³ passes the check: its G
-    has a kink, but G is differentiated only once, and the integral agrees.
+    The search therefore converges to a jump, and each halving evaluates the functions at only one
+    new point. At a jump, the bend |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b,
+    remains half as large as the jump. Elsewhere, the bend is proportional to h², or to h at a kink
+    of p. Hence |x|³ passes the check: its G has a kink, but G is differentiated only once, and the
+    integral agrees with p(b) − p(a).
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), on checks against finite differences.
@@ -131,7 +132,10 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, by derivatives and by differences."""
+        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, computed in two ways.
+
+        The first list is computed from derivatives, the second from finite differences.
+        """
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -253,7 +257,10 @@ class Smoothness(Check):
         return line
 
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
-        """Return the first level with a jump; search where the error for p[lower] is largest."""
+        """Return the first level for which p[level] has a jump, or None if no jump is found.
+
+        The search follows the part of the line on which the error for p[lower] is largest.
+        """
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
         if missing[lower] <= least[lower]:

@@ -2,9 +2,9 @@ r"""Search for the faulty part of a network: the innermost module with a fault o
 
 Formula:
     A module is evaluated with the arguments that it received in the network. If it returns tensors
-    y_k, then x → (Σ_k y_k · r_k) u, where r_k and u are fixed random tensors, is a field with the
-    shape of x. The derivatives D and G of this field depend on all first and second derivatives of
-    the module.
+    y_k, then the map x → (Σ_k y_k · r_k) u, where r_k and u are fixed random tensors, is a field
+    with the shape of x. The derivatives D and G of this field depend on all first and second
+    derivatives of the module.
 """
 
 from collections.abc import Iterable, Iterator
@@ -87,7 +87,7 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe the fault of a field or the error of a derivative; return None if there is none."""
+    """Describe a field's fault or an exception from its derivatives; otherwise, return None."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -110,7 +110,7 @@ class Part:
     primitives: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate the module at x, and contract its output to the shape of x."""
+        """Evaluate the module at x, and map its outputs to one tensor with the shape of x."""
         arguments = {**self.call.arguments, self.place: x}
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}

@@ -2,11 +2,12 @@
 
 - The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, together with their
-  times, so that the batch size and any dropout mask stay the same.
+  times; the batch size and any dropout mask stay the same.
 - Outputs follow their samples. The test permutes the samples, or repeats one sample, and does
-  the same to all tensors that are assumed to belong to the samples. Repetition is needed because
-  a set that all samples share can be permuted without changing the outputs. The test is skipped if
-  the network draws random numbers, because these depend on a sample's position in the batch.
+  the same to all tensors that are assumed to belong to the samples. If a tensor holds a set that
+  all samples share, permuting its rows does not change the outputs, so only repetition detects
+  such a tensor. The test is skipped if the network draws random numbers, because these depend on a
+  sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -82,7 +83,7 @@ def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
 
 
 class _Dtypes(TorchFunctionMode):
-    """Collects the dtypes of tensors while the mode is active."""
+    """A mode that collects the dtypes of tensors through which gradients may flow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return the least precise dtype among tensors that depend on x or on a trained parameter."""
+    """Return the least precise dtype of the tensors that depend on x or a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -106,7 +107,7 @@ def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
 
 
 def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
-    """Raise an error if samples affect each other, or if outputs do not follow their samples."""
+    """Raise an error if a sample's output depends on the other samples or on their order."""
     if len(x) < 2:
         return
     rounding = ROUNDING[precision]
@@ -125,7 +126,10 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise an error if outputs do not follow samples that are moved along with their tensors."""
+    """Raise an error if a sample's output changes when the samples are reordered or repeated.
+
+    Tensors that belong to the samples are reordered or repeated with them.
+    """
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
@@ -140,7 +144,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the innermost module that turns equal arguments in `row` into different results."""
+    """Name the first module to return different results for arguments that agree in `row`."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -164,7 +168,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether outputs follow their samples if tensors at these paths are not moved."""
+        """Return whether samples keep their outputs if moved without the tensors in `shared`."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

@@ -1,39 +1,41 @@
-r"""Check that a network's schedule, time, prediction and data units match those in training.
+r"""Check that a network's schedule, time, prediction and data units match those used in training.
 
 Formula:
-    With another schedule and other data units, c x₀ + b, the noised data are
+    With another schedule, and with data c x₀ + b in other units, the noised data are
     x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units, so the best
-    prediction of ε is the same. The losses of all wrappings can therefore be compared with the
-    same ε and at the same u = log σ̂, the noise level in the units of x₀.
+    prediction of ε is the same for both. The losses of different wrappings are therefore
+    comparable if ε and u = log σ̂ are the same for all; σ̂ is the noise level in the units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
     ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
     the eigenvalues of C.
 
     Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
-    is p · output + q x, so a single network call is enough for every kind of prediction and for
-    both signs.
+    is p · output + q x, so the losses for all kinds of prediction and both signs follow from a
+    single network call.
 
-    All candidates are ranked with one draw of noise. The model's own wrapping and the three best
-    candidates are then measured again with eight fresh draws, and the verdict is based on these
-    measurements. One draw would not be enough: a schedule that shifts a likelihood by a third of a
-    nat may change the loss by only two per cent. Half of the fresh draws are at the levels where
-    the losses of these candidates differed most from the loss under the model's own wrapping;
-    every level still counts equally.
+    All candidates are ranked by their losses with one draw of noise per sample. The model's own
+    wrapping and the three best candidates are then measured again with eight fresh draws, and the
+    verdict is based on these measurements. One draw would not be enough: a wrong schedule that
+    shifts a log-likelihood by a third of a nat may change the loss by only two per cent. Half of
+    the fresh draws are spread evenly over the levels. The other half are distributed in proportion
+    to the differences found between the losses of these candidates and the loss under the model's
+    own wrapping. Every level still counts equally.
 
-    A candidate that fits better is not always right. A network that is hardly trained fits best
-    under the wrapping in which its output contributes least. That wrapping is v, for which q x
-    alone is the best linear predictor if the data have unit variance. A candidate is therefore
-    reported only if its loss is at most slightly larger than the linear predictor's. In addition,
-    the loss must be smaller than the linear predictor's (on average or at some level), or q x
-    alone must be unable to reach this loss. On data that are nearly Gaussian, no network beats the
-    linear predictor.
+    A candidate that fits better is not always the wrapping used in training. A network that is
+    hardly trained fits best under the wrapping in which its output contributes least to the
+    predicted ε. That wrapping is v, for which q x alone is the best linear predictor if the data
+    have unit variance. A candidate is therefore reported only if its loss is at most slightly
+    larger than the linear predictor's. In addition, the loss must be either smaller than the
+    linear predictor's (on average or at some level) or too small to be reached by q x alone. On
+    nearly Gaussian data, even a trained network can hardly beat the linear predictor.
 
-The candidates are the wrappings with which networks are commonly trained. If the schedule is a
-table, the network receives an index into a table of 1000 entries, or into a table as long as the
-model's own. score_sde passes 999 t as the time under VP, and σ or its logarithm under VE.
-Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs from data
-to noise or from noise to data; in diffusers, it runs up to 1000.
+The candidates are the wrappings with which networks are commonly trained. If the model's
+schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length;
+otherwise, they have 1000 entries. With a table, the network receives the index, or the index
+divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or its
+logarithm under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching,
+time runs from data to noise or from noise to data; in diffusers, it runs up to 1000.
 """
 
 import copy
@@ -123,33 +125,33 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; printing it shows a table and a verdict.
 
-    Losses are means over the final draws of noise. One loss is clearly larger than another if it
-    exceeds the other by more than 10 % plus two standard errors of the difference. In the table,
-    "worse" marks the levels at which the network's loss is clearly larger than the linear
+    Losses are means over the final draws of noise. One loss is clearly larger than another if
+    their difference, minus twice its standard error, is more than 10 % of the larger loss. In the
+    table, "worse" marks the levels at which the network's loss is clearly larger than the linear
     predictor's; the verdict counts these levels.
 
     Attributes:
         ok: whether your wrapping passes the check. The check fails if `best` is not None, or if
             the network's loss is clearly larger than that of the best linear predictor, either on
             average or at a quarter or more of the levels.
-        best: the candidate whose loss is smaller than the loss under your wrapping by more than
-            half a per cent and by more than four standard errors. None if there is no such
-            candidate, or if an untrained network could fit as well; an untrained network is at
-            best as good as a linear predictor.
+        best: the best-fitting of the candidates whose losses are smaller than the loss under your
+            wrapping by more than half a per cent and by more than four standard errors. Candidates
+            whose losses an untrained network could reach are left out; an untrained network is at
+            best as good as a linear predictor. None if no candidate remains.
         undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
             clearly smaller.
-        gain: the reduction of the loss by `best`, as a fraction of the loss under your wrapping,
-            averaged over the levels; 0 if `best` is None.
-        detectable_gain: the gain above which any of the three closest candidates would have been
-            reported, in 97 of 100 cases. This gain depends on the standard errors of the
+        gain: the difference between the loss under your wrapping and the loss of `best`, as a
+            fraction of the former, averaged over the levels; 0 if `best` is None.
+        detectable_gain: the gain above which any of the three best-fitting candidates would be
+            reported in 97 of 100 cases. This gain depends on the standard errors of the
             differences in loss; these errors fall as the number of samples grows. The gain is at
-            least half a per cent, and at least what your wrapping needs to beat the linear
+            least half a per cent, and at least as large as a candidate needs to beat the linear
             predictor.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: the mean squared error of ε̂ at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
-        best_losses: the mean squared error of `best` at each level; NaN at levels outside the
-            schedule of `best`, and None if `best` is None.
+        best_losses: the mean squared error of ε̂ at each level, under `best`; NaN at levels
+            outside the schedule of `best`, and None if `best` is None.
         is_worse: for each level, whether the network's loss is clearly larger than that of the
             linear predictor.
         calls: the number of calls to the network.
@@ -239,7 +241,7 @@ class Read(NamedTuple):
     sign: int
 
     def text(self) -> tuple[str, str, str, bool, str]:
-        """Return the first five attributes of `WrappingCandidate`."""
+        """Return the values of the first five attributes of a `WrappingCandidate`."""
         inputs = self.inputs
         code = inputs.schedule_text, self.kind, inputs.time_text
         return *code, self.sign < 0, inputs.units.text
@@ -257,7 +259,7 @@ def check_wrapping(
     A wrapping consists of the schedule, the time, the kind and sign of the prediction, and the
     units of the data. If any of these differs from what was used in training, no error is raised,
     but losses and likelihoods are wrong. The candidates combine the common schedules and times,
-    every kind of prediction with both signs, and the usual units of data. All candidates are
+    every kind of prediction with both signs, and the usual ranges of data. All candidates are
     measured at the same noise levels and with the same noise. Only a trained network can be
     checked.
 
@@ -275,9 +277,10 @@ def check_wrapping(
 
     Returns:
         The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
-        is `best`. Use `best` unless `undecided` is True, which means that `best` is better by less
-        than 10 % plus two standard errors. `ok` is also False if the network is worse than a
-        linear predictor, which means that the network is untrained or that no candidate fits. If
+        is `best`. Wrap the network as in `best` unless `undecided` is True, which means that
+        `best` is not clearly better: the difference in loss, minus twice its standard error, is at
+        most 10 % of the loss under your wrapping. `ok` is also False if the network is worse than
+        a linear predictor, which means that the network is untrained or that no candidate fits. If
         `ok` is True, the verdict states the smallest gain that the check would have detected.
 
     Raises:
@@ -341,7 +344,7 @@ class _Linear:
         return _mean_square(error / (self.variances + sigma.square()))
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
-        """Return noise levels (count,) of the schedule at which networks can be told apart."""
+        """Return levels (count,) of the schedule with ℓ(u) between SMALLEST and LARGEST."""
         low, high = schedule.log_sigma_hat_range
         grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
         expected = self.expected(grid)
@@ -359,8 +362,8 @@ class _Linear:
 class _Search:
     """The losses (draws, B) of the candidates on one batch of data.
 
-    Each sample gets a different noise level in each draw, so that all samples have similar sets of
-    levels.
+    In each draw, the noise level varies from sample to sample; over all draws, the samples get
+    similar sets of levels.
     """
 
     def __init__(
@@ -390,11 +393,11 @@ class _Search:
             self._measure(inputs)
 
     def _draw(self, count: int, shares: Tensor) -> None:
-        """Draw noise (count, B, *) at levels in proportion to `shares`; discard earlier losses.
+        """Draw noise (count, B, *), with levels in proportion to `shares`; discard earlier losses.
 
-        Draw n of sample i is at the quantile (n + iφ mod 1)/count of the shares. Because multiples
-        of the golden ratio φ are spread evenly modulo 1, all samples get similar sets of levels,
-        and all levels get similar sets of samples.
+        Draw n of sample i is at the quantile (n + (iφ mod 1))/count of the shares. Because
+        multiples of the golden ratio φ are spread evenly modulo 1, all samples get similar sets of
+        levels, and all levels get similar sets of samples.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -408,7 +411,7 @@ class _Search:
         self.losses: dict[Read, Tensor] = {}
 
     def _shares(self) -> Tensor:
-        """Return how often to draw each level; half of the draws are where losses differ most."""
+        """Return how often to draw each level: half evenly, half by how much the losses differ."""
         reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
         own, *others = self._multiples(reads)
         differences = self._by_level((torch.stack(others) - own).square()).sqrt()
@@ -428,8 +431,8 @@ class _Search:
     def _call(self, inputs: Inputs, noise: Tensor, place: Tensor) -> dict[Read, Tensor]:
         """Return the losses (B,) for every kind and sign, from one call of the network.
 
-        The losses are NaN at levels outside the schedule. The new wrapping is not checked, because
-        any fault in the wrapping shows up in its loss.
+        The losses are NaN at levels outside the schedule. The new wrapping is not validated,
+        because any fault in it shows up in the loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
         change = math.log(units.scale)
@@ -483,8 +486,9 @@ class _Search:
         """Return how far the losses exceed `reference`, and the standard error of this excess.
 
         Both numbers are fractions of the mean of the losses. All levels count equally; with
-        `place`, only the level with that index counts. The draws of a sample are summed before the
-        standard error is computed, because they are not independent.
+        `place`, only the level with that index counts. The differences in all draws of a sample
+        are summed before the standard error is computed, because the draws of one sample are not
+        independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         weight = self.weight if place is None else (self.place == place).double()
@@ -505,7 +509,7 @@ class _Search:
     def _first(self) -> list[Read]:
         """Return the best-fitting candidates.
 
-        Among equals, the candidate with the fewest changes comes first.
+        Of those that fit about as well as the best, the one with the fewest changes comes first.
         """
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
@@ -577,7 +581,7 @@ def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
 
 
 def _mean_square(error: Tensor) -> Tensor:
-    """Return the mean square over the dimensions of each sample, as a tensor (B,) on the CPU."""
+    """Return the mean squared error of each sample, as a tensor (B,) on the CPU."""
     squares = sum_elements(at_least_float32(error).square(), 1)
     return (squares / error[0].numel()).double().cpu()
 
@@ -640,7 +644,7 @@ def _of_sigma(text: str, schedule: Schedule) -> Times:
 
 
 def all_units(data: Tensor) -> Iterator[Units]:
-    """Yield other data units: bytes, centred bytes, unit variance, EDM's units, latent units."""
+    """Yield other data units: image ranges, latent scales, unit variance and EDM's variance."""
     yield Units("2 * x0 - 1", 2.0, -1.0)
     yield Units("(x0 + 1) / 2", 0.5, 0.5)
     yield Units("x0 / 255", 1 / 255)

@@ -7,9 +7,9 @@
 - `multistep`: the solver that uses one fixed grid for the whole batch.
 - `adaptive`: the solver that chooses the step sizes of each sample separately.
 - `paths`: the coordinates in which the ODE is solved; the evaluation of the slope, the divergence
-  and the prior; checks for networks whose output is random.
+  and the prior; checks such as whether the network's output is random.
 - `divergence`: estimators of the divergence.
-- `job`: checks of the arguments of a call, the split into batches, and the joined result.
+- `job`: checks of a call's arguments, the split into batches, and the joining of their results.
 - `checkpoints`: network evaluations whose activations are recomputed in the backward pass.
 - `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of several draws into one
   density.

@@ -12,17 +12,18 @@ Formula:
     Samples that have reached the end of the span are no longer evaluated.
 
 Rounding:
-    If the network's outputs have rounding errors of relative size ε, the error of a step changes
-    by about 0.2 ε times the integral of |integrand| over the step. The factor 0.2 is the product
-    of 1/√12 (the root mean square of a rounding error is ε/√12) and 0.75, the norm of ERROR.
-    `MAX_EVALUATIONS` allows 1666 steps, and even in one dimension, the integral of |integrand|
-    over the whole path is about 8 nats. The second solution therefore cannot meet a tolerance
-    below 0.001 ε, so the first solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in
-    float32. In float32, the smallest tolerance that was met is 2e-9 to 3e-8 for linear networks
-    and 3e-8 to 3e-6 for other networks. Only networks with outputs near zero meet
-    tolerances below these, and in float32, `solver_error` is never below 1e-6 anyway. Dtypes
-    narrower than float32 round in large steps, so the bound for float32 is also used for narrower
-    dtypes.
+    If the network's outputs are rounded with a relative spacing of ε, rounding contributes about
+    0.2 ε times the integral of |integrand| over a step to the estimated error of this step. The
+    factor 0.2 is the product of 1/√12 (the root mean square of the relative rounding error is
+    ε/√12) and 0.75, the norm of ERROR. `MAX_EVALUATIONS` allows 1666 steps. Even if the data are
+    one-dimensional, the integral of |integrand| over the whole path is about 8 nats. The second
+    solution therefore cannot meet a tolerance below 0.001 ε, so the first solution's tolerance has
+    to be at least 0.01 ε, which is 1.2e-9 in float32. In measurements in float32, the smallest
+    tolerance that could be met ranged from 2e-9 to 3e-8 among linear networks, and from 3e-8 to
+    3e-6 among other networks. Only networks with outputs near zero meet tolerances below the
+    bound. Moreover, `solver_error` is never below 1e-6 in float32. Dtypes narrower than float32
+    round in such large steps that the bound is not computed from their ε; the bound for float32 is
+    used instead.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -102,8 +103,9 @@ def adaptive(
     the shape (n,) and never leaves the span, and y has the shape (n, m). `judge` takes the errors
     (n, m) of a step and the covector at the end of the step. `judge` returns two numbers per row:
     the error relative to the tolerance, which must be at most 1 for the step to be accepted, and
-    the error in nats, which is summed over steps. A sample fails if it needs more than
-    `max_evaluations` evaluations.
+    the error in nats, which is summed over the accepted steps. A sample fails if its first slope
+    is not finite, if its step size becomes too small, or if it needs more than `max_evaluations`
+    evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -230,11 +232,11 @@ def _solve(
 ) -> AdaptiveSolution:
     """Solve with steps in r = σ̂/(σ̂ + s), where s is the data's standard deviation.
 
-    Hence du = dr/(r (1 − r)), and both ends of the span are finite in r. A step is accepted if its
-    error in the integral is at most `tolerance` nats, its error in the state changes the
-    log-density by at most `tolerance` nats, and the root mean square of its error in the state is
-    at most 0.03 times `tolerance`. Samples that are marked in `failed` (B,) are dropped after one
-    evaluation.
+    Since u = log σ̂, du = dr/(r (1 − r)); both ends of the span are finite in r. A step is
+    accepted if its error in the integral is at most `tolerance` nats, its error in the state
+    changes the log-density by at most `tolerance` nats, and the root mean square of its error in
+    the state is at most 0.03 times `tolerance`. Samples that are marked in `failed` (B,) are
+    dropped after one evaluation.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions

@@ -1,8 +1,9 @@
 """Evaluations of a network that are repeated in the backward pass.
 
 Purpose:
-    If a function computes a gradient itself, torch's checkpoint around the function keeps every
-    tensor that this gradient did not use. This module stores no activations: the backward pass
+    If torch's checkpoint is applied to a function that computes a gradient itself, the
+    checkpoint keeps every tensor that this gradient did not use. Unless the network uses
+    `torch.func`, this module keeps no activations after an evaluation; the backward pass
     recomputes the activations of one evaluation at a time. Values and gradients are unchanged.
 """
 
@@ -33,7 +34,7 @@ class RecomputedEvaluations:
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
-        """Evaluate function() on the device of x, without keeping its activations."""
+        """Evaluate function(), which runs on the device of x, without keeping its activations."""
         evaluation = RecomputedEvaluation(self, function, x)
         try:
             result, saved = evaluation.run()
@@ -50,7 +51,7 @@ class RecomputedEvaluations:
 
 
 class RecomputedEvaluation:
-    """One evaluation, the state needed to repeat it, and the tensors saved by its repetition."""
+    """One evaluation, the state needed to repeat it, and the tensors saved when it is repeated."""
 
     def __init__(
         self, evaluations: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
@@ -66,7 +67,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return the result of function(), and the tensors that its graph refers to by index."""
+        """Return the result of function() and, by index, the tensors that autograd saved."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:

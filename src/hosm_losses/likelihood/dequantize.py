@@ -110,7 +110,7 @@ class TruncatedNormal:
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates that start where σ̂ is a sixth of a cell.
+        """Return coordinates in which paths start where σ̂ is a sixth of the width of a cell.
 
         A ValueError is raised if the schedule does not reach such a small σ̂.
         """
@@ -128,7 +128,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return random points x_t in the cells at the start, and nll corrections (B,)."""
+        """Return points x_t, drawn in the cells at the paths' start, and nll corrections (B,)."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -175,16 +175,16 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return uniform random numbers in the shape of `levels`, in the precision used for sums."""
+    """Return uniform random numbers, one per element of `levels`, in the dtype used for sums."""
     dtype, device = widest_dtype(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 
 
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
-    """Combine the results of K draws of u; nll is −log of the density averaged over the draws.
+    """Combine the results of K draws of u by averaging their densities.
 
-    `latent` comes from the first draw, `nfe` is summed over draws, and solver errors are averaged
-    with the densities as weights.
+    `nll` is the negative log of the average. `latent` comes from the first draw, `nfe` is summed
+    over draws, and solver errors are averaged with the densities as weights.
     """
     first = replace(draws[0], quantization=quantization)
     if len(draws) == 1:

@@ -44,12 +44,14 @@ class ODEDistribution(Distribution):
             Real floating-point tensors are cast to the dtype of x. In `log_prob`, x has the dtype
             of `value`; when samples are drawn, x has the dtype of the network's first
             floating-point parameter.
-        batch_shape: the shape of the batch of distributions, one for each condition.
+        batch_shape: the shape of the batch of distributions; there is one distribution per
+            condition.
         batch_size: as in `ode_nll`; None to process all samples in one batch.
 
     Raises:
-        TypeError: if `model` is not a `ScoreModel`.
-        ValueError: if `divergence` is invalid, or if the shapes are inconsistent.
+        TypeError: if `model` is not a `ScoreModel`, or if `divergence` is of an invalid type.
+        ValueError: if `divergence` is an unknown string, or if the shape of a tensor in
+            `model_kwargs` does not begin with `batch_shape`.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -134,7 +136,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options for solving the ODE for a batch of shape `outer` in this dtype."""
+        """Return options for `ode_nll` and `ode_sample`, given the batch's shape and dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])
@@ -145,7 +147,7 @@ class ODEDistribution(Distribution):
         return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
 
     def _repeated(self, outer: torch.Size) -> dict[str, Any]:
-        """Return `model_kwargs` expanded to a shape that ends in the batch_shape."""
+        """Return `model_kwargs` with unshared tensors expanded from batch_shape to `outer`."""
         batch = self.batch_shape
 
         def repeated(path: str, tensor: Tensor) -> Tensor:

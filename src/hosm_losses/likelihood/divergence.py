@@ -7,7 +7,7 @@ Formula:
     share one forward pass, and each direction requires one vector-Jacobian product.
 
 Source:
-    Grathwohl et al., arXiv 1810.01367, for the estimator in a likelihood.
+    Grathwohl et al., arXiv 1810.01367, for Hutchinson's estimator in likelihoods.
 """
 
 from collections.abc import Callable
@@ -65,20 +65,21 @@ class DivergenceEstimator(Protocol):
 
     @property
     def is_random(self) -> bool:
-        """Whether estimates are random, so that a likelihood has a standard error."""
+        """Whether estimates are random; if so, a likelihood's standard error is estimated."""
         ...
 
     def draw(self, x: Tensor, generator: torch.Generator | None, /) -> Tensor | None:
         """Return probes (n, B, *) for points x (B, *), or None.
 
-        A fixed grid draws probes at each node, and `Adaptive` draws them once for a whole path.
+        With a fixed grid, `draw` is called at each node. With `Adaptive`, it is called once, and
+        the same probes are used along the whole path.
         """
         ...
 
     def estimate(
         self, model: BoundModel, x: Tensor, probes: Any, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f(x) = −ε̂(x), (B, *), and n estimates (n, B) of its divergence at x (B, *).
+        """Return f(x) = −ε̂(x), (B, *), and n estimates (n, B) of the divergence of f at x.
 
         `model.f` is f, bound to times and conditions. If n ≥ 2, the estimates have to be
         independent: their variance yields the standard error. If n = 1, the variance is estimated
@@ -114,7 +115,7 @@ NO_DIVERGENCE = NoDivergence()
 
 @dataclass(frozen=True)
 class Exact(_WithoutProbes):
-    """The exact trace, summed over all unit vectors in chunks."""
+    """The exact trace, computed from products with all unit vectors, chunk by chunk."""
 
     products: int  # the number d of elements of a sample
 
@@ -138,9 +139,9 @@ class DivergenceFunction(_WithoutProbes):
     Args:
         function: `(x, t, **model_kwargs)` → (prediction (B, *), its divergence (B,)), called with
             the arguments of the network.
-        is_random: whether the function estimates the divergence with random probes, so that the
-            likelihood has a standard error. Such a function draws new probes in each evaluation
-            and therefore requires a fixed grid.
+        is_random: whether the function estimates the divergence with random probes; if so, the
+            likelihood's standard error is estimated. Such a function draws new probes in each
+            evaluation and therefore requires a fixed grid.
 
     Example:
         >>> DivergenceFunction(lambda x, t: (0.5 * x, 0.5 * x.new_full(x.shape[:1], x.shape[1])))
@@ -187,7 +188,7 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
 
 
 def resolve_divergence(divergence: Divergence | None, x: Tensor) -> DivergenceEstimator:
-    """Return the estimator for samples like x (B, *)."""
+    """Return the estimator that `divergence` selects for samples like those in x (B, *)."""
     d = x[0].numel()
     if divergence is None:
         return NO_DIVERGENCE

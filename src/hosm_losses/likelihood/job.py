@@ -1,4 +1,4 @@
-r"""Code shared by all likelihoods: argument checks, batches of samples and joined results.
+r"""Code shared by all likelihoods: checking arguments, forming batches and joining results.
 
 Failures:
     A sample fails if the end of its path is not finite in the network's dtype, if its nll is not
@@ -126,9 +126,9 @@ class Job:
         """Solve all batches, join their results, and return `convert(joined)`.
 
         `solve` is called with a batch and the numbers of steps that were used in the first batch;
-        for the first batch itself, the second argument is None. The attribute `result` of a
-        KeyboardInterrupt is the converted result of the finished batches, or None if no batch has
-        finished.
+        for the first batch itself, the second argument is None. If a KeyboardInterrupt is raised,
+        its attribute `result` is set to the converted result of the finished batches, or to None
+        if no batch has finished.
         """
         results: list[NLLResult] = []
         with self._running() as paths:
@@ -182,7 +182,7 @@ class Job:
             )
 
     def _batches(self, paths: Paths) -> Iterator[Paths]:
-        """Yield the paths in batches of `batch_size`, once for each draw of the dequantization."""
+        """Yield batches of `batch_size` paths, once per draw of the dequantization noise."""
         for _ in range(self.draws):
             x, nll_offset = paths.x, None
             if self.dequantization is not None:
@@ -191,7 +191,7 @@ class Job:
                 yield paths.rows(x, rows, nll_offset)
 
     def _joined(self, results: Sequence[NLLResult]) -> NLLResult:
-        """Join the results of all batches, and average over draws.
+        """Join the results of all batches, and average the densities over draws.
 
         After an interrupt, only complete draws are averaged. If no draw is complete, the finished
         part of the first draw is returned.
@@ -219,7 +219,7 @@ def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
-    """On the CPU, warn if α(t_min) is far from 1, or if q at t_max is far from the prior."""
+    """On the CPU, warn if α(t_min) is not near 1 or the marginal at t_max not near the prior."""
     schedule, mean = coordinates.schedule, coordinates.mean
     if not can_read_values(mean):
         return
@@ -267,7 +267,7 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
 
 
 def network_options(model: ScoreModel) -> dict[str, Any]:
-    """Return dtype and device of the network's first floating-point parameter, or the defaults."""
+    """Return the dtype and device of the network's first floating-point parameter, or defaults."""
     for parameter in model.network.parameters() if isinstance(model.network, nn.Module) else ():
         if parameter.is_floating_point():
             return {"dtype": parameter.dtype, "device": parameter.device}

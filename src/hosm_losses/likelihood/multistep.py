@@ -13,11 +13,11 @@ Grid:
       data_std.
 
     A network that predicts the velocity of a linear flow is smooth in the flow's time,
-    σ̂/(1 + σ̂). For such a network, the nodes are evenly spaced in r. If c denotes the root mean
-    square of data_std, then
-        σ̂/(c + σ̂) = r² (2 − r²),    c/(c + σ̂) = (1 − r²)².
-    The steps in time are short at both ends: at the data end because a likelihood's first steps
-    have low orders, and at the noise end because the network may depend on log σ̂.
+    σ̂/(1 + σ̂). For such a network, the nodes are evenly spaced in r, which is defined by
+        σ̂/(c + σ̂) = r² (2 − r²),    c/(c + σ̂) = (1 − r²)²,
+    where c is the root mean square of data_std. The steps in time are short at both ends: at the
+    data end because a likelihood's first steps have low orders, and at the noise end because the
+    network may depend on log σ̂.
 
 Formula:
     The Adams-Bashforth predictor of order k computes ŷ, and the Adams-Moulton corrector computes
@@ -31,18 +31,18 @@ Formula:
 
 Order:
     The order k is 4 if there are fewer than 64 steps, and 5 otherwise. Because f is evaluated at
-    ŷ, the method is stable for a linear slope f = λ y if −h λ < 0.165 at order four, and if
-    −h λ < 0.09 at order five. Unstable solutions oscillate from node to node. A sample's next step
-    is therefore taken with order four if ∇³f and ∇⁴f both have negative scalar products with their
-    values at the previous node.
+    ŷ, the method is stable for a decaying linear slope f = λ y only if −h λ < 0.165 at order four,
+    and only if −h λ < 0.09 at order five. Unstable solutions oscillate from node to node. A
+    sample's next step is therefore taken with order four if ∇³f and ∇⁴f both have negative scalar
+    products with their values at the previous node.
 
     On the mesh for velocities, k is 5 if there are at least 36 steps. With k = 5 and fewer than 64
-    steps, each step is an average of orders five and four, in which order five has the weight
-    1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, paths bend within a few nodes, and wherever ∇⁴f is
-    not smaller than ∇³f, order five is less accurate than order four. The weight varies
-    continuously because a sudden change of order adds an error: while the order stays the same,
-    errors nearly cancel. With 1 in place of ¾, the errors of 40 steps on two of nine exact
-    mixtures are three times the errors of order four.
+    steps, each step is an average of the steps of orders five and four, in which the step of order
+    five has the weight 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a few
+    nodes, and wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
+    four. The weight varies continuously because a sudden change of order adds an error: while the
+    order stays the same, errors nearly cancel. With 1 in place of ¾ and with 40 steps, the errors
+    for two of nine mixtures with exact networks are three times the errors of order four.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
@@ -50,8 +50,8 @@ Start:
     - At order five, the slopes at nodes 2 to 4, whose states are predicted with lower orders, are
       corrected without another evaluation: λ (y_i − ŷ_i) is added to f_i. Here,
       λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, where the second evaluation changes the
-      state by c₁ = y₁ − ŷ₁ and the slope by Δf₁. Without this correction, the error of a path that
-      starts away from narrow data can be up to 3.6 times the error of order four.
+      state by c₁ = y₁ − ŷ₁ and the slope by Δf₁. Without this correction, if the data are narrow
+      and a path starts outside them, its error can be up to 3.6 times that of order four.
     - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45
              = y₀ + h (4 f₄ − 8 ∇f₄ + 20/3 ∇²f₄ − 8/3 ∇³f₄ + 14/45 ∇⁴f₄).
@@ -74,7 +74,7 @@ Error of the path:
     the second part of e_i far too large. The second parts of all e_i are therefore reduced:
 
     - Let Δf and Δq be the changes in f and q from the first to the second evaluation of node 1.
-      Δf and Δq show how large (g₁ − g₀)ᵀ c₁ should be, and yield the factor
+      These changes determine how large (g₁ − g₀)ᵀ c₁ should be, and therefore the factor
           ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
       where 0/0 is taken to be 1. The numerator uses g₁ from the second evaluation, and the
       denominator uses g₁ from the first.
@@ -87,13 +87,14 @@ Error of the path:
 
 Error of the integral:
     The error of ∫ q ds is estimated as max(d/15, h ‖∇⁷q‖/30). The divisor 30 is replaced by 45 at
-    order five and by 20 if orders are averaged; the divisors were measured on trained networks.
+    order five and by 20 if orders are averaged. These three divisors were chosen from
+    measurements on trained networks.
 
     - d is the difference between the integral computed from all nodes and the integral computed
       from every second node. This difference may be small by chance.
     - ‖∇⁷q‖ is the norm of the seventh differences of q along the path. This norm reveals kinks and
-      all other features that the nodes do not resolve. A jump of size J in q at a random place
-      causes an error whose root mean square is h J/√12, and yields ‖∇⁷q‖ = 30 J.
+      all other features that the nodes do not resolve. If q jumps by J at a random place, the
+      root mean square of the error is h J/√12, and ‖∇⁷q‖ is about 30 J.
 
     If there is only one probe per node, the variance of q_i is estimated from three adjacent nodes
     as (q_{i−1} − 2 q_i + q_{i+1})²/6.
@@ -155,7 +156,7 @@ class NodeValue(NamedTuple):
 
 
 def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
-    """Return u and du/ds (n,) of the mesh at s in [0, 1]; the logistic part peaks at `centre`."""
+    """Return u and du/ds, (n,), at s in [0, 1]; the logistic distribution peaks at `centre`."""
     start, end = span
     low, high = torch.full_like(s, start), torch.full_like(s, end)
     logistic_start = torch.sigmoid((low - centre) / WIDTH)
@@ -179,7 +180,7 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
 
 
 def velocity_mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
-    """Return u and du/ds (n,) of the mesh for the velocity of a linear flow."""
+    """Return u and du/ds, (n,), for a network that predicts the velocity of a linear flow."""
     t = torch.sigmoid(s.new_tensor(span) - centre)  # σ̂/(c + σ̂)
     start, end = torch.sqrt(t / (1 + torch.sqrt(1 - t)))
     r = start + (end - start) * s
@@ -200,7 +201,10 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 class AdamsSolver:
-    """The state of the multistep method; `y` is the predicted next state, or the final state."""
+    """The state of the multistep method.
+
+    Between steps, `y` is the predicted state at the next node; at the end, `y` is the final state.
+    """
 
     def __init__(
         self,
@@ -216,15 +220,15 @@ class AdamsSolver:
         self.y = self.first = self.covector = y
         self.share = y.new_ones(len(y))  # ρ
         self.effects: list[Tensor] = []  # e_i
-        self.differences: list[Tensor] = []  # f, ∇f, … at the last node
-        self.correction = y  # c at the last node
+        self.differences: list[Tensor] = []  # f, ∇f, … at the latest node
+        self.correction = y  # c at the latest node
         self.secant: Tensor | None = None  # λ, (B, 1, …), at order five
         self.weight: Tensor | None = None  # weight of order five in the next step, (B,)
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
 
     def correct(self, node: NodeValue) -> None:
-        """Correct the state y using the evaluation at its node."""
+        """Store the values at the next node, and correct the state there if it was predicted."""
         index = len(self.integrands)
         self.integrands.append(node.integrand)
         if node.variance is not None:
@@ -242,7 +246,7 @@ class AdamsSolver:
         self.covector = node.covector
 
     def correct_again(self, node: NodeValue) -> None:
-        """Replace the last node's values with values computed at its corrected state."""
+        """Replace the values at the latest node with values computed at the corrected state."""
         change = node.slope - self.differences[0]
         if not self.runge_kutta:
             if self.order == 5:
@@ -262,7 +266,7 @@ class AdamsSolver:
         self.covector = node.covector
 
     def _move_slope(self, change: Tensor) -> None:
-        """Add `change` to f at the last node, and therefore to all backward differences there."""
+        """Add `change` to f at the latest node, and thereby to all backward differences there."""
         self.differences = [difference + change for difference in self.differences]
 
     def predict(self) -> None:
@@ -297,12 +301,12 @@ class AdamsSolver:
         return weight / (1 + ratio.square())
 
     def _turned(self, k: int) -> Tensor:
-        """Return whether ∇ᵏf points away from its value at the previous node, (B,)."""
+        """Return whether ∇ᵏf has turned by more than 90° since the previous node, (B,)."""
         now, change = (each.detach() for each in self.differences[k : k + 2])
         return sum_elements(now * (now - change), 1) < 0
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Append e_i, the effect on the answer of the error of the step to node i."""
+        """Append e_i, the effect that the error of the step to node i has on the answer."""
         share = self.share
         if index >= 4:
             share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
@@ -312,7 +316,10 @@ class AdamsSolver:
         self.effects.append(sum_elements(effect, 1))
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
-        """Return ∫ q ds, (B,), over `steps` steps (all if None), using every `stride`-th node."""
+        """Return ∫ q ds, (B,), computed from every `stride`-th node.
+
+        `steps` is the number of intervals between these nodes, or None for all steps of the grid.
+        """
         steps = self.steps if steps is None else steps
         chosen = self.integrands[: stride * steps + 1 : stride]
         return self.h * stride * weighted_sum(gregory_weights(steps), chosen)
@@ -325,7 +332,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The variance (B,) of the integral, from several probes per node or adjacent nodes."""
+        """The integral's variance (B,), from each node's probes or else from adjacent nodes."""
         variances = self.variances
         if not variances:
             q = torch.stack(self.integrands).detach()
@@ -336,7 +343,7 @@ class AdamsSolver:
 
     @property
     def quadrature_error(self) -> Tensor:
-        """The estimated error of the integral, (B,), if q is free of noise."""
+        """An estimate (B,) of the integral's error, which is valid only if q is free of noise."""
         count, q = self.steps // 2, torch.stack(self.integrands).detach()
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
@@ -440,7 +447,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
 def companion_error(
     paths: Paths, solution: AdamsSolver, coarse: AdamsSolver, span: Span
 ) -> Tensor:
-    """Estimate the error (B,) of a path to a latent from a solution and its companion."""
+    """Use a solution and its companion to estimate the error (B,) of a path to a latent."""
     end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
     latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
     difference = solution.integral(2, coarse.steps) - coarse.integral()

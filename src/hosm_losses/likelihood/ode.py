@@ -53,36 +53,40 @@ def ode_nll(
 ) -> NLLResult:
     """Compute the negative log-likelihood of x under the model's probability-flow ODE.
 
-    The solver keeps its states and sums in float64, whatever the network's dtype. This function
-    does not switch the network to evaluation mode: call `model.eval()` first if the network has
-    dropout or batch norm.
+    The solver keeps its states and sums in float64 (float32 on MPS), whatever the network's dtype.
+    This function does not switch the network to evaluation mode: call `model.eval()` first if the
+    network has dropout or batch norm.
 
     Args:
         model: the score model.
         x: data (B, *), treated as points at the schedule's t_min unless `clean` is True;
             with a `dequantization`, the dtype must be uint8.
         solver: `FixedGrid(steps)`, which usually requires steps + 2 network evaluations, plus one
-            if `clean` is True; `ToTolerance(nats)`, which uses the fewest steps that meet a
-            tolerance; or `Adaptive()`, which chooses the step sizes of each sample separately.
+            if `clean` is True; `ToTolerance(nats)`, which doubles the number of steps until
+            `solver_error` is within this tolerance; or `Adaptive()`, which chooses the step sizes
+            of each sample separately.
         divergence: "exact", which computes d vector-Jacobian products per node; or
             `Hutchinson(count, distribution)`, which computes one product per probe and node.
             "auto" means "exact" for samples of at most 16 elements, and `Hutchinson()` for larger
             samples. On a fixed grid, each of these options yields a standard error; with
             `Adaptive`, random probes yield a standard error only if there are at least four
-            probes. For images, "dct" is often the best probe distribution. If you have a function
-            that computes the network's divergence, pass this function: `(x, t, **model_kwargs)` →
-            (prediction, its divergence (B,)). It is called with the same arguments as the network.
+            probes. For images, the estimates often have the smallest variance with "dct" probes.
+            If you have a function that computes the network's divergence, pass this function:
+            `(x, t, **model_kwargs)` → (prediction, its divergence (B,)). It is called with the
+            same arguments as the network.
         log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
-            log-densities (B,), or as a torch distribution over samples; N(0, prior_std² I) if
-            None. A callable receives latents in the network's dtype or float32, whichever is
-            wider, and may return log-densities in the network's dtype or a wider dtype.
+            log-densities (B,), or as a torch distribution whose event shape is the shape of a
+            sample; N(0, prior_std² I) if None. A callable receives latents in the network's dtype
+            or float32, whichever is wider, and may return log-densities in the network's dtype or
+            a wider dtype.
         clean: whether x is data without noise. If True, noise is added once to move x to t_min.
             The mean of the nll over this noise is then an upper bound on −log p(x), and can be
-            compared with the result of `variational_nll`. `standard_error` does not account for
-            the random noise added to x, whose effect on the nll is small for a good model.
+            compared with the result of `variational_nll`. `standard_error` does not include the
+            variation of the nll with this noise, but this variation is small for a good model.
         dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with uniform
-            u, so that `bits_per_dim` refers to the integers. `TruncatedNormal()` is for networks
-            that were trained on the quantized levels themselves, and None is for continuous data.
+            u, and `bits_per_dim` then returns the bits per dimension of the integers.
+            `TruncatedNormal()` is for networks that were trained on the quantized levels
+            themselves, and None is for continuous data.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether the result carries an autograd graph, so that you can backpropagate
@@ -160,19 +164,18 @@ def ode_sample(
     """Solve the probability-flow ODE from noise to data; return samples with their densities.
 
     This function does not switch the network to evaluation mode: call `model.eval()` first if the
-    network has dropout. To sample with guidance, wrap your network in a module that applies the
-    guidance; the densities are then densities under the guided ODE.
+    network has dropout or batch norm. To sample with guidance, wrap your network in a module that
+    applies the guidance; the densities are then densities under the guided ODE.
 
     Args:
         model: the score model.
         latent: a tensor (B, *) of points at t_max, in the coordinates of x, or a shape (B, *). If
             a shape is given, latents are drawn from N(0, prior_std² I) in the dtype and on the
-            device of the network's first parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. With a companion, and
-            unless `divergence` is None, the ODE is also solved from the samples back to the
-            latents, and the density at the samples is computed a second time on the way.
-        divergence: as in `ode_nll`, or None for samples without densities, which require no
-            derivatives.
+            device of the network's first floating-point parameter.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. If the solver has a
+            companion and `divergence` is not None, the ODE is also solved from the samples back to
+            latents, which yields a second value of the density at the samples.
+        divergence: as in `ode_nll`, or None to compute neither densities nor derivatives.
         log_prior: the log-density of the distribution from which you drew the latents, as in
             `ode_nll`.
         batch_size: the number of samples per batch; None to process all samples in one batch.
@@ -300,10 +303,10 @@ def solve(
 
 @torch.no_grad()
 def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
-    """Set `solver_error` to an estimate of the error in the density at x, the end of a path.
+    """Set `solver_error` to an estimate of the error in log p(x), where x is the end of a path.
 
-    Let z be the latent at which a path starts. The way back solves the ODE from x on the same grid
-    and ends at a latent z'. The estimate is
+    Let z be the latent at which the path starts. The way back solves the ODE from x on the same
+    grid and ends at a latent z'. The estimate is
         max(|log p(x) computed from z − log p(x) computed from x|, solver_error of the way back),
     or infinity if the way back fails. If the probes are random, the probe noise in the two
     integrals exceeds the solver's error, so the first term is replaced by
@@ -340,15 +343,15 @@ def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dt
 def _solve_to_tolerance(
     paths: Paths, solver: ToTolerance, steps: Tensor | None, *, backwards: bool
 ) -> NLLResult:
-    """Solve each sample on the coarsest of `GRIDS` whose `solver_error` is within the tolerance.
+    """Compute each path on the coarsest of `GRIDS` that brings its error within the tolerance.
 
-    If the error of a sample exceeds the tolerance, the sample is solved again on the next grid
-    with new probes, unless its error was not finite on two grids in a row. Later batches start
-    with the median number of steps of the first batch.
+    If the `solver_error` of a path exceeds the tolerance, the path is computed again on the next
+    grid with new probes, unless its error was not finite on two grids in a row. Later batches
+    start with the median number of steps of the first batch.
 
     All processes of a group must evaluate the network the same number of times. In the first
-    batch, the processes therefore exchange their largest errors after each grid, and solve either
-    all samples again or none.
+    batch, the processes therefore exchange their largest errors after each grid, and compute
+    either all paths again or none.
     """
     first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
     grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
@@ -390,7 +393,10 @@ def _solve_to_tolerance(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """Return the change in log p if the prior were the diffused Gaussian; None for `log_prior`."""
+    """Return the change in log p if the prior were replaced by the diffused Gaussian.
+
+    The result is None if the caller passed a `log_prior`.
+    """
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)

@@ -61,7 +61,7 @@ TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 
 
 class NoiseLevel(NamedTuple):
-    """α, σ and the scale c at given u = log σ̂; all fields but t broadcast against a batch."""
+    """α, σ and the scale c at a given u = log σ̂; all fields but t broadcast against a batch."""
 
     t: Tensor  # the network's time (n,), never outside [t_min, t_max]
     alpha: Tensor
@@ -138,7 +138,7 @@ class Coordinates:
         return level.ratio * (noise - level.ratio * z)
 
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
-        """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
+        """The integrand σ ∇·ε̂ − Σ_i σ̂²/c², (K, n), for a given divergence ∇·ε̂ (K, n)."""
         return level.sigma.reshape(-1) * divergence - sum_elements(level.ratio.square(), 1)
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
@@ -166,7 +166,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 @contextmanager
 def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
-    """Return a context manager that restores a network's buffers, such as running statistics."""
+    """Return a context manager that, on exit, restores buffers such as running statistics."""
     may_change = any(part.training and part._buffers for part in modules.values())
     before = NetworkState(modules[""], x) if may_change and not is_traced() else None
     try:
@@ -193,10 +193,11 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 
 
 class FirstEvaluation:
-    """Checks in a network's first evaluation, such as whether the network draws random numbers.
+    """Checks in the first evaluation of a call, such as whether the network draws random numbers.
 
-    No list of random layers can be complete, because a network may randomly drop labels, layers or
-    words in its own code. However, every random draw in torch advances one of torch's generators.
+    No list of random layers can be complete, because a network's own code may randomly drop
+    labels, layers or words. However, every random draw in torch advances one of torch's
+    generators.
 
     Operators without a derivative are rejected only in the first evaluation with a divergence.
     Checking for such operators in every evaluation would take a quarter of a small network's run
@@ -208,14 +209,17 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """Return a context manager that, once only, rejects operators without a derivative."""
+        """Return a context manager that rejects operators without a derivative if this is due.
+
+        The check is due only once, in the first evaluation that differentiates the network.
+        """
         if not (differentiates and "constants" in self.due):
             return nullcontext()
         self.due.remove("constants")
         return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """Return generator states of the CPU and of x's device, or [] if no check is due."""
+        """Return the generator states of the CPU and of x's device, or [] to skip the check."""
         # Inside a CUDA graph, the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
@@ -283,7 +287,7 @@ class Paths:
         return model.at(t, level.affine)
 
     def draw_probes(self, z: Tensor) -> Tensor | None:
-        """Draw the probes of an evaluation at states z (B, *), in the network's dtype."""
+        """Draw the probes for an evaluation at states z (B, *), in the network's dtype."""
         return self.divergence.draw(torch.empty_like(z, dtype=self.dtype), self.generator)
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
@@ -325,16 +329,17 @@ class Paths:
         divergence: DivergenceEstimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f and ∇·f, and make the checks that a first evaluation or a graph requires.
+        """Return f and ∇·f, with checks for a first evaluation or an evaluation with a graph.
 
-        In the first evaluation of a call, `watch` looks for random draws and for operators without
-        a derivative.
+        The first evaluation of a call is checked for random draws, and the first evaluation with a
+        divergence is checked for operators without a derivative.
 
-        With a graph, one non-finite sample would make the gradients of all parameters NaN, because
-        0 · NaN is NaN. The network therefore receives ones in place of a non-finite sample, and
-        the results for that sample are set to NaN. If a finite sample leads to a non-finite
-        result, the batch is evaluated again without that sample. On an accelerator, f is first
-        evaluated alone and without a graph, to find non-finite samples without synchronisation.
+        If an autograd graph is recorded, one non-finite sample would make the gradients of all
+        parameters NaN, because 0 · NaN is NaN. The network therefore receives ones in place of a
+        non-finite sample, and the results for that sample are set to NaN. If a finite sample leads
+        to a non-finite result, the batch is evaluated again without that sample. On an
+        accelerator, where such a test would require synchronisation, samples with a non-finite f
+        are instead found by first evaluating f alone, without a graph.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():

@@ -34,7 +34,7 @@ SHOWN = 0.01  # prior errors below this limit, in nats, are not printed
 class Cause(IntEnum):
     """The cause of a sample's failure.
 
-    In a result, 0 means that the sample either did not fail or was not checked.
+    In a result, 0 means that the sample did not fail or that no cause was recorded.
     """
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
@@ -64,7 +64,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """Summary of the likelihoods of a data set, as Python numbers; `print` shows the main ones.
+    """The likelihoods of a data set, summarised in numbers; `print` shows the main numbers.
 
     Attributes:
         samples: the number of samples included in the means.
@@ -77,9 +77,9 @@ class NLLSummary:
         solver_error: the mean solver error in nats.
         bits_per_dim: the mean nll in bits per dimension.
         bits_standard_error: `standard_error` in bits per dimension.
-        nfe: the mean number of network evaluations.
+        nfe: the mean number of network evaluations per sample.
         discrete: whether the data are integers; if so, `print` also shows bits per dimension.
-        products: the mean number of Jacobian products; None for a bound or if unknown.
+        products: the mean number of Jacobian products per sample; None for a bound or if unknown.
         kinks: the number of paths that seem to have kinks; None if unknown.
         prior_error: the mean prior error in nats; None if unknown.
         prior_size: the mean absolute prior error in nats; None if unknown.
@@ -126,7 +126,7 @@ class NLLSummary:
 
 
 class Quantization(NamedTuple):
-    """The number of levels of quantized data, and the range to which the levels are scaled."""
+    """The number of levels of quantized data, and the range that the cells of the levels cover."""
 
     levels: int
     low: float
@@ -163,13 +163,14 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return the bits per dimension (B,) of the data or, if quantized, of the integer levels.
+        """Return the bits per dimension (B,) of continuous data or of quantized integers.
 
         The value for a failed sample is NaN.
 
         Args:
-            levels: 256 for 8-bit images that were dequantized and scaled to [low, high]; None for
-                continuous data, or to use the levels of the call's `dequantization`.
+            levels: the number of levels, such as 256 for 8-bit images that were dequantized and
+                scaled to [low, high]; None for continuous data, or to use the number of levels of
+                the call's `dequantization`.
             low: the value of level 0 after scaling; −1 if None.
             high: the value that level `levels` would have after scaling; 1 if None.
 
@@ -229,7 +230,7 @@ class Result:
         return self.solver_error
 
     def _quantization(self, options: dict[str, Any]) -> Quantization | None:
-        """Return the quantization of the data, from the call's dequantization or the options."""
+        """Return the quantization given by the call's dequantization or the options, or None."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
@@ -328,8 +329,8 @@ class Result:
 
         Raises:
             ValueError: if the list is empty, if the shapes of samples differ between results, if
-                only some results have a standard error, products, a quantization or steps, or if
-                the values of `widening` differ. A bound cannot be concatenated with ODE
+                an attribute is None in some of the results but not in others, or if the values of
+                `widening` or `quantization` differ. A bound cannot be concatenated with ODE
                 likelihoods.
 
         Example:
@@ -391,8 +392,9 @@ class NLLResult(Result):
     """The negative log-likelihoods of a batch; `print` shows their summary.
 
     Attributes:
-        nll: −log p(x) in nats, (B,), or an upper bound on −log p(x) for `variational_nll` and for
-            integer data.
+        nll: −log p(x) in nats, (B,); for `variational_nll`, an unbiased estimate of an upper bound
+            on −log p(x). For integer data, the mean of `bits_per_dim` over the randomness of
+            dequantization is an upper bound on the bits per dimension of the integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
         nfe: the number of network evaluations, (B,). An evaluation that also computes the
             divergence counts as one.
@@ -402,24 +404,26 @@ class NLLResult(Result):
         solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound;
             with a companion, twice the estimate is meant to cover the errors of 95 % of samples on
             a grid of 64 steps.
-        failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
-            finite, if the path did not reach its end, or if solver_error is above
-            max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and `failures` returns the
-            reason.
+        failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
+            density contains a non-finite value, if the path did not reach its end, or if
+            solver_error is above max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and
+            `failures` returns the reason.
         products: the number of vector-Jacobian products, (B,), not included in nfe; None for a
             bound.
-        quantization: the levels and the range of dequantized data; None for continuous data.
+        quantization: the number of levels and the range of dequantized data; None for continuous
+            data.
         steps: the number of steps of the fixed grid, (B,); None with `Adaptive` or for a bound.
         widening: the factor from Student's t distribution by which `Adaptive` widens
             standard_error; 1 if standard_error is not widened.
-        kinks: whether the path seems to have kinks, (B,), as with ReLU networks; None if unknown.
-            The solver's order of accuracy drops at kinks, so solver_error is increased.
+        kinks: whether the path seems to have kinks, (B,), as the paths of ReLU networks do; None
+            if unknown. The solver's order of accuracy drops at kinks, which makes its error
+            estimate unreliable, so solver_error is tripled.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
-            log p(x) replaces the prior with the distribution of the diffused data. `prior_error`
-            is exact for Gaussian data. It is None for a bound, if `log_prior` is set, or if
-            data_mean or data_std is not set.
+            log p(x) replaces the prior with N(α m, α² s² + σ²), which is the exact distribution of
+            the diffused data if the data follow N(m, s²). `prior_error` is None for a bound, if
+            `log_prior` is set, or if data_mean or data_std is not set.
     """
 
     nll: Tensor
@@ -437,12 +441,15 @@ class SampleResult(Result):
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
         solver_error: an estimate of the difference between nll and the true −log p(x), in nats,
-            (B,); None if nll is None. With a companion, the ODE is solved back from x, and the two
-            densities are compared. Without a companion, the estimate treats the network's output
-            near the data as the gradient of log p, and is often a hundred times too large.
-        failed: whether the sample is unusable, (B,). A sample is unusable if a value was not
-            finite, if the path did not reach its end, or if solver_error is too large. The nll of
-            a failed sample is NaN, and `failures` returns the reason.
+            (B,); None if nll is None. With a companion, the ODE is also solved from x back
+            to a latent, and the densities that the two solutions yield at x are compared; if the
+            probes are random, the prior densities at the two latents are compared instead. Without
+            a companion, the estimate is computed as if the model's score near the data were the
+            gradient of log p, and is often a hundred times too large.
+        failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
+            density contains a non-finite value, if the path did not reach its end, or if
+            solver_error is too large. The nll of a failed sample is NaN, and `failures` returns
+            the reason.
         products: as in `NLLResult`.
         quantization: always None.
         steps: as in `NLLResult`.

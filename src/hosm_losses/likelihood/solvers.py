@@ -2,7 +2,8 @@
 
 Instances of these classes can be compared, hashed and pickled. `data_mean` and `data_std` define
 coordinates in which the paths of Gaussian data are constant (see `paths`), and determine
-`prior_error`. Apart from `prior_error`, the two moments affect only the solver's error.
+`prior_error`. The two moments also affect the solver's error and the number of network
+evaluations, but not the density that the solver approximates.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -56,26 +57,28 @@ class Solver:
 class FixedGrid(Solver):
     """A grid in log σ̂ that is shared by the whole batch, with fresh probes at every node.
 
-    Half of the nodes lie around the scale of the data, following a logistic distribution in log σ̂
-    centred at the log of the root mean square of data_std; the other half are spread evenly in
-    log σ̂. For a network that predicts the velocity of a linear flow, the steps are nearly equal
-    in t for data of unit size, except that they are shorter at both ends.
+    Half of the nodes follow a logistic distribution in log σ̂ that is centred at the log of the
+    root mean square of `data_std`; the other half are spread evenly in log σ̂. If the network
+    predicts the velocity of a linear flow, a different grid is used. If the root mean square of
+    `data_std` is 1, the steps of this other grid have similar lengths in t, but are shorter at
+    both ends.
 
     Args:
-        steps: the number of steps, at least 4. The solver takes steps + 2 network evaluations, or
-            steps + 8 if the path starts at a σ̂ between 1/20 and 20 times the data's standard
-            deviation. For a check during training, 20 steps are enough; for reported results with
-            the exact divergence, 40 steps are enough.
+        steps: the number of steps, at least 4. The network is evaluated steps + 2 times, or
+            steps + 8 times if σ̂ at the start of the path is between 1/20 and 20 times the data's
+            standard deviation. For a check during training, 20 steps are enough; for results that
+            you report, 40 steps are enough if the divergence is exact.
         companion: whether to solve the ODE a second time. With a companion, `solver_error` also
-            accounts for paths that amplify small errors. In `ode_nll`, the second solution takes
-            half as many steps, which adds 52 % to the number of evaluations for 64 steps. In
-            `ode_sample`, the second solution leads from the samples back to latents on the same
-            grid, which doubles the number of evaluations. A companion requires an even number of
-            steps, at least 8.
+            accounts for paths that amplify small errors. In `ode_nll`, the second solution uses
+            half as many steps and, if `steps` is 64, adds 52 % to the number of evaluations. In
+            `ode_sample`, the ODE is solved back from the samples to latents, on the same grid,
+            which doubles the number of evaluations. A companion requires an even number of steps,
+            at least 8.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
             a sample; stored as a number or as nested tuples. `None` means 0.
         data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
-            means 0.5. If both moments are set, the results of `ode_nll` have a `prior_error`.
+            means 0.5. If both moments are set, `ode_nll` also computes `prior_error`, unless
+            `log_prior` is set.
 
     Raises:
         TypeError: if `steps` is not a whole number.
@@ -105,12 +108,14 @@ class FixedGrid(Solver):
 
 @dataclass(frozen=True)
 class ToTolerance(Solver):
-    """For each sample, the coarsest fixed grid whose `solver_error` is within a tolerance.
+    """A fixed grid that is refined until the `solver_error` of each sample is within a tolerance.
 
-    The number of steps is the smallest of 32, 64, …, 1024 that meets the tolerance. Unless
-    `group` is set, only samples whose error exceeds the tolerance are solved again, on a finer
-    grid. `nfe` includes the evaluations on coarser grids. Later batches start with the median
-    number of steps that were used for the samples of the first batch.
+    In the first batch, the number of steps is the smallest of 32, 64, …, 1024 that meets the
+    tolerance. If an error exceeds the tolerance, the ODE is solved again on the next finer grid:
+    for the whole batch if `group` is set, and otherwise only for the samples whose error is too
+    large. `nfe` includes the evaluations on coarser grids. Later batches start with the median
+    number of steps that the samples of the first batch needed, so some of their samples use more
+    steps than necessary.
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.

@@ -7,14 +7,15 @@ Purpose:
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
-    with x_t = α x + σ ε, u = log σ̂ and d log σ̂ = g²/(2σ²) dt. The last term corrects for starting
-    at t_min. The decoder p(x|x_tmin) is a normal distribution whose mean is the denoised x_tmin
-    and whose standard deviation is σ̂(t_min):
+    with x_t = α x + σ ε, u = log σ̂ and d log σ̂ = g²/(2σ²) dt. The last term is needed because
+    the integral starts at t_min instead of t = 0. The decoder p(x|x_tmin) is a normal distribution
+    whose mean is the denoised x_tmin and whose standard deviation is σ̂(t_min):
     −log p(x|x_tmin) = (d/2) log(2π σ̂²) + ½‖ε̂ − ε‖².
 
 Noise:
-    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The standard error is
-    also computed from these pairs of draws.
+    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The standard error
+    is computed from the spread within these pairs, the spread of the draws at t_min and, if
+    `log_prior` is set, the spread of `log_prior` over draws of the latent.
 
     A control variate reduces the variance. If the data followed N(m, s²), the error ε̂ − ε of an
     exact network would be
@@ -22,7 +23,8 @@ Noise:
     and the integral of E‖r‖² is known in closed form:
         ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁² + F(σ̂₁²) − F(σ̂₀²)],
         F(w) = log(w/(s² + w)) + s²/(s² + w).
-    Only the integral of the difference ‖ε̂ − ε‖² − ‖r‖² is therefore estimated from random draws.
+    In the integral and in the last term of the bound, random draws are therefore needed only for
+    the difference ‖ε̂ − ε‖² − ‖r‖².
 
 Source:
     Song et al., arXiv 2101.09258, theorem 3, and appendix B for the correction at t_min; Kingma et
@@ -113,7 +115,7 @@ def variational_nll(
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
-    """Estimate the bound for a batch from `samples` noise levels per sample."""
+    """Estimate the bound for each x of a batch from `samples` noise levels."""
     x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), paths.dimensions
     centred, variance = x - coordinates.mean, coordinates.std.square()

@@ -11,8 +11,8 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
     Standard errors come from a jackknife that leaves out one sample and its probes at a time.
 
     The interval for log Z extends 1.96 standard errors below the estimate and farther above it. If
-    the weights are skewed, a set of samples that misses the large weights underestimates both the
-    mean and the standard error.
+    the weights are skewed and the samples miss the large weights, both the mean weight and its
+    standard error are underestimated.
     For the upper end, the largest weight is counted twice. Let the resulting n weights have mean
     m, standard error s of this mean, and skewness γ √n, and let T = (m − Z)/s. Hall's
     transformation g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard normal. At the upper end
@@ -73,7 +73,7 @@ class Weights:
 
     Attributes:
         x: the samples, (B, *).
-        log_weights: log w, (B,); −inf where log π is −inf and for failed samples.
+        log_weights: log w, (B,); −inf for failed samples and for samples at which log π is −inf.
         variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
         solver_error: the solver error in the nll of each sample, in nats, (B,).
         log_target: the callable that returns log π; `sandwich` evaluates log π at other points.
@@ -94,7 +94,7 @@ class Weights:
 
     @property
     def log_z(self) -> float:
-        """The estimate of log Z in nats, which is the log of the mean weight."""
+        """The log of the mean weight, in nats: an estimate of log Z."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
@@ -138,8 +138,8 @@ class Weights:
     def effective_sample_size(self) -> float:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        Do not use it to select runs: a run whose samples miss the large weights has a larger
-        effective sample size.
+        Do not use it to select runs: the effective sample size is larger when the samples miss the
+        large weights than when they do not.
         """
         return self._effective_size(self.normalized.square())
 
@@ -150,7 +150,7 @@ class Weights:
 
     @property
     def effective_sample_size_without_probes(self) -> float | None:
-        """Estimate of the effective sample size without the noise of random probes.
+        """Estimate of the effective sample size that weights without probe noise would have.
 
         The value is None if the weighted mean of `variance` is above 0.25, because this effective
         sample size cannot be estimated in that case.
@@ -205,11 +205,11 @@ class Weights:
         return self.x[rows], rows
 
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
-        """Return bounds on log Z, from these samples and from points x drawn from the target.
+        """Return bounds on log Z, computed from these samples and points x drawn from the target.
 
-        `result` is the result of `ode_nll` for x. A sample of weight zero makes the lower bound
-        −inf. A failed point makes the upper bound inf, and a point at which the target is zero
-        makes the upper bound −inf.
+        `result` is the result of `ode_nll` for x. The lower bound is −inf if any sample has weight
+        zero. The upper bound is inf if a point of x failed, and −inf if the target is zero at a
+        point that did not fail; if x contains points of both kinds, the upper bound is NaN.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the

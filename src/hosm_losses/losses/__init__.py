@@ -5,8 +5,8 @@
 - `options`: validation of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
 - `terms`: the loss terms, as squares of residuals in which the lower orders are detached.
-- `paired`: the same terms, computed as products of estimates from two independent probes.
-- `times`: a sampler of t that learns which times matter.
+- `paired`: unbiased estimates of the terms for probes="exact", from independent probes.
+- `times`: a sampler of t that learns at which times a loss needs the most samples.
 - `weighting`: the weighting of noise levels, and the other ways to draw t.
 """
 

@@ -1,11 +1,11 @@
 """Denoising score matching as functions and as modules.
 
-A function takes a ScoreModel and clean data, and returns a loss, by default a scalar, on which you
-can call `backward`. A module can be wrapped in DDP, FSDP2, torch.compile and activation
-checkpointing: its `forward` computes the whole loss, so that a wrapper sees every use of a
-parameter. The module stores the ScoreModel as `model`, and accepts the options of the function of
-the same order. See `objective` for the formula, and `terms` for the residuals, the detached parts
-and the reference.
+Each function takes a ScoreModel and clean data, and returns the loss as a differentiable tensor,
+by default a scalar. Each module can be wrapped in DDP, FSDP2, torch.compile and activation
+checkpointing: its `forward` computes the whole loss, so the wrapper sees every use of a parameter.
+A module stores the ScoreModel as `model`, and accepts the options of the function of the same
+order. See `objective` for the formula, and `terms` for the residuals, for what is detached, and
+for the source.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def first_order_dsm(
 ) -> Tensor:
     """Return the first-order loss, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
 
-    With prediction="epsilon", this loss equals that of a trainer with the same α and σ, up to
-    rounding error, for data in float32 or float64; half-precision values are squared in float32.
-    Outside `torch.func`, none of the network's operators is replaced by a safe primitive. The
-    arguments are the same as for `third_order_dsm`.
+    With prediction="epsilon" and data in float32 or float64, this loss equals that of a trainer
+    with the same α and σ, up to rounding error. With half-precision data, the residual is formed
+    and squared in float32. Except inside a `torch.func` transform, no operator of the network is
+    replaced by a safe primitive. The arguments are the same as for `third_order_dsm`.
 
     Returns:
         The loss, in float32 or float64. The loss is dimensionless; with weighting="likelihood", it
@@ -101,10 +101,10 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two; order two fits the Jacobian ∂s/∂x and tr ∂s/∂x.
+    """Return the loss of orders one and two; order two matches the Jacobian ∂s/∂x and its trace.
 
-    The arguments are the same as for `third_order_dsm`. `weights` contains (first, second,
-    trace); a fourth weight, for order three, is ignored.
+    The arguments are the same as for `third_order_dsm`. The `weights` are (first, second, trace);
+    a fourth weight, for order three, is ignored.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace.
@@ -164,10 +164,11 @@ def third_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one to three; order three fits the gradient of tr ∂s/∂x.
+    """Return the loss of orders one to three; order three matches the gradient of tr ∂s/∂x.
 
-    The losses of these three orders together bound the KL divergence between the data and the
-    model's probability-flow ODE.
+    Under regularity conditions, the errors in the score, in its Jacobian and in the gradient of
+    the Jacobian's trace together bound the KL divergence from the distribution of the data to that
+    of the model's probability-flow ODE.
 
     Args:
         model: the score model.
@@ -178,44 +179,47 @@ def third_order_dsm(
             `probes` only selects how the estimates are combined; `Paired()` needs K ≥ 2 vectors.
         probes: the number of probes for each sample, and how the estimates from the probes are
             combined. A whole number K means `Hutchinson(K)`: the residual along each probe is
-            squared, as in the paper. `Paired()` instead multiplies two independent estimates, each
-            computed from one half of the probes. With `Paired()`, the loss has the same mean as
-            with "exact" and almost no noise from the probes, and a step costs about twice as much
-            as with one probe. "exact" uses all d unit vectors as probes. Dropout uses one mask for
-            all probes of a sample. The exception is order three, where each probe has its own mask
-            unless the probes are `Paired()` and reverse mode is used.
+            squared, as in the paper. `Paired()` instead computes the trace and third terms as
+            products of two independent estimates, each from one half of the probes. The loss then
+            has the same mean as with "exact" and almost no noise from the probes, but a step costs
+            about twice as much as with probes=1. "exact" uses all d unit vectors as probes.
+            Dropout uses one mask for all probes of a sample. The exception is order three, where
+            each probe has its own mask unless the probes are `Paired()` and reverse mode is used.
         targets: the regression target; None means the drawn noise ε, as in the paper.
-            `AveragedTargets()` averages over all data that may have produced x, which removes the
-            noise that the random choice of x₀ adds to every order. `TargetScores(scores)` reduces
-            the noise from the choice of x₀ without using other data, but requires the score
-            ∇log p₀ of the data. At order one, a tensor (B, *) passed to the call, such as a
-            teacher's prediction, replaces ε in the residual but not in x; also pass the `t` and
-            `noise` of the x for which the tensor was computed.
-        weights: (first, second, trace, third), as a list or tuple of nonnegative numbers or
-            one-element tensors, or as an array or a tensor. "paper" means (1, 1, 1, 1), as in the
-            paper's code for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's
-            low-dimensional script. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights of an
-            order and of all higher orders are the number 0, these orders are not evaluated and
-            add no cost: to ramp up the weights, you can start at (1, 0, 0, 0), which is the
-            first-order loss. A term whose weight is a zero tensor is still computed.
+            `AveragedTargets()` averages the target over all data points that may have produced x,
+            which removes the noise that the random choice of x₀ adds to the targets of every
+            order. `TargetScores(scores)` reduces the noise from the choice of x₀ without using
+            other data, but requires the score ∇log p₀ of the data. At order one, a tensor (B, *)
+            passed to the call, such as a teacher's prediction, replaces ε in the residual but not
+            in x; also pass the `t` and `noise` of the x for which the tensor was computed.
+        weights: the weights (first, second, trace, third), in a list or tuple (of nonnegative
+            numbers or one-element tensors), an array or a tensor. "paper" means (1, 1, 1, 1), as
+            in the paper's code for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the
+            paper's script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If the
+            weights of an order and of all higher orders are the number 0, these orders are not
+            evaluated and add no cost: to ramp up the weights, you can start at (1, 0, 0, 0), which
+            is the first-order loss. A term whose weight is a zero tensor is still computed.
         weighting: "noise" leaves the terms unchanged. "native" turns the first term into the
             squared error of the network's own prediction. `EDMWeighting()` turns the first term
             into the loss of EDM's trainer. "likelihood" turns the first term into the
             likelihood-weighted loss; in that case, set the `weights` of the higher orders
-            yourself. None of these options changes the mean of the higher terms. The values of a
-            callable t → (B,) multiply every term.
+            yourself. None of these options changes the mean of the higher terms. With a callable
+            t → (B,), every term is multiplied by the values that the callable returns.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
             draws log σ̂ from a uniform distribution and reweights the terms, so that the mean of
             every term stays the same; if the schedule is a table, the times are integer indices
-            into the table. `AdaptiveTimes()` learns which times to draw. Times from a callable
-            (batch size, generator) → t (B,) are treated as if you had passed them as `t`. None
-            means "log_sigma_hat" if weighting="likelihood", and "schedule" otherwise.
+            into the table. `AdaptiveTimes()` learns at which times the loss needs the most
+            samples. Times from a callable (batch size, generator) → t (B,) are treated as if you
+            had passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
+            "schedule" otherwise.
         antithetic: whether each sample is perturbed with both ε and −ε, at the same t. Every term
             of a sample, even with reduction="none", is then the average over both perturbations.
-            This average has the same mean, and less noise where the density of the data is smooth
-            at the scale of the noise. The network is called once, with 2B rows: pass half as many
-            samples for the same cost. If you pass `noise`, it is used as +ε. Both halves share
-            their probes and `model_kwargs`. Dropout draws a separate mask for each half.
+            The average has the same mean as with a single perturbation. Where the density of the
+            data is smooth at the scale of the noise, the average has a lower variance than with
+            two independent perturbations. The noisy batch has 2B rows: for the same cost, pass
+            half as many samples. If you pass `noise`, it is used as +ε. The two halves of the
+            noisy batch have the same probes and `model_kwargs`. Dropout draws a separate mask for
+            each half.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
@@ -288,11 +292,12 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the unweighted terms of the loss for each sample, with their autograd graph.
 
-    `order` is 1, 2 or 3; options that concern only higher orders are ignored. The other arguments
-    are the same as for `third_order_dsm`.
+    `order` is 1, 2 or 3; options that concern only orders above `order` are ignored. The other
+    arguments are the same as for `third_order_dsm`.
 
     Returns:
-        The terms, each of shape (B,), in float32 or float64. Terms of higher orders are None.
+        The terms, each of shape (B,), in float32 or float64. The terms of orders above `order`
+        are None.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -391,7 +396,7 @@ class _DSM(nn.Module):
     ) -> Any:
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
-        If `targets` or `weights` is None, the argument of the constructor is used.
+        If `targets` or `weights` is None, the constructor's argument of that name is used instead.
         """
         check_flag("return_terms", return_terms)
         own = self._or_own(targets, weights)
@@ -496,8 +501,8 @@ class _HigherOrderDSM(_DSM):
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
         The inputs are the same as for `third_order_dsm`. `weights` and `targets` override the
-        arguments of the constructor, so that you can, for example, ramp up the weights or change
-        the reference data.
+        constructor's arguments of the same names, so that you can, for example, ramp up the
+        weights or change the reference data.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}

@@ -53,7 +53,7 @@ from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss and its terms, with the drawn times and the rows that have higher terms."""
+    """A loss and its terms, with the times of the batch and the rows that have higher terms."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -129,7 +129,7 @@ def dsm(
 
 
 class RowLosses(nn.Module):
-    """A module that computes the loss of a single sample, with the parameters in `model`."""
+    """A module that computes the loss of a single sample; its parameters are those of `model`."""
 
     def __init__(self, model: ScoreModel, loss: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -154,8 +154,9 @@ def row_losses(
 ) -> RowLosses:
     """Return a module that maps an index i < n to the loss of sample rows[i], for `rows` (n,).
 
-    The times t are (B,), and the targets are computed from the whole batch. The factor of the time
-    sampler is left out, and the higher terms are computed for every sample in `rows`.
+    `t` has the shape (B,), and the targets are computed from the whole batch. The terms are not
+    multiplied by the factor that corrects for the time sampler, and the higher terms are computed
+    for every sample in `rows`.
     """
     kwargs, targets = check_model_kwargs(model_kwargs), check_targets(targets, tensor=False)
     batch, bound, weights, order = _prepare(
@@ -206,7 +207,7 @@ def _prepare(
 def _check_tensor_targets(
     targets: Tensor, x0: Tensor, t: object, noise: object, options: LossOptions
 ) -> Tensor:
-    """Return the detached targets; raise ValueError if some would be used at the wrong x."""
+    """Return the detached targets; raise ValueError if they may belong to another x."""
     targets = _like_data("targets", targets, x0).detach()
     if t is None or noise is None:
         raise ValueError(
@@ -353,7 +354,7 @@ def _probes(
 ) -> Tensor:
     """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
 
-    With antithetic noise, the probes are (K, 2n, *), the same for both halves.
+    With antithetic noise, the probes are (K, 2n, *), and their two halves are equal.
     """
     if probe is not None:
         v = probe if rows is None else probe[:, rows]
@@ -388,7 +389,7 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Return the weighted sum of the terms, without those of weight 0, reduced over the batch."""
+    """Return the weighted sum of the terms of nonzero weight, reduced over the batch."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

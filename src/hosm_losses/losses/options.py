@@ -65,7 +65,10 @@ class LossOptions:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the objective weights all log σ̂ equally, not by the schedule's density of t."""
+        """Whether the objective weights all values of log σ̂ equally.
+
+        Otherwise, it weights them by the schedule's density of t.
+        """
         return self.weighting == "likelihood"
 
 
@@ -85,9 +88,10 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    The number of weights must equal the number of terms; at order 2, a fourth weight is allowed.
-    At least one weight must be nonzero. The values of tensors are checked only on the CPU.
-    `elements` is d, which determines the third-order weight if `weights` is None or "paper-toy".
+    The number of weights must equal the number of terms; at order 2, a fourth weight is allowed,
+    but ignored. At least one of the weights of the terms must be nonzero. The values of tensors
+    are checked only on the CPU. `elements` is d, which determines the third-order weight if
+    `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:

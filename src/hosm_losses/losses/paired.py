@@ -1,4 +1,4 @@
-r"""Unbiased estimates of the terms for probes="exact", computed from a few paired probes.
+r"""Unbiased estimates, from a few paired probes, of the terms that probes="exact" computes.
 
 Purpose:
     With random probes v, the target in the squared residual depends on v, and the mean of a square
@@ -12,18 +12,18 @@ Formula:
         a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
         R_k = G_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
-    With K > 2 probes, the indices 1 and 2 stand for means over the first K // 2 probes and over
-    the remaining probes, respectively. Averaged over independent v_k with E[v vᵀ] = I, the
-    numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as
-    with probes="exact". The product of two estimates may be negative for some samples.
+    With K > 2 probes, a₁ and R₁ are means over the first K // 2 probes, and a₂ and R₂ are means
+    over the remaining probes. Averaged over independent v_k with E[v vᵀ] = I, the numerators are
+    ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with
+    probes="exact". The product of two estimates may be negative for some samples.
 
-    With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
-    ·) is added to G_k. C₂ and C₃ are applied to the same probe as the derivatives that they are
-    compared with, so that the noise from the probe also cancels where C₂ and C₃ equal these
-    derivatives.
+    With less noisy `targets`, every sum Av + v, including Aℓ + ℓ, becomes Av + v − C₂v, and G_k
+    becomes G_k + C₃(v_k, v_k, ·). C₂ and C₃ are applied to the same probes as the derivatives of
+    the network, so that the noise from the probes also cancels where C₂ = A + I and
+    C₃(v, v, ·) = −G.
 
     The network is called only once, because ℓ·(Aℓ) is computed by a backward pass from the
-    network's output, and Aℓ is not differentiated.
+    network's output, and because Aℓ is not differentiated.
 
 Cost of a step with two probes:
     A step costs as much as 12 network evaluations at order two (9 if the weight of `second` is 0)

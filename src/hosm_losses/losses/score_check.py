@@ -1,4 +1,4 @@
-r"""A test of whether scores belong to the density of the data, by integration by parts.
+r"""A test, based on integration by parts, of whether scores are those of the data's density.
 
 Formula:
     E[v·g + div v] = 0 for g = ∇log p₀ and every vector field v(x) that is tangent to the subspace
@@ -8,14 +8,14 @@ Formula:
         v_i = −v_j = ½ (ℓ − ℓ̄) r for two particles in D dimensions, with r = x_i − x_j and
             ℓ = log|r|: div v = 1 + D (ℓ − ℓ̄), so the mean of −(ℓ − ℓ̄) (½ r·(g_i − g_j) + D) is 1.
 
-    In molecules, the products in the first mean combine the large forces along bonds with the
-    motion of the whole molecule. For a stiff bond, the second mean has far less noise. Neither
-    mean depends on the masses.
+    In molecules, the products in the first mean multiply the large forces along bonds by the
+    motion of the whole molecule. For a stiff bond, the second mean has far less noise than the
+    first. Neither mean depends on the masses.
 
 Errors:
     Consecutive frames of a simulation are correlated, so standard errors are computed from the
-    means of `RUNS` runs of consecutive samples. The centre of each run is the mean over the other
-    runs.
+    means of `RUNS` runs of consecutive samples. The centre subtracted in each run is the mean over
+    the other runs.
 """
 
 import math
@@ -35,10 +35,10 @@ def check_scores(
 ) -> None:
     """Warn if scores g (N, d) are not those of the data x, or if N samples are too few to tell.
 
-    `matrix` says whether the information is a matrix; with one number per element, the targets
-    would be biased in a subspace that is not parallel to the axes. `rounding` is the relative
-    rounding error of x. If the data are positions of particles, the mean over pairs decides
-    whether there are too few samples.
+    `matrix` says whether the information is a matrix; if it is one number per element, and the
+    data lie in a subspace that is not parallel to the axes, the targets are biased. `rounding` is
+    the relative rounding error of x. If `particles` is given, whether there are too few samples is
+    judged only from the mean over pairs.
     """
     varies, dimension = _extent(x, rounding)
     elements = int(varies.sum())
@@ -75,7 +75,7 @@ def check_scores(
 
 
 def _extent(x: Tensor, rounding: float) -> tuple[Tensor, int]:
-    """Return which elements of x (N, d) vary by more than rounding, and the data's dimension."""
+    """Return a mask of the elements of x (N, d) that vary beyond rounding, and x's dimension."""
     x = (x - x.mean(0)) / (rounding * x.abs().amax(0))
     varies = x.square().mean(0) > 1
     count = int(varies.sum())

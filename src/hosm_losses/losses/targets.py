@@ -57,15 +57,15 @@ Targets of another kind:
     and the dtype of `weights` matter.
 
 Shapes:
-    The weights are (B, R + 1), and ε̄ is (B, *). C₂v and C₃(v, v, ·) have the shape of the probes,
-    (K, B, *).
+    The weights have the shape (B, R + 1), and ε̄ has the shape (B, *). C₂v and C₃(v, v, ·) have
+    the shape of the probes, (K, B, *).
 
 Precision:
     All moments are expressed in terms of δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the
     sample itself, so the moments are exactly zero if every reference has zero weight. A weighted
     sum of the δ_j is computed as a difference of matrix products, which loses digits as σ/α → 0.
-    These products are therefore computed in float64, where eight digits remain at α/σ = 1e4, and
-    where neither autocast nor TF32 applies. On devices without float64, they are computed in
+    These products are therefore computed in float64, which keeps eight digits at α/σ = 1e4, and to
+    which neither autocast nor TF32 applies. On devices without float64, they are computed in
     float32. The differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype
     of the matrix products.
 
@@ -108,12 +108,12 @@ ELSEWHERE = 2**24
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Return one row per sample, (B, n), without a graph, in the dtype used to compute targets."""
+    """Return the detached tensor as rows (B, n), in the dtype in which targets are computed."""
     return tensor.detach().reshape(len(tensor), -1).to(widest_dtype(tensor))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product along the last dimension, which is kept with size 1."""
+    """Return the inner product along the last dimension, keeping that dimension with size 1."""
     return (a * b).sum(-1, keepdim=True)
 
 
@@ -136,7 +136,8 @@ class AveragedTargets:
     Args:
         reference: data (R, *), with the dtype and device of x₀. If None, the batch itself is the
             reference; under DDP, each process uses its own batch. To average over all processes,
-            pass `dataclasses.replace(targets, reference=gathered, own=False)` to each call.
+            pass `dataclasses.replace(targets, reference=gathered, own=False)` as the `targets` of
+            each call.
         own: whether the x₀ of each sample is added to the sample's reference. Use False if the
             reference already contains every x₀ unchanged, for example because it is the whole
             training set without flips, crops or dequantization noise: with True, each x₀ would
@@ -191,7 +192,7 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Return the posterior moments of the noise in x = α x₀ + σ ε.
 
-        ε (nB, *), α (nB,) and σ (nB,) consist of n batches, one after another, for x₀ (B, *).
+        ε (nB, *), α (nB,) and σ (nB,) contain n batches, one after another, for one x₀ (B, *).
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -300,7 +301,7 @@ class ControlledMoments(NamedTuple):
         return times(self.control, self.basis, v)
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the vectors that replace C₂v and, if `third`, C₃(v, v, ·), for v (K, B, d)."""
+        """Return what replaces C₂v and, if `third` is True, C₃(v, v, ·), for v (K, B, d)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -356,8 +357,8 @@ class TargetScores:
     uses e = ε − C (ε + σ̂ g) in place of ε. Using e amounts to target score matching (De Bortoli et
     al., arXiv 2402.08667) with the weights that leave the least noise. The extension to orders two
     and three is new in this library and needs neither Hessians nor additional network calls. The
-    objective changes only by a constant: for every model, each residual keeps its conditional mean
-    given x. For Gaussian data, e has no noise.
+    expected gradient is unchanged: for every model, each residual keeps its conditional mean given
+    x. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support: for uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
@@ -367,16 +368,16 @@ class TargetScores:
         scores: the score g, either as a tensor with the shape of x₀, for a single call to a loss,
             or as a callable that maps data (N, *) to their scores. A module's constructor accepts
             only a callable. The scores are detached from any graph.
-        information: F = E g gᵀ over the data, which determines C. `information` is a number from 0
-            to math.inf (math.inf gives the paper's targets), a tensor with the shape of a sample
-            (one number per element), or a matrix (d, d), whose eigenvectors are computed once, in
-            the constructor. A 0-dim tensor counts as a number. If `information` is None, F is
-            estimated for each sample from the elementwise means of g² over the other samples of
-            the batch (under DDP, of the batch in the same process). The targets are the paper's
-            targets if there are no other samples, and along directions in which the information is
-            zero, such as a constant coordinate. An eigenvalue of a matrix counts as zero if it is
-            below 1.2e-7 d times the largest eigenvalue, or below a larger multiple if x₀ or the
-            matrix is in half precision.
+        information: F = E g gᵀ, averaged over the data; F determines C. `information` is a number
+            from 0 to math.inf (math.inf gives the paper's targets), a tensor with the shape of a
+            sample (one number per element), or a matrix (d, d), whose eigenvectors are computed
+            once, in the constructor. A 0-dim tensor counts as a number. If `information` is None,
+            F is estimated for each sample as the elementwise mean of g² over the other samples of
+            the batch (under DDP, of the batch in the same process). If there are no other samples,
+            the targets are the paper's targets. Along directions in which the information is zero,
+            such as that of a constant coordinate, the targets are also the paper's targets. An
+            eigenvalue of a matrix counts as zero if it is below 1.2e-7 d times the largest
+            eigenvalue, or below a larger multiple if x₀ or the matrix is in half precision.
         averaged: an `AveragedTargets` if the targets should also be averaged over all data that
             may have produced x. If `averaged` has a reference, `scores` must be a callable,
             because the scores of the reference are needed as well.
@@ -385,8 +386,9 @@ class TargetScores:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
             although `averaged` has a reference, or if another argument has the wrong type.
         ValueError: if `scores` or the elements of `information` are not finite, or if
-            `information` is a negative number, NaN, or a matrix that is not symmetric and positive
-            semidefinite; in a loss, also if `scores` or `information` does not match the batch.
+            `information` is NaN, is negative (as a number or for any element of a sample), or is a
+            matrix that is not symmetric and positive semidefinite; in a loss, also if `scores` or
+            `information` does not match the batch.
 
     Example:
         >>> import torch
@@ -444,25 +446,25 @@ class TargetScores:
     ) -> Tensor:
         """Return E g gᵀ for the scores g of data, as one number per element or as a matrix.
 
-        By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. A warning is
-        issued if the sample mean differs from the dimension by more than five standard errors,
-        because the scores or the density then violate the conditions of `TargetScores`. Another
-        warning is issued if five standard errors exceed 10 % of the expected mean, so that even
-        scores with an error of this size may pass. The standard errors account for correlation
-        between samples if the samples are in the order in which a simulation produced them, and
-        if the simulation is at least a hundred times as long as the correlation time.
+        By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. If the sample
+        mean differs from the dimension by more than five standard errors, the scores or the
+        density violate the conditions of `TargetScores`, and a warning is issued. Another warning
+        is issued if five standard errors exceed 10 % of the expected mean, because scores with a
+        relative error of this size may then go unnoticed. The standard errors account for
+        correlation between samples if the samples are in the order in which a simulation produced
+        them, and if the simulation is at least a hundred times as long as the correlation time.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.
             scores: ∇log p₀ at each sample, as a tensor with the shape of `data`.
             matrix: whether to return the matrix (d, d) rather than one number per element. The
-                additional noise that the matrix removes, integrated over log σ̂, is
-                ½ log(∏ F_ii / det F).
+                matrix removes more noise than one number per element does; the difference,
+                integrated over log σ̂, is ½ log(∏ F_ii / det F).
             particles: the number n of particles if samples are positions (n, D). The scores are
-                then also checked along the stiffest pairs, such as bonds, where the mean of
-                −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1 for ℓ = log|x_i − x_j|. In
-                molecules, the standard error of this mean is far smaller than that of the mean of
-                −(x − x̄)·g.
+                then also checked on pairs of particles, mainly on the stiffest pairs, such as
+                bonds: with ℓ = log|x_i − x_j|, the mean of
+                −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1. In molecules, the standard error of
+                this mean is far smaller than that of the mean of −(x − x̄)·g.
 
         Returns:
             F, in units of 1/x², as float64 on devices that support float64, otherwise as float32.
@@ -505,7 +507,7 @@ class TargetScores:
     ) -> ControlledMoments:
         """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        ε (nB, *), α (nB,) and σ (nB,) consist of n batches, one after another, for x₀ (B, *).
+        ε (nB, *), α (nB,) and σ (nB,) contain n batches, one after another, for one x₀ (B, *).
         """
         own = self._scores_at(x0)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
@@ -593,7 +595,7 @@ Targets = AveragedTargets | TargetScores | Tensor | None
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
-    """Return `targets`, after checking its type; only `tensor=True` allows a tensor."""
+    """Return `targets`, after checking its type; a tensor is allowed only if `tensor` is True."""
     if targets is None or isinstance(targets, (AveragedTargets, TargetScores)):
         return targets
     if tensor and isinstance(targets, Tensor):

@@ -3,8 +3,9 @@ r"""Residuals of high-order denoising score matching, and their squares, which a
 Purpose:
     f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise.
     D = ∂f/∂x (σ v) is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the
-    gradient of the quadratic form of the Jacobian. For the noise ε in x = α x₀ + σ ε, a residual
-    has conditional mean zero given x if and only if the model is correct at the residual's order.
+    gradient of the quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. If the
+    model is correct at all lower orders, a residual has conditional mean zero given x if and only
+    if the model is also correct at the residual's order.
 
 Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
@@ -16,37 +17,36 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     other vectors have the shape (K, B, *), including the residuals r2 and r3; rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). Targets averaged over data replace ε with a mean, and use the covariance C₂ and the third
-    cumulant C₃ about this mean: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·).
+    ·). If targets are averaged over data, a mean replaces ε, D + v becomes D + v − C₂v, and G
+    becomes G + C₃(v, v, ·), where C₂ is the covariance and C₃ the third cumulant about this mean.
     With targets from the score of the data, other vectors, which depend on ℓ, replace C₂v and
     C₃(v, v, ·).
 
 Why lower orders are detached:
-    Detaching is part of the method, not an optimisation. If the lower orders are held fixed, they
-    add only a bounded error to the targets of the higher orders: the minimiser of order two is off
-    by exactly ‖ŝ₁ − ∇log q‖², and the minimiser of order three is off by products of the
-    lower-order errors. If gradients flowed through the lower orders, training could reduce the
-    loss of the higher orders by making the lower orders worse.
+    Detaching is part of the method, not an optimisation. If the lower orders are held fixed,
+    their errors shift the targets of the higher orders only by a bounded amount: the error of the
+    minimiser at order two has a norm of exactly ‖ŝ₁ − ∇log q‖², and the error of the minimiser at
+    order three is a sum of products of lower-order errors. If gradients flowed through the lower
+    orders, training could reduce the loss of the higher orders by making the lower orders worse.
 
 Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With probes="exact", the higher numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where M₂ is the
-    residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's trace. With
-    random probes, the second term has the same mean as with "exact"; the means of the trace and
-    third terms are larger by the variance over probes, which is zero at the true score. For an
-    unrestricted vector field, random probes give the same minimiser as "exact"; for a restricted
-    family, the minimisers may differ.
+    With probes="exact", the numerators of the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where
+    M₂ is the residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's
+    trace. With random probes, the second term has the same mean as with "exact"; the means of the
+    trace and third terms are larger by the variance of the residuals over probes, which is zero at
+    the true score if the targets have no noise. For an unrestricted vector field, random probes
+    give the same minimiser as "exact"; for a restricted family, the minimisers may differ.
 
 Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
     exceed the range of float16. The network and its derivatives keep the precision of x.
 
-    Only the sum of f = −(p · prediction + q x) and ε matters, so it is computed as the sum of
-    f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals −q x except
-    for a part of order α.
-    If f and ε were added directly, r1, which weighting="native" divides by p ~ α, would be mostly
-    rounding error.
+    Only f + ε matters, where f = −(p · prediction + q x). To avoid cancellation, f + ε is computed
+    as the sum of f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals
+    −q x except for a part of order α. If f and ε were added directly, r1, which is divided by
+    p ~ α if weighting="native", would be mostly rounding error.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -82,7 +82,7 @@ class DSMTerms(NamedTuple):
         trace: rt²/d², with the shape of `second`; None at order 1.
         third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
-    If all weights above some order are the number 0, the terms above that order are None.
+    If every weight above some order is the number 0, the terms above that order are None.
     """
 
     first: Tensor
@@ -119,8 +119,9 @@ class LoggedTerms(Logged, DSMTerms):
 
     Attributes:
         t: the times of the batch, (B,).
-        rows: the rows that `fraction` selected for the higher terms, in the order of these terms;
-            None if all rows have higher terms, or if there are no higher terms.
+        rows: the rows that `fraction` selected for the higher terms, in the same order as the
+            entries of these terms; None if all rows have higher terms, or if there are no higher
+            terms.
     """
 
 
@@ -184,7 +185,7 @@ def first_term(residual: Tensor, dimensions: int) -> Tensor:
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return r2 (K, B, *), rt (K, B) and the target of G (the value of G at which r3 is zero).
 
-    `Dv_plus_v` is D + v, or D + v − C₂v for less noisy targets.
+    `Dv_plus_v` is D + v or, with `targets`, D + v − C₂v.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -196,7 +197,7 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
-    """Return the terms, which are squared residuals along the probes v, for each sample."""
+    """Return the terms of each sample, which are squared residuals along the probes v."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(model, batch.x, w, order=order, engine=options.engine, summed=exact)

@@ -11,7 +11,8 @@ Formula:
     any M that is positive where b is positive.
 
     If the schedule is a table, each entry belongs to the bin that contains its log σ̂. Entry i of
-    bin k is drawn from the bin with probability b_i/M_k, where b_i is its base probability.
+    bin k is drawn from the bin with probability b_i/M_k, where b_i is the base probability of the
+    entry.
 
     The variance of the gradient is smallest if m_k² is proportional to V_k, the mean squared
     gradient of the loss of one sample (or of one antithetic pair) at times in bin k. With Adam,
@@ -22,7 +23,8 @@ Source:
     version is from Zheng et al., arXiv 2305.03935, appendix. Sampling in proportion to the root of
     a second moment is from Nichol and Dhariwal, arXiv 2102.09672, who use the second moment of the
     loss. If the gradients and the losses are distributed differently over noise levels, only
-    sampling by the second moment of the gradient minimises the variance of the gradient.
+    sampling in proportion to the root of the second moment of the gradient minimises the variance
+    of the gradient.
 """
 
 from collections.abc import Iterable, Mapping
@@ -57,7 +59,7 @@ def ends_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def rate_of(schedule: Schedule, time: Tensor, *, indices: bool) -> Tensor:
-    """Return du/dt = g²/(2σ²) or, for the entries of a table, the width w_i around each entry."""
+    """Return du/dt = g²/(2σ²) or, for a table, the width w_i of the interval around each entry."""
     if indices:
         above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
         return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
@@ -97,7 +99,7 @@ class Bins(NamedTuple):
         return cls(schedule, low, span / BINS, below[bounds].diff(), (below, bounds))
 
     def place(self, unit: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return times for uniform numbers, the inverse density of log σ̂ at the times, and bins.
+        """Map uniform numbers to times; return times, inverse densities of log σ̂, and bins.
 
         The probability of bin k is proportional to M_k ratios_k. All results are (B,). For a
         table, the times are indices, and the density of an entry is its probability divided by
@@ -130,8 +132,8 @@ class AdaptiveTimes(nn.Module):
     but its gradient has less noise. Logged terms are not reweighted, so times with large gradients
     are overrepresented in these terms.
 
-    The buffer `m` is initially 1 in every bin. A loss only reads `m`, and `learn` updates it: call
-    `learn` about every 50 training steps.
+    The buffer `m` is initially 1 in every bin. A loss reads `m` but does not change it; to update
+    `m`, call `learn` about every 50 training steps.
 
     Attributes:
         m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
@@ -217,23 +219,23 @@ class AdaptiveTimes(nn.Module):
 
         The loss of each of min(rows, B) samples of x0 is differentiated separately, with targets
         computed from the whole batch. The network's parameters, gradients, buffers and training
-        modes are left unchanged, and so is the global random state; a generator that you pass
-        advances. During the call, batch norm is in evaluation mode, but dropout is not. A call
-        costs as much as `rows` forward and backward passes for one sample each: call `learn` less
-        often once `m` has settled.
+        modes are left unchanged, and so is the global random state; if you pass a generator,
+        its state advances. During the call, batch norm is in evaluation mode, but dropout keeps
+        its mode. A call does the work of min(rows, B) forward and backward passes with one sample
+        each, so call `learn` less often once `m` has settled.
 
-        Under DDP, call `learn` in every process; each forward pass then broadcasts `m` from the
-        first process, as it does the buffers of batch norm. With broadcast_buffers=False, pass the
-        same x0, and generators with the same seed, in every process.
+        Under DDP, call `learn` in every process; DDP then broadcasts `m`, like the buffers of
+        batch norm, from the first process at each forward pass. With broadcast_buffers=False, pass
+        the same x0, and generators with the same seed, in every process.
 
         Args:
             objective: the loss module that uses this sampler, possibly within DDP or
                 torch.compile.
             x0: data (B, *).
             optimizer: if you pass an optimizer, only the gradients of its parameters are used. If
-                the optimizer estimates squared gradients, as Adam does, these estimates set the
-                scale of each parameter. An optimizer is required if the network is wrapped in a
-                plain function.
+                the optimizer keeps estimates of squared gradients, as Adam does, each squared
+                gradient is divided by √v + eps, where v is its estimate. An optimizer is required
+                if the network is wrapped in a plain function.
             rows: the number of samples whose gradients are computed.
             targets: as in a call to the objective.
             weights: as in a call to the objective, for orders two and three.
@@ -301,7 +303,7 @@ class AdaptiveTimes(nn.Module):
         self.m.copy_(torch.where(seen, updated.sqrt(), self.m))
 
     def _loss_of(self, objective: nn.Module) -> Any:
-        """Return the module of the loss, without the wrappers of DDP and torch.compile."""
+        """Return the loss module inside the wrappers of DDP and torch.compile, if any."""
         loss: Any = objective
         while type(loss).__name__ in ("DistributedDataParallel", "OptimizedModule"):
             loss = loss.module if hasattr(loss, "module") else loss._orig_mod
@@ -323,7 +325,7 @@ class AdaptiveTimes(nn.Module):
 
 
 def as_times(t: Tensor, like: Tensor) -> Tensor:
-    """Return times in the dtype in which losses are computed, but indices unchanged."""
+    """Return times in the dtype in which losses are computed; return indices unchanged."""
     return t.to(torch.promote_types(like.dtype, torch.float32)) if t.is_floating_point() else t
 
 

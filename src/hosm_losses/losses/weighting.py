@@ -2,10 +2,10 @@ r"""Sampling of t for a loss, and the factors by which the terms are multiplied 
 
 Formula for the factor of the first term (the factor of the higher terms is 1):
     "noise"        1
-    "native"       1/p² for ε̂ = p · prediction + q x, which gives the squared error of the
-                   network's own prediction, the loss of trainers that apply no other weighting
-    EDMWeighting   1 + (σ̂/σ_d)², which gives the loss of EDM's trainer: λ(σ) ‖x̂₀ − x₀‖² with
-                   λ(σ) = (σ² + σ_d²)/(σ σ_d)²
+    "native"       1/p² for ε̂ = p · prediction + q x; the term is then the squared error of the
+                   network's own prediction, as in trainers that apply no other weighting
+    EDMWeighting   1 + (σ̂/σ_d)²; the term is then the loss of EDM's trainer, λ(σ̂) ‖x̂₀ − x₀‖²
+                   with λ(σ̂) = (σ̂² + σ_d²)/(σ̂ σ_d)²
     "likelihood"   ½ (g²/σ²) d divided by the density of t, so that the first term is an unbiased
                    estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt; times that the caller passes are
                    treated as uniformly distributed
@@ -13,10 +13,11 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
 
     With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁], and every factor except
     that for "likelihood" is multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
-    density of t. The choice of sampler therefore changes the variance of a loss but not its mean.
-    With "likelihood", for which "log_sigma_hat" is the default sampler, the factor becomes the
-    constant (u₁ − u₀) d. With "likelihood", the weight of the first term is d g²/(2σ² p) times its
-    weight with "noise", so the weights of the terms must be chosen anew.
+    density of t. The choice between the samplers "schedule" and "log_sigma_hat" therefore changes
+    the variance of a loss but not its mean. The default sampler for "likelihood" is
+    "log_sigma_hat", with which the factor is the constant (u₁ − u₀) d. With "likelihood", the
+    weight of the first term is d g²/(2σ² p) times its weight with "noise", so weights of the terms
+    that were tuned for "noise" must be tuned again.
 
     If the schedule is a table, t is an index i, which "log_sigma_hat" draws with probability
     w_i/(u₁ − u₀). Here, w_i is the length of the interval of log σ̂ in which u_i is the closest
@@ -109,7 +110,7 @@ def draw_time(
 ) -> tuple[Tensor, Tensor | None]:
     """Draw a time for every sample of x0: t of shape (B,), on the device of x0.
 
-    The second result is the inverse density of log σ̂ at t, (B,) or a 0-dim tensor, by which the
+    The second result, of shape (B,) or (), is the inverse density of log σ̂ at t, by which the
     terms are reweighted; it is None if t comes from the schedule or from a callable.
     """
     schedule, sampler = model.schedule, time_sampler

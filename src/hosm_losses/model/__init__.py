@@ -1,11 +1,11 @@
-"""Wrap a network as a noise predictor ε̂(x, t), and as a function of x to be differentiated.
+"""Wrap a network as a noise predictor ε̂(x, t), and as a function of x for differentiation.
 
 - `adapters`: modules that wrap a network, such as `OnSubspace` for data in a linear subspace.
 - `score_model`: `ScoreModel`, a network with its noise schedule and its kind of prediction.
 - `bound`: `BoundModel`, the network's prediction as a function of x, for fixed times and
   conditions.
 - `posterior`: the mean and covariance of clean data given noised data.
-- `conditions`: the rule for which tensors in `model_kwargs` are per-sample.
+- `conditions`: the rule that decides which tensors in `model_kwargs` are per-sample.
 """
 
 from hosm_losses.model.adapters import OnSubspace as OnSubspace

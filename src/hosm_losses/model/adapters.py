@@ -11,10 +11,11 @@ Formula:
     orthogonal projection onto the subspace, x = Q y, y = Qᵀ x, and the network as a function of y
     is Qᵀ network(Q y, t).
 
-    The columns of Q are the eigenvectors of P W P whose eigenvalues are from 1 to 2, where W is
-    diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. The weights W separate
-    directions that P treats alike. Therefore, Q is the same on every computer. If P is a
-    mask, the columns of Q are unit vectors in the order of the elements.
+    The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is
+    diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. The weights W
+    separate directions that P treats alike, and fix the sign of each column. Therefore, Q is the
+    same on every computer. If P is a mask, the columns of Q are unit vectors in the order of the
+    elements.
 """
 
 import copy
@@ -68,7 +69,7 @@ class Wrapper(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the module without copying functions or the modules to which they refer."""
+        """Copy the module, but neither functions nor the modules that these functions use."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         if isinstance(self.network, Wrapper):
@@ -90,8 +91,8 @@ class OnSubspace(Wrapper):
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
-            samples x (B, *). The result must be a tensor like x; its component outside the
-            subspace is dropped.
+            samples x (B, *). The result must be a floating-point tensor with the shape and device
+            of x; the component of the result outside the subspace is dropped.
         project: the orthogonal projection onto the subspace, such as a function that subtracts the
             centre of mass. The function is called only in the constructor, with n float64 samples
             (n, *) on the CPU. It must accept any n and treat all samples alike.
@@ -143,8 +144,8 @@ class OnSubspace(Wrapper):
         """Return the coordinates y (B, d − k) of samples x (B, *).
 
         Raises:
-            ValueError: if x has the wrong shape, or lies off the subspace. The latter is checked
-                only on the CPU, where the check needs no synchronisation.
+            ValueError: if x has the wrong shape, or lies off the subspace. The second condition is
+                checked only on the CPU, where the check needs no synchronisation.
         """
         y = self._reduce(x)
         if can_read_values(x):
@@ -176,7 +177,7 @@ class OnSubspace(Wrapper):
     def _times_basis(
         self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
     ) -> Tensor:
-        """Return Qᵀ x or Q y for each sample, as a tensor (B, *other) from a tensor (B, *own)."""
+        """Return Qᵀ x or Q y for each sample: a tensor (B, *other) for a `value` (B, *own)."""
         of = "OnSubspace.reduce(x)" if name == "y" else "OnSubspace.expand(y)"
         check_like(name, value, (len(value), *own), value.dtype, value.device, of)
         Q = copy_like(self._copies, value, lambda: self._basis)

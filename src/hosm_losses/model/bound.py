@@ -35,8 +35,8 @@ Primitives = Literal["all", "one sample", "none"]
 class BoundModel:
     """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction rather than f = −ε̂, because the term q x would give f a
-    graph even if the prediction had none.
+    Engines differentiate the prediction rather than f = −ε̂, because the term q x would connect f
+    to x in the autograd graph even if the prediction were detached.
 
     Attributes:
         model: the score model.
@@ -78,7 +78,7 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """This model with PyTorch's own operators, enough for values and first derivatives."""
+        """This model with PyTorch's own operators, which suffice up to first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
@@ -96,7 +96,7 @@ class BoundModel:
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
-        """Return the same model for `count` copies of the batch, one after another."""
+        """Return the same model, bound to `count` copies of the batch in one larger batch."""
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
@@ -139,7 +139,11 @@ class BoundModel:
     def f_and_divergence(
         self, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return f and ∇·f from vᵀ ∂prediction/∂x v and ‖v‖² (K, B), or from their sums over v."""
+        """Return f at x, and vᵀ ∂f/∂x v (K, B) for every direction v.
+
+        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If both are sums over
+        all unit vectors v, (1, B), the second result is ∇·f.
+        """
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()
         q_rows = None if q is None else q.flatten()
@@ -197,7 +201,10 @@ WRAP_THE_LOSS = (
 
 
 def refuse_wrapped(network: object) -> None:
-    """Raise TypeError if the network is inside DDP or has compiled, scripted or sharded parts."""
+    """Raise TypeError if any part of the network is wrapped.
+
+    A part is wrapped if it is compiled, scripted or sharded, or is in DDP or DataParallel.
+    """
     wrappers, kinds = set[str](), set[type]()
     for part in network.modules() if isinstance(network, nn.Module) else [network]:
         kinds.add(type(part))

@@ -6,8 +6,11 @@ Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
 
     x̂₀ = p · prediction + q x is affine in the network's prediction, so the covariance is
     σ²/α (p ∂prediction/∂x + q I). If the network predicts x₀, the covariance is σ²/α times the
-    network's Jacobian. For other predictions, p ∂prediction/∂x and q I are both about 1/α in
-    size, and their sum is about α/σ², which is smaller by a factor of σ̂².
+    network's Jacobian. For other predictions, p ∂prediction/∂x and q I may nearly cancel: at high
+    noise, their sum is about α/σ². If the network predicts the noise or the score, q is 1/α,
+    which is larger than the sum by a factor of σ̂². For "v", q is α/(α² + σ²), which is about as
+    small as the sum. For "velocity", q depends on the schedule; for `LinearFlowSchedule`, q is 1,
+    which is larger than the sum by a factor of about σ̂.
 
 Source:
     Efron, "Tweedie's formula and selection bias" (2011). The formula for the covariance is given
@@ -65,15 +68,16 @@ class PosteriorCovariance:
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
         """Return the products of each sample's covariance with that sample's vectors in v.
 
-        All K vectors share one forward pass, and each vector needs one backward pass. The
-        symmetric part also needs derivatives along v, which more than double the time.
+        All K vectors share one forward pass, and each vector needs one backward pass. With
+        `symmetric=True`, derivatives along v are also computed, and the call takes more than twice
+        as long as with `symmetric=False`.
 
         Args:
             v: one vector per sample, (B, *), or K vectors per sample, (K, B, *).
-            symmetric: if True, use the symmetric part of the operator, because covariances are
-                symmetric. If False, return σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v with
-                respect to x. The two products are equal if the network is the gradient of a scalar
-                function.
+            symmetric: if True, multiply v by the symmetric part of the operator, because a
+                covariance is symmetric. If False, return σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of
+                σ²/α x̂₀·v with respect to x. The two products are equal if the network is the
+                gradient of a scalar function.
 
         Returns:
             The products, with the shape of v and without a graph.
@@ -86,7 +90,7 @@ class PosteriorCovariance:
         if v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
             raise ValueError(error_message("v", expected, v))
-        vectors = v.reshape(-1, *x.shape).to(x.dtype)
+        vectors = v.detach().reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
             vectors = leave_inference_mode(vectors)
             (products,) = pull_backs(self._bound, x, [vectors])
@@ -98,7 +102,10 @@ class PosteriorCovariance:
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the exact variances (B, *), or the mean of v ∘ Σᵀv over random probes v."""
+        """Return the exact variances (B, *), or their estimates from random probes v.
+
+        The estimates are the means of v ∘ Σᵀv over the probes, where Σ is the covariance.
+        """
         x = self._x
         if probes != "exact":
             v = probes.draw(x, generator)
@@ -150,9 +157,11 @@ def denoising_posterior(
     """Return the mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
     The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, the covariance is computed
-    as σ²/α times the network's Jacobian. For other predictions, the covariance is computed
-    as a difference, which loses digits as σ̂² grows: in float32, all digits are lost if σ̂ exceeds
-    a few hundred.
+    as σ²/α times the network's Jacobian. For other predictions, the covariance is computed as a
+    difference. If the network predicts the noise or the score, the difference's relative error
+    grows in proportion to σ̂²: in float32, all digits are lost if σ̂ exceeds a few hundred. For
+    "velocity" with `LinearFlowSchedule`, the relative error grows in proportion to σ̂. For "v",
+    hardly any digits are lost.
 
     Args:
         model: the score model.
@@ -162,7 +171,7 @@ def denoising_posterior(
 
     Returns:
         The posterior, with `.mean` (B, *) and `.covariance`, an operator with `@ v`, `diagonal`,
-        `trace` and `dense`. No result has a graph.
+        `trace` and `dense`. Neither the mean nor the operator's results have a graph.
 
     Raises:
         TypeError: if the network is compiled or wrapped for parallel training, or if an argument

@@ -2,8 +2,8 @@ r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the 
 
 Purpose:
     Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
-    x = α x₀ + σ ε. Elsewhere, only the likelihood's choice of grid depends on the kind of
-    prediction.
+    x = α x₀ + σ ε. Outside this module, the kind of prediction is read only by the ODE solver, to
+    choose its grid and order, and by `check_wrapping`.
 
 Formula:
     epsilon            ε̂ = network
@@ -82,16 +82,17 @@ class ScoreModel(Wrapper):
         schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
-            data to noise; also "flow_prediction"). A synonym is stored as the name that
-            precedes the parentheses.
+            data to noise; also "flow_prediction"). If a synonym is given, the model's `prediction`
+            is the name before the parentheses.
         time: converts t to the network's time: a factor, or a callable that is applied to t. If
             None, the network receives t itself.
         output: a callable that selects the prediction from the network's output, for example
             `operator.attrgetter("sample")`. If None, the output is the prediction.
-        call: a callable for networks with a different signature, used as
-            `call(network, x, time, **kwargs)`. If None, the network is called as
+        call: a callable, called as `call(network, x, time, **kwargs)`, that evaluates a network
+            with a different signature. If None, the network is called as
             `network(x, time, **kwargs)`.
-        primitives: whether the losses of orders two and three use the safe primitives.
+        primitives: whether the safe primitives may replace PyTorch's operators when the network
+            is differentiated, as in the losses of orders two and three.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, or if
@@ -296,7 +297,7 @@ class ScoreModel(Wrapper):
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Return whether this TypeError comes from our call and not from code inside the network."""
+    """Return whether the call itself raised this TypeError, rather than code in the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}

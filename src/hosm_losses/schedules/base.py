@@ -8,8 +8,8 @@ Formula:
 Checks made when a ScoreModel is built:
     α and σ must be positive. log σ̂ must increase from t_min, where the data are, to t_max, where
     the noise is, and its derivative must also be positive. `time` must be the inverse of log σ̂.
-    All of this is checked on a grid in float64, always on the CPU, so that nothing is read from an
-    accelerator.
+    All of this is checked at fixed fractions of [t_min, t_max], in float64 and always on the CPU,
+    so that nothing is read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -64,22 +64,25 @@ def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 class Schedule:
     """A noise schedule; a subclass only has to define alpha, sigma, t_min and t_max.
 
-    σ/α must grow with t: the data are at t_min. By default, the inverse `time` is computed by
-    bisection, and the derivatives are computed using `torch.func`. Losses and likelihoods call
-    `time` and `squared_diffusion`, for which the schedules in this package have closed forms.
+    σ/α must increase with t, since the data are at t_min. By default, `time`, the inverse of
+    log σ̂, is computed by bisection, and derivatives with respect to t are computed using
+    `torch.func`. Losses and likelihoods call `time` and `squared_diffusion`, for which the
+    schedules in this package have closed forms.
 
     t may be a tensor of any shape, a number or an array. Methods return tensors with the shape,
     device and dtype of t, except that dtypes narrower than float32 become float32. Integers are
-    converted to the default dtype, and numbers and arrays are converted to CPU tensors, whatever
-    the default device.
+    converted to the default dtype, and numbers and arrays are converted to CPU tensors, regardless
+    of the default device.
 
     If you write your own `alpha` and `sigma`, both are called only with floating-point tensors.
-    `alpha` and `sigma` must return tensors with the shape, dtype and device of t, computed with
-    PyTorch operators, and must not use tensors on other devices. These rules are checked when
-    a ScoreModel is built; derivatives that you override are only checked against each other.
+    `alpha` and `sigma` must use PyTorch operators, must return tensors with the shape, dtype and
+    device of t, and must not use tensors on other devices. These rules are checked, on the CPU,
+    when a ScoreModel is built. Of the derivatives, only `squared_diffusion` and `rates` are
+    checked: they must agree with each other.
 
-    The check runs in float64, but losses call `alpha` and `sigma` in float32, where 1 − α²
-    keeps few digits near t_min. If α = exp(−B/2), compute σ as torch.sqrt(-torch.expm1(-B)).
+    The check runs in float64, but losses call `alpha` and `sigma` in float32, in which 1 − α²
+    keeps few digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as
+    torch.sqrt(-torch.expm1(-B)).
 
     Example:
         >>> class Linear(Schedule):
@@ -97,12 +100,12 @@ class Schedule:
     _starts_at_data: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        """Return the class name and the range; undefined ends of the range are None."""
+        """Return the class name and the range; undefined ends of the range are shown as None."""
         low, high = (getattr(self, name, None) for name in ("t_min", "t_max"))
         return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Return α(t), the factor of the data."""
+        """Return α(t), the factor by which the data are multiplied."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ class Schedule:
     def prior_std(self) -> float:
         """Standard deviation of the prior.
 
-        The value is 1 if σ is designed to end near 1, and σ(t_max) otherwise.
+        The value is 1 for schedules that end at σ ≈ 1 by design, and σ(t_max) for all others.
         """
         if self._prior_std is not None:
             return self._prior_std
@@ -138,10 +141,10 @@ class Schedule:
         return float(low), float(high)  # under an older torch.func, tolist() fails
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t, clipped to [t_min, t_max], at which log σ̂ has the given value.
+        """Return the time t, clipped to [t_min, t_max], at which log σ̂ has the given value.
 
-        In a subclass with a closed form, the result can be differentiated. Otherwise, t is
-        computed by bisection and has no derivative.
+        The base class computes t by bisection, for which autograd returns a derivative of 0. The
+        schedules in this package compute t by formulas that can be differentiated.
         """
         target = as_time(log_sigma_hat)
         low = torch.full_like(target, self.t_min)
@@ -175,7 +178,7 @@ class Schedule:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw (batch,) times for training, by default uniformly in [t_min, t_max].
+        """Draw `batch` times for training, by default uniformly in [t_min, t_max].
 
         `EDMSchedule` draws log σ from a normal distribution, and `DiscreteSchedule` draws integer
         indices.
@@ -201,7 +204,7 @@ class Schedule:
         return t.round().long() if self.integer_time else t
 
     def time_density(self, t: Tensor | float) -> Tensor:
-        """Return the density of `sample_time` at t, per unit of t.
+        """Return the density at t, per unit of t, of the times that `sample_time` draws.
 
         A subclass must override both `sample_time` and `time_density`, or neither.
         """
@@ -231,9 +234,9 @@ def as_time(t: Tensor | float) -> Tensor:
 
 
 def check_schedule(schedule: object) -> Schedule:
-    """Return `schedule` if it is valid.
+    """Return `schedule` if it is valid; otherwise, raise TypeError or ValueError.
 
-    Values are not checked while `torch.compile` is tracing or under a fake tensor mode.
+    Values are not checked during tracing by `torch.compile` or under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
         remedy = "For a scheduler of diffusers, use from_diffusers(network, scheduler)."
@@ -255,7 +258,7 @@ def check_schedule(schedule: object) -> Schedule:
 
 
 def _check_values(schedule: Schedule, t: Tensor) -> None:
-    """Check the rules at increasing times t; raise ValueError for the first that is broken."""
+    """Check a schedule at the increasing times t; raise an error for the first broken rule."""
     name = type(schedule).__name__
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     u = sigma.log() - alpha.log()
@@ -313,7 +316,7 @@ def _first_broken(holds: Tensor) -> int | None:
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
-    """Return a method's values at t; raise TypeError unless the result is a tensor like t."""
+    """Return a method's values at t, which must have the shape, dtype and device of t."""
     value = getattr(schedule, method)(t.clone())
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:

@@ -6,9 +6,9 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    1 − α² loses all significant digits near t_min, so σ is computed with expm1 or as a product of
-    sines, and is accurate to 1e-6 in float32. If α² + σ² = 1, σ′ is computed as −(α/σ) α′, which
-    loses no digits to cancellation.
+    In float32, 1 − α² loses nearly all significant digits near t_min, so σ is computed with expm1
+    or as a product of sines, with a relative error below 1e-6. If α² + σ² = 1, σ′ is computed as
+    −(α/σ) α′, which loses no digits to cancellation.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -150,7 +150,7 @@ class CosineSchedule(Schedule):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     The drift is f = −φ′ tan φ, and the squared diffusion is −2 f. The schedule ends at
-    t_max = 0.9946, before α reaches 0, so that σ̂ is finite (about 119).
+    t_max = 0.9946, before α reaches 0, so that σ̂ stays finite (about 119 at t_max).
     """
 
     offset: float = 0.008
@@ -233,10 +233,10 @@ class LinearFlowSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMSchedule(Schedule):
-    """EDM's schedule (Karras et al.): α = 1, σ = t; training draws log σ from N(−1.2, 1.2²).
+    """EDM's schedule (Karras et al.): α = 1, σ = t; in training, log σ follows N(−1.2, 1.2²).
 
     The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (a fraction of
-    2e-5 for the default range) are moved into the range, so that `sample_time` has a density.
+    2e-5 for the default range) are spread over the range, so that the times have a density.
     """
 
     t_min: float = 0.002
@@ -283,10 +283,10 @@ class EDMSchedule(Schedule):
 
     @property
     def _standard(self) -> tuple[int, float, float, float]:
-        """A sign, the range of sign · z for a standard normal z, and the mass inside this range.
+        """A sign, the ends of the range of sign · z, and the standard normal mass inside it.
 
-        The sign places most of the range below 0, because probabilities keep more digits near 0
-        than near 1.
+        Here, z is (log σ − log_mean)/log_std. The sign is chosen so that most of the range is
+        below 0, because probabilities near 0 keep more digits than probabilities near 1.
         """
         low, high = (
             (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf

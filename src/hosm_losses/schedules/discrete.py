@@ -25,7 +25,7 @@ Numbers = Sequence[float] | np.ndarray | Tensor
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    One copy is cached for each device and dtype, so that training steps copy nothing.
+    A copy is cached for each device and dtype, so that training steps need not copy the numbers.
     """
 
     values: tuple[float, ...]
@@ -44,7 +44,7 @@ class Table:
     def beside(self, like: Tensor) -> Tensor:
         """Return the numbers and the slopes, (2, N), with the dtype and device of `like`.
 
-        Each slope is the difference between the next number and this one; the last slope is 0.
+        Each slope is the next number minus the number at the same index; the last slope is 0.
         """
         # The slopes are rounded from float64, since differences of rounded entries lose digits.
         both = self.values, self._slopes
@@ -53,7 +53,7 @@ class Table:
         return copy_like(self._copies, like, make)
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """Return the interpolated number at index t; raise ValueError if t is out of range."""
+        """Return the number interpolated at index t; on the CPU, check that t is in range."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)
@@ -81,18 +81,18 @@ class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index from 0 to N−1, as an integer or a float.
 
     Between the entries, log σ̂ is linear in t. If the time sampler is "schedule" or
-    "log_sigma_hat", losses draw integer indices and replace integrals over t with trapezoidal
-    sums. Likelihoods also evaluate the schedule at fractional indices. On the CPU, an index
-    outside the table raises ValueError; on accelerators, indices are not checked, to avoid a
-    synchronisation.
+    "log_sigma_hat", losses draw integer indices and replace integrals over log σ̂ with
+    trapezoidal sums. Likelihoods also evaluate the schedule at fractional indices. On the CPU,
+    an index outside the table raises ValueError; on accelerators, indices are not checked, to
+    avoid a synchronisation.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, with every entry in (0, 1), as a list,
             an array or a one-dimensional tensor. The table is stored as a tuple.
 
     Raises:
-        ValueError: if the table does not decrease, or is not within (0, 1). If the table ends at
-            ᾱ = 0 (zero terminal SNR), σ̂ is infinite at the end: omit the last entry.
+        ValueError: if the table is not strictly decreasing, or has a value outside (0, 1). If the
+            table ends at ᾱ = 0 (zero terminal SNR), σ̂ is infinite there: omit the last entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -131,7 +131,8 @@ class DiscreteSchedule(Schedule):
     def from_betas(cls, betas: Numbers) -> Self:
         """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
 
-        The betas are a list, an array or a tensor (N,). A beta outside (0, 1) raises ValueError.
+        The betas are a list, an array or a tensor (N,). ValueError is raised if a beta is outside
+        (0, 1).
 
         Example:
             >>> DiscreteSchedule.from_betas([0.1, 0.5])
@@ -148,10 +149,10 @@ class DiscreteSchedule(Schedule):
         *,
         scaled: bool = False,
     ) -> Self:
-        """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
+        """Return DDPM's schedule: `steps` betas, equally spaced from beta_start to beta_end.
 
-        If `scaled` is True, the steps are equal in √β, as for "scaled_linear" in diffusers.
-        ValueError is raised unless both betas are in (0, 1) and steps ≥ 2.
+        If `scaled` is True, √β is equally spaced instead, as in diffusers for "scaled_linear".
+        An error is raised unless both betas are in (0, 1) and steps ≥ 2.
 
         Example:
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
@@ -207,7 +208,7 @@ class DiscreteSchedule(Schedule):
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the fractional index at this value of log σ̂, clipped to the table's ends."""
+        """Return the fractional index at which log σ̂ has the given value, clipped to [0, N−1]."""
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:
@@ -222,12 +223,12 @@ class DiscreteSchedule(Schedule):
 def step_labels(
     schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return the map from an index into a respaced table to the network's time, factor · step.
+    """Return a function from an index into a respaced table to the network's time, factor · step.
 
-    `respaced` lists the steps of the full table that the schedule kept. For a fractional
-    index, interpolation finds the step that has the same noise level. Since α falls smoothly from
-    1, the slope of α halfway between two respaced steps is taken to be the mean slope between
-    them, and the slope is taken to be linear between such midpoints.
+    `respaced` lists the steps of the full table that the schedule kept. A fractional index is
+    converted to the fractional step with the same noise level, by interpolation. This assumes
+    that α falls smoothly from 1: halfway between two respaced steps, the slope of α is set to the
+    mean slope between these steps, and the slope is interpolated linearly between such midpoints.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)

@@ -1,4 +1,4 @@
-r"""Derivatives of a function along directions, computed by calling the function once.
+r"""Derivatives of a function along given directions, computed by calling the function once.
 
 The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public functions:
 
@@ -11,15 +11,15 @@ The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public 
 How it works:
     The function is called once, with a `Jet` in place of x. A Jet is a tensor that looks like x
     and carries a stack (C, B, *): the value, then the first derivative along each direction l,
-    then the second derivative along each l, or only their sum. PyTorch passes each function that
-    is called on a Jet to `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule
-    computes the stack of y = f(x) from the stack of x by the chain rule:
+    then the second derivative along each l, or only the sum of the second derivatives. PyTorch
+    passes each function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule
+    in the `registry`. A rule computes the stack of y = f(x) from the stack of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
     A function without a rule is differentiated separately, by `torch.func.jvp`. Calls whose
-    derivatives could be wrong raise `TaylorError`, for example calls to a custom autograd.Function
-    and complex arithmetic outside rotary embeddings.
+    derivatives could be wrong, such as complex arithmetic outside rotary embeddings or calls to a
+    custom autograd.Function, raise `TaylorError`.
 
 Kinds of rules, with an example of each:
     linear: ∂²f is zero, so the rule is the function itself, which is applied either to each
@@ -34,8 +34,8 @@ Kinds of rules, with an example of each:
             return product_rule(a, b, torch.mul, ndim)
 
     pointwise: a generator that yields the function's value and first three derivatives at x. The
-    third derivative is needed to compute gradients, and all pointwise rules share the code for
-    this; see `pointwise`.
+    third derivative is needed only for gradients, which are computed by code that all pointwise
+    rules share; see `pointwise`.
 
         @pointwise("exp")
         def _exp(x):
@@ -60,13 +60,13 @@ Files, from the bottom up:
 - `_torch`: the private PyTorch names that the engine uses.
 - `stacks`: stacks of components.
 - `registry`: the rule for each function; errors; hooks inside a network.
-- `memory`: which tensors share memory; functions that keep only their arguments for the backward
-  passes.
+- `memory`: which tensors share memory; functions that keep only their arguments, or only their
+  result, for the backward passes.
 - `primitives`: operators with a correct double backward, and the `TorchFunctionMode` that
   replaces PyTorch's operators with these during reverse-mode differentiation.
 - `jets`: the class `Jet`, function calls on Jets, and the functions `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
-  the rules, each defined next to its gradients and registered on import.
+  the rules, which are registered on import; hand-written gradients are next to their rules.
 """
 
 from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401

@@ -33,7 +33,7 @@ def is_traced() -> bool:
 
 
 def carries_gradient(x: object) -> bool:
-    """Whether a value is a tensor that requires grad in the innermost torch.func transform."""
+    """Whether a value is a tensor that requires grad, at the innermost torch.func level if any."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
     innermost = _C._functorch.peek_interpreter_stack()
@@ -46,7 +46,10 @@ def saving_hooks() -> Any:
 
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
-    """The innermost saved-tensor hook if it is of this `kind` (default: a checkpoint's hook)."""
+    """The innermost saved-tensor hook if its name starts with `kind`, and None otherwise.
+
+    The default `kind` matches the hook of a checkpoint.
+    """
     if _look is None or torch.compiler.is_compiling():
         return None
     hook, _ = _look(True) or (None, None)
@@ -102,7 +105,7 @@ def forward_mode_on() -> AbstractContextManager[object]:
 
 
 def operators(name: str) -> list[Any]:
-    """The operators, including overloads, in torch.ops.aten that implement a named function."""
+    """The operators in torch.ops.aten, and their overloads, that implement the function `name`."""
     overloads: list[Any] = []
     for aten_name in (name, f"linalg_{name}", f"_linalg_{name}"):
         packet = getattr(torch.ops.aten, aten_name, None)
@@ -159,7 +162,8 @@ def has_alias(x: Tensor) -> bool:
 def swap(a: Tensor, b: Tensor) -> None:
     """Swap two tensors in place.
 
-    Raises RuntimeError if a view, a weak reference or a graph of either tensor prevents the swap.
+    Raises RuntimeError if either tensor has a weak reference, or is held by a view or an autograd
+    graph.
     """
     with without_subclasses():
         torch.utils.swap_tensors(a, b)
@@ -186,7 +190,11 @@ def leave_inference_mode(tensor: Tensor) -> Tensor:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was changed in place, or an empty list under torch.compile."""
+    """Return how many times each tensor was changed in place.
+
+    Inference tensors, which have no such count, are skipped. Under torch.compile, the list is
+    empty.
+    """
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -1,18 +1,18 @@
 r"""Operators composed of a few other operators; one body serves both Jets and plain tensors.
 
 A body takes `ops` as its first argument, followed by the operator's own arguments. An attribute
-of `ops`, such as `ops.softmax`, stands for a function of torch or torch.nn.functional, or for a
-method of Tensor.
-For plain tensors, `ops` calls the function itself; for Jets, `ops` calls the function's rule. If a
-body called `torch.softmax(x, -1)` directly, torch.compile would mistake a Jet for a plain tensor.
+of `ops`, such as `ops.softmax`, is named after the function of torch or torch.nn.functional, or
+the method of Tensor, that it calls. For plain tensors, `ops` calls the function itself; for Jets,
+`ops` calls the function's rule. If a body called `torch.softmax(x, -1)` directly, torch.compile
+would mistake a Jet for a plain tensor.
 
 With `primitive=True`, the body also replaces the operator when a network is differentiated in
 reverse mode; see `primitives`.
 
 Lengths of vectors, and quantities derived from lengths (distances, angles and spreads), are
 composites because PyTorch's own forward-mode formulas cannot be differentiated again at points
-where these formulas substitute a zero. A length has no derivative at zero; as in PyTorch, it is
-treated as a constant there.
+where these formulas replace an undefined quotient by zero. A length has no derivative at zero; as
+in PyTorch, it is treated as a constant there.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Wrap a function to use its rule if an argument is a Jet or a list that contains a Jet."""
+    """Wrap a function so that its rule is used if an argument is a Jet or a list with a Jet."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -112,7 +112,10 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
 
 @composite("prod", several=False)
 def _prod(ops: Any, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Multiply halves repeatedly; PyTorch's third derivative is NaN if a factor is zero."""
+    """Multiply one half by the other, repeatedly.
+
+    PyTorch's third derivative is NaN if a factor is zero.
+    """
     dim, dtype = axis(dim, x.ndim), dtype or x.dtype
     x, count = _wide(ops, ops.to(x, dtype)), x.shape[dim]
     if not count or not dtype.is_floating_point:

@@ -1,4 +1,4 @@
-r"""Rules for in-place methods, which call the out-of-place function and then `write_jet`.
+r"""Rules for in-place methods; a rule computes its result out of place, then calls `write_jet`.
 
 In PyTorch, a trailing underscore marks a method that changes its tensor in place. If the method
 without the underscore has a rule, that rule is used. If that method has no rule or does not exist,
@@ -72,7 +72,10 @@ _METHODS = {
 
 
 def register_changes() -> None:
-    """Register a rule for every in-place method, after all functions have their rules."""
+    """Register a rule for every in-place method that has none.
+
+    All other rules must be registered before this call.
+    """
     for name, plain in _METHODS.items():
         functions = [function for function in functions_named(plain) if function in RULES]
         for change in functions_named(name):

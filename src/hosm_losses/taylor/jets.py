@@ -17,8 +17,8 @@ Without a rule:
     derivatives could be wrong raise TaylorError. Examples are complex arithmetic outside rotary
     embeddings, and calls under torch.no_grad or in the forward of a custom autograd.Function.
     Operators without a forward-mode derivative in PyTorch raise TaylorError, too. Operators that
-    PyTorch does not differentiate raise ConstantError. In-place changes are handled
-    in `memory` and `in_place`.
+    PyTorch does not differentiate raise ConstantError. In-place changes are handled in `memory`
+    and `in_place`.
 
 A rule may call other rules, and may call PyTorch functions on stacks. A rule must not call PyTorch
 functions on Jets, because torch.compile would mistake the Jets for plain tensors.
@@ -126,7 +126,7 @@ class Jet(Tensor):
         return self.like(stack) if differentiable else stack[0]
 
     def constant(self, value: Tensor) -> "Jet":
-        """Make a Jet from a value, with zero derivatives."""
+        """Make a Jet that has the given value and zero derivatives."""
         stack = value.to(self.stack.dtype).unsqueeze(0)
         return self.like(extend(stack, 1 + self.firsts))
 
@@ -169,11 +169,12 @@ class _Complex(_Opaque):
 class _Traced(Jet):
     """A Jet under torch.compile; the last axis of its data holds the components and a final NaN.
 
-    Under torch.compile, `q, k, v = qkv` bypasses `__torch_function__` and takes rows of the data.
-    These rows contain all components but lack a Jet's attributes; `unpack` turns the rows into
-    Jets. torch.func.vmap inside a network also takes rows, but would treat the components as
-    elements; the NaN in the data then makes the result NaN. In PyTorch 2.14 and 2.15, `x[i] = y`
-    also bypasses `__torch_function__`, and changes only the data; see `refuse_written`.
+    Under torch.compile, unpacking such as `q, k, v = qkv` bypasses `__torch_function__` and takes
+    rows of the data. These rows contain all components but lack a Jet's attributes; `unpack` turns
+    the rows into Jets. torch.func.vmap inside a network also takes rows, but treats the components
+    as elements; the NaN in the data then makes the result NaN. In PyTorch 2.14 and 2.15, an
+    assignment such as `x[i] = y` also bypasses `__torch_function__`, and changes the data but not
+    the stack; see `refuse_written`.
     """
 
 
@@ -191,7 +192,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Turn rows that torch.compile unpacked, alone or in a list, into Jets."""
+    """Convert to Jets what torch.compile unpacked: a row of a Jet's data, or a list of rows."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -306,8 +307,8 @@ def along(
 ) -> list[Tensor]:
     """Return the stacks of a function's results, computed in one pass of nested torch.func.jvp.
 
-    For each value, `derivatives` contains a stack of `firsts` first derivatives, followed by the
-    second derivatives unless these are zero everywhere.
+    For each value, `derivatives` contains a stack: `firsts` first derivatives, then the second
+    derivatives, which are left out if they are zero everywhere or `pairs` is "none".
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -331,7 +332,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value of a function, and its derivatives along all directions.
 
-    Several directions are evaluated by vmap, with the same dropout mask.
+    Several directions are evaluated by vmap, with one dropout mask for all of them.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -456,7 +457,10 @@ def result_type(a: Any, b: Any) -> torch.dtype:
 
 
 def define_methods() -> None:
-    """Define Jet's versions of Tensor's Python methods, after all rules are registered."""
+    """Define Jet's versions of Tensor's Python methods.
+
+    All rules must be registered before this call.
+    """
     for name in METHODS.split():
         function = getattr(Tensor, name)
         IN_PYTHON.append((function, RULES.get(function)))
@@ -529,27 +533,31 @@ def jet(
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network
-            whose conditions are already bound.
+            whose conditioning inputs are already bound.
         x: a floating-point batch (B, \*) or, for a function of several arguments, a tuple of
             batches, each with its own shape.
-        directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
-            of inputs, pass a tuple; direction k then applies to all inputs at once. An input
-            whose directions are None, such as class labels, is held fixed and may have any dtype.
+        directions: K directions for every sample, in the shape (K, B, \*); `jet` casts them to
+            the dtype of x. For a tuple of inputs, pass a tuple; derivative k is then taken along
+            the k-th directions of all inputs jointly. An input whose directions are None, such as
+            class labels, is held fixed and may have any dtype.
         pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
             v) or "sum" (the sum of these derivatives over all directions).
 
     Returns:
-        f (B, \*), first derivatives (K, B, \*), and second derivatives, which are None if `pairs`
-        is "none", and have the shape (K, B, \*) for "squares" and (B, \*) for "sum".
+        f(x) (B, \*), the first derivatives (K, B, \*), and the second derivatives. The second
+        derivatives are None if `pairs` is "none"; their shape is (K, B, \*) for "squares" and
+        (B, \*) for "sum".
 
     Raises:
         TaylorError: if derivatives cannot be propagated through the function; the message says
             why.
         DerivativeError: if an operator inside the function has no derivative in PyTorch, or if a
             hook changes a gradient.
-        TypeError: if an input or its directions are not floating-point tensors.
-        ValueError: if x has no axes, the directions do not match x in number or shape, K or B
-            differs between inputs, all directions are None, or `pairs` is unknown.
+        TypeError: if directions, or the inputs that have them, are not floating-point tensors, or
+            if `pairs` is not a string.
+        ValueError: if x has no axes, the directions do not fit the shape of x, K is zero, tuples
+            of inputs and directions differ in length, K or B differs between inputs, all
+            directions are None, or `pairs` is an unknown string.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -589,8 +597,9 @@ def laplacian(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
-    The computation needs one direction for each of the d elements of a sample, and hence d + 2
-    times the memory of the function's value. `laplacian` raises the same errors as `jet`.
+    One direction is used for each of the d elements of a sample. Inside the function, a tensor
+    that depends on x therefore takes up to d + 2 times as much memory as its value alone.
+    `laplacian` raises the same errors as `jet`.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.

@@ -1,17 +1,16 @@
 """Rules for functions that move or sum elements in the same way in every component.
 
-Dimensions are converted to negative indices, which refer to the same axes in a value and in its
-stack.
+Dimensions are converted to negative indices, which are the same for a value and for its stack.
 
-The functions that networks call most often have a rule that acts on the whole stack. Other linear
-functions are called on each component in turn, with the user's own arguments.
+The functions that networks call most often each have a rule that acts on the whole stack. Other
+linear functions are called on each component in turn, with the user's own arguments.
 
 Queries and casts:
-    Queries about a Jet's graph are answered from its stack, so tools that monitor modules, such as
-    PyTorch's FLOP counter, see what they would see for an ordinary tensor. A cast to another
-    floating dtype casts every component. As in PyTorch, a cast to integers or to bool drops the
-    derivatives: the result is a plain tensor, and casting this tensor back restores no
-    derivatives. `Jet.make` rejects a cast to complex numbers.
+    Queries about a Jet's autograd graph are answered as for an ordinary tensor that requires
+    gradients, so tools that monitor modules, such as PyTorch's FLOP counter, see what they expect.
+    A cast to another floating dtype casts every component. As in PyTorch, a cast to integers or to
+    bool drops the derivatives: the result is a plain tensor, and casting this tensor back does not
+    restore the derivatives. `Jet.make` rejects a cast to complex numbers.
 """
 
 from collections import OrderedDict
@@ -50,9 +49,9 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register `move`, which acts on a stack and uses only the shapes of any other tensors.
+    """Register `move` as a rule; it acts on a stack and uses only the shapes of other tensors.
 
-    With `view`, the result is recorded as possibly sharing memory with the argument.
+    If `view` is True, the result is recorded as possibly sharing memory with the argument.
     """
 
     def register(function: Function) -> None:
@@ -373,5 +372,8 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """Cast x under torch.compile; in eager mode, this cast is below autograd and is refused."""
+    """Cast x under torch.compile.
+
+    In eager mode, torch.as_tensor bypasses `__torch_function__`, so the cast raises TaylorError.
+    """
     return x.of(x.stack.to(dtype=dtype, device=device))

@@ -9,13 +9,14 @@ Formulas for the first and second derivatives along l, where X = A⁻¹ is compu
     PyTorch's gradients. The inverse of A is the solution Y if B is the identity matrix.
 
 Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
-correctly at every order. PyTorch also differentiates the values above correctly in reverse mode.
-In forward mode, versions before 2.15 are wrong: under vmap, the jvp of the grad of slogdet is
-incorrect for all samples but the first.
+correctly at every order. In reverse mode, PyTorch also differentiates log|det A|, det A and L
+correctly. In forward mode, versions before 2.15 are wrong: under vmap, the jvp of the grad of
+slogdet is incorrect for all samples but the first.
 
-Precision: if the condition number is κ, up to log10 κ digits are lost. Float32 has only seven,
-so use float64 for nearly singular matrices. For an exactly singular matrix, the derivatives of the
-determinant are NaN, and PyTorch raises an error for the inverse and for linear systems.
+Precision: if the condition number is κ, up to log10 κ digits are lost. Float32 has only seven
+digits, so use float64 for nearly singular matrices. For an exactly singular matrix, the
+derivatives of the determinant are NaN, and PyTorch raises an error for the inverse and for linear
+systems.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic

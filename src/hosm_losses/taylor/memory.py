@@ -2,28 +2,28 @@ r"""Tensors that may share the memory of a Jet, and tensors kept for a backward 
 
 Changes in place:
     A Jet that is changed in place gets a new stack, and no stack is ever written to. Autograd's
-    saved tensors therefore stay valid, and a change costs as much as the out-of-place function. In
-    PyTorch, every tensor that shares the changed memory, such as a view, sees the change; with
-    Jets, no other tensor would see it. A change is therefore rejected while another tensor that
-    may share the memory (a view, the result of a reshape, or a detached tensor) is in use. Under
-    torch.compile, which does not support weak references, every tensor that was ever recorded as
-    possibly sharing a Jet's memory counts as being in use.
+    saved tensors therefore stay valid, and an in-place change takes as much time and memory as
+    the out-of-place function. In PyTorch, every tensor that shares the changed memory, such as a
+    view, sees the change; with Jets, no other tensor would see it. A change is therefore rejected
+    while another tensor that may share the memory (a view, the result of a reshape, or a detached
+    tensor) is in use. Under torch.compile, which does not support weak references, every tensor
+    that was ever recorded as possibly sharing a Jet's memory counts as being in use.
 
-    A detached tensor shares the memory of a stack and must not be changed, because a Jet made by a
-    reshape may or may not have its own copy of that memory. The versions of all detached tensors
-    are checked when the function returns.
+    A detached tensor shares the memory of a stack and must not be changed: a Jet made by a reshape
+    would see the change only if the reshape did not copy the stack. The versions of all detached
+    tensors are checked when the function returns.
 
     A plain tensor that receives values depending on x, as in `out[:, :2] = x`, becomes a Jet until
     the function returns.
 
 Recomputation:
     When a rule is composed of operators, autograd keeps every tensor that any of the operators
-    needs. An elementwise rule consists of a handful of operators on tensors as large as the
-    activations; keeping all of these tensors would take several times as much memory as the
-    network's own activations. `with_recomputation` keeps only a rule's arguments, or only its
-    result, and evaluates the rule again when a gradient is needed. The gradient is evaluated in
-    the same way, as a function of the arguments and the cotangents, and so are derivatives of any
-    higher order.
+    needs for its gradient. An elementwise rule consists of a handful of operators on tensors as
+    large as the activations; keeping all of these tensors would take several times as much memory
+    as the network's own activations. `with_recomputation` keeps only a rule's arguments, or only
+    the rule's result, and recomputes everything else when a gradient is needed. The gradient is
+    evaluated in the same way, as a function of the kept tensors and the cotangents, and so are
+    derivatives of any higher order.
 
     Under torch.compile and the transforms of torch.func, which decide for themselves what to keep,
     the function is evaluated directly.
@@ -134,7 +134,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Give a Jet a new stack in place; raise an error if another tensor may share its memory."""
+    """Replace a Jet's stack; raise an error if another tensor may share the Jet's memory."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -168,7 +168,7 @@ def end(propagation: Propagation) -> None:
 def to_tensor(count: int, finished: bool) -> None:
     """Turn tensors that became Jets, except the first `count`, back into plain tensors.
 
-    The plain tensors receive the new values only if the call has finished.
+    The plain tensors receive the new values only if the call finished without an error.
     """
     while len(THREAD.became_jets) > count:
         reference, plain = THREAD.became_jets.pop()
@@ -275,7 +275,8 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Which of `tensors`, a Function's last arguments, need gradients in this backward pass.
 
-    A backward pass for x alone needs no weight gradients, but `ctx.needs_input_grad` ignores this.
+    A backward pass for x alone needs no gradients of weights, although `ctx.needs_input_grad` is
+    True for weights even then.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []

@@ -11,7 +11,8 @@ Formulas for a row, where ⟨·⟩ is the mean over the row, c = x − ⟨x⟩ (
 
 Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c and multiplied by
 ρ:
-    A derivative is symmetric in its directions and its result, and is hence its own transpose:
+    The inner product of a derivative with a cotangent is symmetric in the directions and the
+    cotangent, so each derivative is its own transpose:
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
@@ -145,7 +146,7 @@ class _Derivatives:
         return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
     def of_seconds(self, firsts: _Stack, seconds: Tensor, pairs: Pairs) -> Tensor:
-        """Return y_ll: second(c_l, c_l), plus J c_ll if there are second derivatives."""
+        """Return y_ll: second(c_l, c_l), plus J c_ll if x has second derivatives."""
         second = collect(-2 * firsts.along * firsts.z, pairs)
         along = collect(self.product(firsts, firsts), pairs)
         if len(seconds):
@@ -159,7 +160,10 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place, summing each term's components if the stack has only one."""
+    """Add `value` times each term to a stack in place.
+
+    If the stack has only one component, the sum of each term's components is added.
+    """
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole

@@ -6,15 +6,17 @@ Formula, for y = a(x):
 To add an activation, write a generator that yields the activation's value a(x) and its first three
 derivatives, and register this generator under every name by which networks call the activation;
 see `_tanh`.
-Gradients are computed from the same four values, and only the stack is kept for this purpose. If
-PyTorch has operators for a(x) and for a'(x) x_l, they can be passed as `operators`; see `_silu`.
+Only the stack is kept for the backward pass, in which the generator yields the derivatives again.
+If PyTorch has operators for a(x) and for a'(x) x_l, they can be passed as `operators`; see
+`_silu`.
 
 Formula for softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    A result has the same dtype as PyTorch's result for the values: a tensor without axes does not
-    widen the dtype of a tensor with axes, even though every stack has an axis.
+    A result has the dtype that PyTorch's own function would return for the values: a tensor
+    without axes does not widen the dtype of a tensor with axes, even though every stack has an
+    axis.
 """
 
 import math
@@ -81,7 +83,7 @@ class Pointwise(NamedTuple):
         return torch.cat([self.operators.value(x), slopes]).to(stack.dtype)
 
     def pull_back(self, _needed: Needed, stack: Tensor, cotangent: Tensor) -> tuple[Tensor]:
-        """The first derivative times the cotangents, plus terms with higher derivatives."""
+        """The stack's gradient: the cotangent times a'(x), plus terms with higher derivatives."""
         dtype, firsts = stack.dtype, self.firsts
         stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
         x, along = stack.split_with_sizes((1, len(stack) - 1))
@@ -102,7 +104,7 @@ class Pointwise(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the result of `pull_back` with respect to the stack and the cotangent.
 
-        This method assumes that there are no second derivatives.
+        This method assumes that the stack has no second derivatives.
         """
         dtype = stack.dtype
         stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
@@ -264,7 +266,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """PyTorch's own operator has no second derivative, not even zero, so a rule is needed."""
+    """A rule is needed: PyTorch does not implement hardsigmoid's second derivative (zero)."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -352,14 +354,17 @@ for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": 
 
 # ------------------------------------------------------------ sums, products, quotients and powers
 def _operands(a: Any, b: Any) -> int:
-    """The result's number of axes; raises NoRule unless a and b are tensors or real numbers."""
+    """Return the number of axes of the result.
+
+    Raise NoRule unless a and b are tensors or real numbers.
+    """
     if not (isinstance(a, (Tensor, float, int)) and isinstance(b, (Tensor, float, int))):
         raise NoRule
     return max(ndim_of(a), ndim_of(b))
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """Return the dtype of PyTorch's result; call `result_type` only if the dtypes differ."""
+    """Return the dtype of PyTorch's result; call `result_type` only if a and b differ in dtype."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
@@ -422,9 +427,10 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
 
 
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
-    """Compute the stack of y = a / b without powers of 1/b, which may be out of range if y is not.
+    """Compute the stack of y = a / b without using powers of 1/b.
 
-    The derivatives follow from a = y b: for example, y_l = (a_l − y b_l) / b.
+    Such powers may be out of range even if y is not. Instead, the derivatives follow from a = y b:
+    for example, y_l = (a_l − y b_l) / b.
     """
     (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
         components(at_least_float32(stack), min(firsts, len(stack) - 1)) for stack in (a, b)

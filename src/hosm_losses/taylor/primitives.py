@@ -6,9 +6,10 @@ Purpose:
     loss on a directional derivative is silently wrong by several percent to more than a hundred
     percent; at order three, the derivative itself sometimes has such an error, too. In reverse
     mode, PyTorch 2.14 and 2.15 raise an error for batch and instance norm instead; forward mode is
-    still wrong. With the pull requests below, PyTorch raises an error for all norms. Group norm,
-    attention and the gated linear unit fail with an error on common inputs. When composed of
-    means, products and softmax, each of these operators is differentiated correctly in every mode.
+    still wrong. With the pull requests below, PyTorch raises an error for all of these norms.
+    Group norm, attention and the gated linear unit fail with an error on common inputs. If all
+    these operators are composed of means, products and softmax, PyTorch differentiates them
+    correctly in every mode.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
@@ -17,9 +18,9 @@ The mode:
     mode is off; `recomputable` turns the mode on again for this evaluation.
 
 Refused:
-    A few operators are refused where their forward-mode derivative is needed, because PyTorch does
-    not differentiate this derivative correctly. Both engines also refuse operators that PyTorch
-    does not differentiate at all, such as torch.special.airy_ai.
+    Because PyTorch does not differentiate the forward-mode derivatives of a few operators
+    correctly, these operators are refused where such a derivative is needed. Both engines also
+    refuse operators that PyTorch does not differentiate at all, such as torch.special.airy_ai.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
@@ -106,7 +107,8 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 def refuse_constant(function: Any, result: Tensor) -> None:
     """Raise ConstantError if a result has no derivative although an argument has a derivative.
 
-    A result may be constant on purpose: a new tensor, a random draw, or a detached tensor.
+    No error is raised for a result that is constant on purpose, such as a new tensor, a random
+    draw or a detached tensor.
     """
     if not result.is_floating_point() or function in CONSTANT:
         return
@@ -214,8 +216,9 @@ def safe_primitives(
 class _Transformable(TorchFunctionMode):
     """A mode that uses primitives for operators that torch.func transforms may not support.
 
-    Under vmap, PyTorch would evaluate such an operator for one sample at a time, and warn. A
-    backward pass under vmap, as in jacrev, starts only after the network has been evaluated.
+    Under vmap, PyTorch would evaluate such an operator for one sample at a time, and warn. The
+    mode is used under every transform, because the vmap of a backward pass, as in jacrev, starts
+    only after the network has been evaluated.
     """
 
     def __torch_function__(
@@ -225,7 +228,7 @@ class _Transformable(TorchFunctionMode):
 
 
 def transformable(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context manager in which torch.func transforms support operators applied to x."""
+    """Return a `_Transformable` mode if x is a plain tensor on the CPU, else a null context."""
     replaces = type(x) is Tensor and x.device.type == "cpu"
     return _Transformable() if replaces else nullcontext()
 
@@ -241,7 +244,7 @@ def refuse_constants() -> AbstractContextManager[Any]:
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
-    The first computation also enters the mode again, inside the hooks that save its tensors.
+    The mode is entered again for the first computation, too, inside the checkpoint's own hooks.
     """
     if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly
         torch._dynamo.graph_break()
@@ -296,7 +299,7 @@ NOT_A_NUMBER = (
 
 
 def complete_primitives() -> None:
-    """Register the primitives that are not composites, after all composites are registered."""
+    """Register the primitives that are not composites; call this once all composites are known."""
     refuse_norms = partial(_refuse, NORMS)
     primitives: dict[Any, Any] = {
         Tensor.add_: _add_in_place,

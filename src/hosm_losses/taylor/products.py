@@ -13,12 +13,12 @@ Gradients, for a cotangent c:
     b and c. Three functions therefore suffice for derivatives of every order, and only the
     arguments of these functions are kept.
 
-Formulas for Y = A B, for matrices A_i and B_j (values or derivatives) and cotangents C_k of Y:
-    Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
+Formulas for Y = A B with matrices A_i and B_j (values or derivatives) and cotangents C_k of Y_k:
+    Y_k = Σ f A_i B_j      gradient of A_i: Σ f C_k B_jᵀ      gradient of B_j: Σ f A_iᵀ C_k
     All three sums run over the same terms (i, j, k, f), where f is a factor and f A_i B_j is a
-    part of Y_k. Each sum is accumulated in place. If the products were computed separately and
-    then added, the larger matrices, such as attention's weights, would be read and written three
-    times for each product.
+    part of Y_k. Each sum is accumulated by the calls that compute the products. If the products
+    were computed separately and then added, the larger matrices, such as attention's weights,
+    would be read and written several times for each product.
 
 When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as a
 convolution whose kernel is the cotangent, which is as large as the image. This is up to three
@@ -135,7 +135,7 @@ def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- layers of weights
 class _AddInPlace(torch.autograd.Function):
-    """Add a bias in place to the first rows of a layer's output, without copying other rows."""
+    """Add a bias to the first rows of a layer's output in place; the other rows are not copied."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
@@ -246,7 +246,7 @@ _Term = tuple[int, int, int, int]  # i, j, k, factor
 
 @cache
 def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
-    """Return all terms for stacks of these lengths, except terms with zero second derivatives."""
+    """Return the nonzero terms for stacks of these lengths; absent second derivatives are zero."""
     terms = [(0, 0, 0, 1)]
     terms += [(k, 0, k, 1) for k in range(1, left)] + [(0, k, k, 1) for k in range(1, right)]
     places = range(1, 1 + firsts) if pairs != "none" else ()
@@ -273,8 +273,8 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """Return the form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
     Each factor's gradient is stored in the factor's own memory order. If the order differed,
-    operators that combine the gradient with other tensors, as in the backward of a softmax, would
-    take three times as long.
+    operators that combine the gradient with other tensors, as in the backward pass of a softmax,
+    would take three times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -290,7 +290,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Return the batch, row, sum and column indices, or None if this is no product of matrices."""
+    """Return the batch, row, sum and column indices, or None if this is not a matrix product."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -302,7 +302,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """Sum over indices by products of matrices; return None if `product_rule` is needed."""
+    """Sum over indices with matrix products; return None if `product_rule` is needed."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
@@ -356,7 +356,10 @@ rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:
-    """Replace "..." with letters; raise NoRule if its number of axes differs between factors."""
+    """Replace "..." with letters.
+
+    Raise NoRule if "..." covers more axes in one factor than in another.
+    """
     terms = equation.partition("->")[0].replace(" ", "").split(",")
     counts = {
         ndim_of(factor) - len(term) + 3

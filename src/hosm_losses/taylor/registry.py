@@ -34,7 +34,10 @@ class DerivativeError(ValueError):
 
 
 class ConstantError(DerivativeError):
-    """PyTorch cannot differentiate an operator, so either engine would treat it as constant."""
+    """PyTorch cannot differentiate an operator.
+
+    Both engines would treat the operator's result as constant.
+    """
 
 
 class TaylorError(RuntimeError):
