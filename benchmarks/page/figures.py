@@ -176,7 +176,7 @@ def work_precision(problems: Found) -> Figure:
         return points
 
     texts = {
-        "verdict": "At 66 evaluations our error is below a hundredth of theirs, but for the flow",
+        "verdict": "At 66 evaluations our error is below a hundredth of theirs, except under flow",
         "x": "network evaluations",
         "y": "error, root mean square [nats]",
     }

@@ -1,4 +1,4 @@
-"""Helpers for all packages: argument checks, error messages, per-sample sums, a progress bar.
+"""Helpers for most subpackages: argument checks, error messages, per-sample sums, a progress bar.
 
 Every public function checks names, shapes, dtypes and devices before it does any work, because
 these checks cost next to nothing. An argument is not checked if Python, PyTorch or a type checker
@@ -93,7 +93,10 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def owns_values(tensor: Tensor) -> bool:
-    """Return whether a tensor has values in memory, unlike fake and torch.func tensors."""
+    """Return whether a tensor stores its own values; fake and torch.func tensors do not.
+
+    True is also returned for a meta tensor, although it has no values.
+    """
     try:
         return tensor.untyped_storage().device.type == tensor.device.type
     except (NotImplementedError, RuntimeError):

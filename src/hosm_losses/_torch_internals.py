@@ -49,7 +49,7 @@ _autograd: Any = torch.autograd
 
 
 def differentiated() -> bool:
-    """Return whether gradients are enabled inside torch.func.grad, vjp or jacrev."""
+    """Return True inside torch.func.grad, vjp or jacrev, provided that gradients are enabled."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 

@@ -4,7 +4,7 @@
 - `engines`: the "taylor" and "reverse" engines, Jacobian products, the detection of lost graphs,
   and remedies for known errors.
 - `kinks`: operators with discontinuous derivatives, the warning about such operators, and the
-  facts remembered about each network.
+  facts learned from earlier calls to each network.
 - `checkpointing`: activation checkpoints inside a network.
 """
 

@@ -26,7 +26,7 @@ Formula:
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
     whose backward returns gradients without a graph. A second backward pass would then compute
-    wrong values, so the engine raises an error that names the remedy as soon as it detects a cut.
+    wrong values. As soon as a cut is detected, the engine raises an error that names the remedy.
     Neither engine detects a .detach() on one of several paths from x to the output, or a Function
     that drops only part of its graph.
 
@@ -165,7 +165,7 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Return True if `point` is x or if a value computed at `point` depends on another leaf."""
+    """Return True if `point` is x or if the graph of `value` has a leaf other than `point`."""
     if point is x:
         return True
     point_node = internals.gradient_node(point)
