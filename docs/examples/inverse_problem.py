@@ -1,9 +1,8 @@
 """A linear inverse problem with a known posterior: y = A x + noise, with x from six Gaussians.
 
 A conditional network is trained with order one, and then with either order one or order two for
-the same processor time. The printed KL divergence is from the posterior p(x | y) to the density of
-the ODE, averaged over 24 observations. The variances are the posterior variances of clean x, given
-a noisy x and y.
+the same processor time. KL is from the posterior p(x | y) to the density of the ODE, averaged over
+24 observations. The variances are the posterior variances of clean x, given a noisy x and y.
 
     python docs/examples/inverse_problem.py [--seconds 20]
 """

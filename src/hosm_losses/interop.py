@@ -70,9 +70,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift affects only
     which times are drawn: to use a shift, draw the times yourself and pass them as t.
 
-    If the scheduler has a table, timestep_type="continuous" and prediction_type="v_prediction",
-    the model receives ¼ log(σ/α) as its timestep. Pass class labels, text embeddings and so on in
-    `model_kwargs`.
+    If the scheduler has a table and is configured with timestep_type="continuous" and
+    prediction_type="v_prediction", the model receives ¼ log(σ/α) as its timestep. Pass class
+    labels, text embeddings and so on in `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -164,7 +164,7 @@ def _half_of_sample(returned: Any) -> Tensor:
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     """Return a ScoreModel with the network, table and objective of a GaussianDiffusion.
 
-    t is an index into the table. x is scaled as the network expects: pass
+    t is an index into the table. x has to be in the range that the network expects: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. With the default weighting, the
     first term of each loss equals the project's own loss. To reproduce min_snr_loss_weight, pass
     the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is. The ScoreModel uses
@@ -300,9 +300,9 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     fractional step number that has the same noise level as t. With rescale_timesteps, this number
     is multiplied by 1000 and divided by the original number of steps. Pass class labels in
     `model_kwargs` as y. If the model learns its variance, only the first half of its output
-    channels is used. The project's own checkpoint function, which the attention blocks call even
-    if `use_checkpoint` is False, drops the graph: for orders above one, replace this function with
-    one that calls `hosm_losses.checkpoint`.
+    channels is used. In its backward pass, the project's own checkpoint function drops the graph.
+    The attention blocks call this function even if `use_checkpoint` is False. For orders above
+    one, replace the function with one that calls `hosm_losses.checkpoint`.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -343,7 +343,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         continuous: the value of `config.training.continuous`. Except with a subVPSDE, a network
             trained with continuous=False expects step numbers; such a network is rejected, and the
             error says what to write instead. If a network stores its configuration, as NCSN++
-            does, the value in that configuration is checked as well.
+            does, the value of `continuous` in that configuration is checked as well.
 
     Raises:
         TypeError: if the SDE's attributes or its `marginal_prob` match none of these SDEs.
@@ -422,7 +422,10 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 
 
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
-    """Return this package's name for another project's prediction type, read from `where`."""
+    """Return this package's name for another project's prediction type.
+
+    `where` is the attribute that holds the prediction type; the error names this attribute.
+    """
     if isinstance(value, str) and value in names:
         return names[value]
     remedy = "Build a ScoreModel with an equivalent prediction, or convert the network's output."

@@ -144,7 +144,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the first module to return different results for arguments that agree in `row`."""
+    """Name the first module whose results differ in `row` although its arguments do not."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether samples keep their outputs if moved without the tensors in `shared`."""
+        """Return whether outputs follow the samples while the tensors in `shared` do not move."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

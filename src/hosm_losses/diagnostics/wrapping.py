@@ -3,8 +3,9 @@ r"""Check that a network's schedule, time, prediction and data units match those
 Formula:
     With another schedule, and with data c x₀ + b in other units, the noised data are
     x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units, so the best
-    prediction of ε is the same for both. The losses of different wrappings are therefore
-    comparable if ε and u = log σ̂ are the same for all; σ̂ is the noise level in the units of x₀.
+    prediction of ε from x is also the best one from x₀ + σ̂ ε. The losses of different wrappings
+    are therefore comparable if ε and u = log σ̂ are the same for all; σ̂ is the noise level in the
+    units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
     ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
@@ -25,10 +26,12 @@ Formula:
     A candidate that fits better is not always the wrapping used in training. A network that is
     hardly trained fits best under the wrapping in which its output contributes least to the
     predicted ε. That wrapping is v, for which q x alone is the best linear predictor if the data
-    have unit variance. A candidate is therefore reported only if its loss is at most slightly
-    larger than the linear predictor's. In addition, the loss must be either smaller than the
-    linear predictor's (on average or at some level) or too small to be reached by q x alone. On
-    nearly Gaussian data, even a trained network can hardly beat the linear predictor.
+    have unit variance. A candidate is therefore not reported if the linear predictor's loss is
+    smaller than the candidate's by more than the fraction CLOSE. In addition, the candidate's loss
+    must be smaller than the linear predictor's, either on average or at some level. This second
+    condition does not apply to a candidate that keeps the units of the data and makes no more
+    changes of kind and sign than BELIEVED allows. The reason is that on nearly Gaussian data, even
+    a trained network can hardly beat the linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the model's
 schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length;
@@ -140,13 +143,15 @@ class WrappingReport:
             best as good as a linear predictor. None if no candidate remains.
         undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
             clearly smaller.
-        gain: the difference between the loss under your wrapping and the loss of `best`, as a
-            fraction of the former, averaged over the levels; 0 if `best` is None.
+        gain: the loss under your wrapping minus the loss of `best`, as a fraction of the loss
+            under your wrapping. To compute this fraction, each loss is first divided by the linear
+            predictor's expected loss at the same level, then averaged over the levels. The gain is
+            0 if `best` is None.
         detectable_gain: the gain above which any of the three best-fitting candidates would be
             reported in 97 of 100 cases. This gain depends on the standard errors of the
             differences in loss; these errors fall as the number of samples grows. The gain is at
-            least half a per cent, and at least as large as a candidate needs to beat the linear
-            predictor.
+            least half a per cent. The gain is also never smaller than the gain at which a
+            candidate's loss is below the linear predictor's by four standard errors.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: the mean squared error of ε̂ at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
@@ -277,15 +282,16 @@ def check_wrapping(
 
     Returns:
         The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
-        is `best`. Wrap the network as in `best` unless `undecided` is True, which means that
-        `best` is not clearly better: the difference in loss, minus twice its standard error, is at
-        most 10 % of the loss under your wrapping. `ok` is also False if the network is worse than
-        a linear predictor, which means that the network is untrained or that no candidate fits. If
-        `ok` is True, the verdict states the smallest gain that the check would have detected.
+        is `best`. Wrap the network as in `best` unless `undecided` is True. In that case, `best`
+        is not clearly better than your wrapping: the difference in loss, minus twice its standard
+        error, is at most 10 % of the loss under your wrapping. `ok` is also False if the network
+        is worse than a linear predictor, which means that the network is untrained or that no
+        candidate fits. If `ok` is True, the verdict states the smallest gain that the check would
+        have detected.
 
     Raises:
-        DerivativeError: if a tensor in `model_kwargs` is as long as the batch but does not have
-            one entry per sample; mark such a tensor as `Shared`.
+        DerivativeError: if the first dimension of a tensor in `model_kwargs` equals the batch
+            size, but the tensor does not hold one row per sample; mark such a tensor as `Shared`.
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape or device is invalid, if there are too few samples, or if the data
             are so small or so large that no noise level of the schedule is comparable to them.
@@ -320,7 +326,11 @@ def check_wrapping(
 
 
 class _Linear:
-    """The best linear predictor of ε, computed from the second moments of the data."""
+    """The best linear predictor of ε, computed from the second moments of the data.
+
+    If there are fewer than four samples per element, only the variances of the elements are used,
+    and each element is predicted from itself alone.
+    """
 
     def __init__(self, data: Tensor) -> None:
         flat = data.flatten(1).double().cpu()
@@ -393,11 +403,12 @@ class _Search:
             self._measure(inputs)
 
     def _draw(self, count: int, shares: Tensor) -> None:
-        """Draw noise (count, B, *), with levels in proportion to `shares`; discard earlier losses.
+        """Draw noise (count, B, *) and levels (count, B); discard earlier losses.
 
-        Draw n of sample i is at the quantile (n + (iφ mod 1))/count of the shares. Because
-        multiples of the golden ratio φ are spread evenly modulo 1, all samples get similar sets of
-        levels, and all levels get similar sets of samples.
+        The number of draws at each level is proportional to the level's entry in `shares`. Draw n
+        of sample i is at the quantile (n + (iφ mod 1))/count of the shares. Because multiples of
+        the golden ratio φ are spread evenly modulo 1, all samples get similar sets of levels, and
+        all levels get similar sets of samples.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -411,7 +422,12 @@ class _Search:
         self.losses: dict[Read, Tensor] = {}
 
     def _shares(self) -> Tensor:
-        """Return how often to draw each level: half evenly, half by how much the losses differ."""
+        """Return each level's share of the draws, up to a common factor.
+
+        Half of the draws are spread evenly over the levels. The other half are distributed in
+        proportion to the differences between the candidates' losses and the loss under the model's
+        own wrapping.
+        """
         reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
         own, *others = self._multiples(reads)
         differences = self._by_level((torch.stack(others) - own).square()).sqrt()
@@ -486,9 +502,9 @@ class _Search:
         """Return how far the losses exceed `reference`, and the standard error of this excess.
 
         Both numbers are fractions of the mean of the losses. All levels count equally; with
-        `place`, only the level with that index counts. The differences in all draws of a sample
-        are summed before the standard error is computed, because the draws of one sample are not
-        independent.
+        `place`, only the level with that index counts. For each sample, the differences are
+        summed over all draws before the standard error is computed, because the draws of one
+        sample are not independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         weight = self.weight if place is None else (self.place == place).double()
@@ -509,7 +525,8 @@ class _Search:
     def _first(self) -> list[Read]:
         """Return the best-fitting candidates.
 
-        Of those that fit about as well as the best, the one with the fewest changes comes first.
+        Of the candidates that fit about as well as the best one, the candidate with the fewest
+        differences from the model's own wrapping comes first.
         """
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]

@@ -12,18 +12,18 @@ Formula:
     Samples that have reached the end of the span are no longer evaluated.
 
 Rounding:
-    If the network's outputs are rounded with a relative spacing of ε, rounding contributes about
-    0.2 ε times the integral of |integrand| over a step to the estimated error of this step. The
-    factor 0.2 is the product of 1/√12 (the root mean square of the relative rounding error is
-    ε/√12) and 0.75, the norm of ERROR. `MAX_EVALUATIONS` allows 1666 steps. Even if the data are
-    one-dimensional, the integral of |integrand| over the whole path is about 8 nats. The second
-    solution therefore cannot meet a tolerance below 0.001 ε, so the first solution's tolerance has
-    to be at least 0.01 ε, which is 1.2e-9 in float32. In measurements in float32, the smallest
-    tolerance that could be met ranged from 2e-9 to 3e-8 among linear networks, and from 3e-8 to
-    3e-6 among other networks. Only networks with outputs near zero meet tolerances below the
-    bound. Moreover, `solver_error` is never below 1e-6 in float32. Dtypes narrower than float32
-    round in such large steps that the bound is not computed from their ε; the bound for float32 is
-    used instead.
+    Suppose that the network's outputs are rounded with a relative spacing of ε. The estimated
+    error of a step then includes a rounding error of about 0.2 ε · I, where I is the integral of
+    |integrand| over the step. The factor 0.2 is the product of 1/√12 (the root mean square of the
+    relative rounding error is ε/√12) and 0.75, the norm of ERROR. `MAX_EVALUATIONS` allows 1666
+    steps. Even if the data are one-dimensional, the integral of |integrand| over the whole path is
+    about 8 nats. The second solution therefore cannot meet a tolerance below 0.001 ε, so the first
+    solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in float32. In measurements in
+    float32, the smallest tolerance that could be met ranged from 2e-9 to 3e-8 among linear
+    networks, and from 3e-8 to 3e-6 among other networks. Only networks with outputs near zero meet
+    tolerances below the bound. Moreover, `solver_error` is never below 1e-6 in float32. The ε of a
+    dtype narrower than float32 is too large to be used in this bound. For such dtypes, the bound
+    for float32 is used instead.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -98,14 +98,14 @@ def adaptive(
 ) -> AdaptiveSolution:
     """Solve dy/ds = f for increasing s, from y (B, m) at the start of a span to its end.
 
-    `slope(s, y, rows)` returns dy/ds, a covector, and the cause of a non-finite value (0 if all
-    values are finite). `rows` (n,) are the rows of the batch that have not reached the end; s has
-    the shape (n,) and never leaves the span, and y has the shape (n, m). `judge` takes the errors
-    (n, m) of a step and the covector at the end of the step. `judge` returns two numbers per row:
-    the error relative to the tolerance, which must be at most 1 for the step to be accepted, and
-    the error in nats, which is summed over the accepted steps. A sample fails if its first slope
-    is not finite, if its step size becomes too small, or if it needs more than `max_evaluations`
-    evaluations.
+    `slope(s, y, rows)` returns three tensors: the slope dy/ds, the covector that is passed to
+    `judge`, and the cause of a non-finite value (0 if all values are finite). `rows` (n,) are the
+    rows of the batch that have neither reached the end nor failed. The shape of s is (n,), and s
+    never leaves the span. The shape of y is (n, m). `judge` takes the errors (n, m) of a step and
+    the covector at the end of the step. `judge` returns two numbers per row: the error relative to
+    the tolerance, which must be at most 1 for the step to be accepted, and the error in nats,
+    which is summed over the accepted steps. A sample fails if its first slope is not finite, if
+    its step size becomes too small, or if it needs more than `max_evaluations` evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -160,7 +160,8 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     The ODE is solved twice; the second solution, which uses a tenth of the tolerance, is the
     answer. `solver_error` is the larger of two estimates: the difference between the two
     solutions, and the sum of the second solution's step errors. If a path seems to have kinks, its
-    step errors are unreliable, so its `solver_error` is tripled.
+    step errors are unreliable, so its `solver_error` is tripled. Without a divergence, only the
+    second solution is computed, and `solver_error` is 0.
     """
     size, probes = z[0].numel(), paths.draw_probes(z)
     if paths.divergence.is_random and probes is None:

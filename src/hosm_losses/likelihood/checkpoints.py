@@ -23,7 +23,7 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the one recomputed most recently holds activations."""
+    """The evaluations of one call; only the latest recomputed evaluation holds activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
@@ -34,7 +34,7 @@ class RecomputedEvaluations:
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
-        """Evaluate function(), which runs on the device of x, without keeping its activations."""
+        """Return function() without keeping activations; function runs on the device of x."""
         evaluation = RecomputedEvaluation(self, function, x)
         try:
             result, saved = evaluation.run()

@@ -69,22 +69,22 @@ class Uniform:
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return random points x in the cells, and None, because their nll needs no correction."""
+        """Return random points x in the cells, and None, because the nll needs no correction."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images with the kind of noise on which the network was trained.
+    """Dequantization of uint8 images by noise of the kind on which the network was trained.
 
     `TruncatedNormal` is meant for networks trained on the levels themselves,
     x = first + (last − first) k/255, without added uniform noise. The paths start at the time t at
     which half the width of a cell equals three times σ̂. The noise at this time, truncated to
     the cell, spreads each level over its cell. A network trained on the levels themselves has
-    never seen the noise that `Uniform` adds. For a network trained with uniform noise, `Uniform`
-    gives a bound that is tighter by 0.56 bits per dimension. Only `ode_nll` with clean=False
-    accepts `TruncatedNormal`.
+    never seen the noise that `Uniform` adds. For a network trained with uniform noise, the bound
+    from `Uniform` is tighter than the bound from `TruncatedNormal` by 0.56 bits per dimension.
+    Only `ode_nll` with clean=False accepts `TruncatedNormal`.
 
     Args:
         draws: the number K of draws of the noise, as in `Uniform`.

@@ -107,7 +107,10 @@ class ODEDistribution(Distribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of values (..., batch_shape, event_shape), in float64."""
+        """Return the log-density of values (..., batch_shape, event_shape).
+
+        The dtype of the result is float64, or float32 on MPS.
+        """
         self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         outer = shape[: len(shape) - len(self.event_shape)]
@@ -121,7 +124,7 @@ class ODEDistribution(Distribution):
         return self._draw(sample_shape, None)[0]
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw samples and compute their log-densities by solving the ODE only once."""
+        """Draw samples and compute their log-densities along the same ODE paths."""
         return self._draw(sample_shape, self.divergence)
 
     def _draw(

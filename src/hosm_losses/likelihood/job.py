@@ -1,10 +1,10 @@
 r"""Code shared by all likelihoods: checking arguments, forming batches and joining results.
 
 Failures:
-    A sample fails if the end of its path is not finite in the network's dtype, if its nll is not
-    finite in this dtype or in float32, whichever is wider, if its path did not reach the end, or
-    if its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension).
-    The first-order estimate of such a large solver error is meaningless.
+    A sample fails if its path did not reach the end, or if the end of its path is not finite in
+    the network's dtype. A sample also fails if its nll is not finite in the wider of this dtype
+    and float32, or if its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits
+    per dimension): the first-order estimate of such a large error is meaningless.
 """
 
 import math
@@ -251,8 +251,8 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
     The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
-    finite in this dtype or in float32, whichever is wider. A cause that is already recorded in the
-    result is kept; otherwise, the first condition (B,) that holds determines the cause.
+    finite in the wider of this dtype and float32. A cause already recorded in the result is kept;
+    otherwise, the first condition (B,) that holds determines the cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

@@ -15,9 +15,9 @@ Grid:
     A network that predicts the velocity of a linear flow is smooth in the flow's time,
     σ̂/(1 + σ̂). For such a network, the nodes are evenly spaced in r, which is defined by
         σ̂/(c + σ̂) = r² (2 − r²),    c/(c + σ̂) = (1 − r²)²,
-    where c is the root mean square of data_std. The steps in time are short at both ends: at the
-    data end because a likelihood's first steps have low orders, and at the noise end because the
-    network may depend on log σ̂.
+    where c is the root mean square of data_std. At the data end, the steps in the flow's time are
+    short because a likelihood starts there with methods of low order. At the noise end, they are
+    short because the network may depend on log σ̂, which changes fast there.
 
 Formula:
     The Adams-Bashforth predictor of order k computes ŷ, and the Adams-Moulton corrector computes
@@ -25,9 +25,8 @@ Formula:
         ŷ_{i+1} = y_i + h Σ_{j<k} γ_j ∇ʲf_i,
         y_{i+1} = ŷ_{i+1} + h γ_k ∇ᵏf_{i+1},
         γ = 1, 1/2, 5/12, 3/8, 251/720, 95/288.
-    f_i is the slope dy/ds at ŷ_i; only one node is evaluated a second time. ∫ q ds is computed
-    with the trapezoid rule and Gregory's end corrections up to fourth differences; this corrected
-    rule has order six.
+    f_i is the slope dy/ds at ŷ_i. ∫ q ds is computed with the trapezoid rule and Gregory's end
+    corrections up to fourth differences; this corrected rule has order six.
 
 Order:
     The order k is 4 if there are fewer than 64 steps, and 5 otherwise. Because f is evaluated at
@@ -40,18 +39,19 @@ Order:
     steps, each step is an average of the steps of orders five and four, in which the step of order
     five has the weight 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a few
     nodes, and wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
-    four. The weight varies continuously because a sudden change of order adds an error: while the
-    order stays the same, errors nearly cancel. With 1 in place of ¾ and with 40 steps, the errors
-    for two of nine mixtures with exact networks are three times the errors of order four.
+    four. While the order stays the same, the errors of a path's steps nearly cancel; a sudden
+    change of order adds an error. The weight therefore varies continuously. If the factor ¾ were
+    1, the errors for two of nine mixtures (exact networks, 40 steps) would be three times as large
+    as at order four.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
     - Node 1 is evaluated a second time, at the corrected state y₁.
     - At order five, the slopes at nodes 2 to 4, whose states are predicted with lower orders, are
       corrected without another evaluation: λ (y_i − ŷ_i) is added to f_i. Here,
-      λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, where the second evaluation changes the
-      state by c₁ = y₁ − ŷ₁ and the slope by Δf₁. Without this correction, if the data are narrow
-      and a path starts outside them, its error can be up to 3.6 times that of order four.
+      λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, with c₁ = y₁ − ŷ₁, and Δf₁ is the change in
+      f from ŷ₁ to y₁. Without corrected slopes, the error of a path that starts outside a narrow
+      data distribution can be up to 3.6 times the error at order four.
     - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45
              = y₀ + h (4 f₄ − 8 ∇f₄ + 20/3 ∇²f₄ − 8/3 ∇³f₄ + 14/45 ∇⁴f₄).
@@ -64,9 +64,9 @@ Error of the path:
     c_i = y_i − ŷ_i be the correction. The error of the step to node i changes the answer by
         e_i = g_iᵀ γ* h ∇ᵏ⁺¹f_i + (g_i − g_{i−1})ᵀ c_i,    γ* = 3/160 or 863/60480.
     The first part of e_i comes from the next term in the corrector's series of backward
-    differences. The second part arises because f and q are evaluated at ŷ_i instead of y_i, and is
-    derived from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated as the largest absolute
-    sum of the e_i over any stretch of the path,
+    differences, and is omitted if i ≤ k. The second part arises because f and q are evaluated at
+    ŷ_i instead of y_i, and is derived from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated
+    as the largest absolute sum of the e_i over any stretch of the path,
         p = max_{j≤m} |Σ_{i=j}^m e_i|.
 
     In this estimate, g at each node is replaced by the node's covector, which is the network's
@@ -76,14 +76,14 @@ Error of the path:
     - Let Δf and Δq be the changes in f and q from the first to the second evaluation of node 1.
       These changes determine how large (g₁ − g₀)ᵀ c₁ should be, and therefore the factor
           ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
-      where 0/0 is taken to be 1. The numerator uses g₁ from the second evaluation, and the
-      denominator uses g₁ from the first.
-    - e₁ is omitted, because node 1 is evaluated again at the corrected y₁.
+      where 0/0 is 1. The numerator uses g₁ from the second evaluation, and the denominator
+      uses g₁ from the first.
+    - e₁ is omitted, because node 1 is evaluated again at y₁.
     - The second parts of e₂ and e₃ are multiplied by ρ.
     - The score's error decreases as σ̂ grows. The second parts of the later e_i are therefore
       multiplied by max(r, ρ), where r = min(1, 2(i − 4)/n)² rises from 0 at node 4 to 1 just
       past the middle of the path.
-    - After a Runge-Kutta start, ρ is 1, and the errors of the steps up to node 3 are omitted.
+    - After a Runge-Kutta start, ρ is 1, and e₁ and e₂ are omitted.
 
 Error of the integral:
     The error of ∫ q ds is estimated as max(d/15, h ‖∇⁷q‖/30). The divisor 30 is replaced by 45 at
@@ -103,7 +103,7 @@ Companion:
     A companion of a path from data to a latent is a second solution with half as many steps and
     the same probes. Let D be the difference between the two answers, where both integrals of q use
     only the nodes that the two grids share. The path's error is then estimated as max(p, |D|/5),
-    or as p if D is not finite.
+    or p if D is not finite.
 
 Cancellation:
     The e_i change sign along the path, so their sum over the whole path is small. This small sum
@@ -332,9 +332,9 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The integral's variance (B,), from each node's probes or else from adjacent nodes."""
+        """The integral's variance (B,), from each node's probes or from adjacent nodes."""
         variances = self.variances
-        if not variances:
+        if not variances:  # one probe per node
             q = torch.stack(self.integrands).detach()
             inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
             variances = [inner[0], *inner, inner[-1]]
@@ -360,7 +360,7 @@ def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """Return Σ_i c_i f_i, summed over the coefficients; surplus slopes are ignored."""
+    """Return the sum of c_i f_i over all coefficients c_i; surplus slopes are ignored."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=False):
         total = total + coefficient * slope

@@ -60,7 +60,7 @@ def ode_nll(
     Args:
         model: the score model.
         x: data (B, *), treated as points at the schedule's t_min unless `clean` is True;
-            with a `dequantization`, the dtype must be uint8.
+            x must be uint8 if `dequantization` is not None.
         solver: `FixedGrid(steps)`, which usually requires steps + 2 network evaluations, plus one
             if `clean` is True; `ToTolerance(nats)`, which doubles the number of steps until
             `solver_error` is within this tolerance; or `Adaptive()`, which chooses the step sizes
@@ -305,12 +305,11 @@ def solve(
 def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
     """Set `solver_error` to an estimate of the error in log p(x), where x is the end of a path.
 
-    Let z be the latent at which the path starts. The way back solves the ODE from x on the same
-    grid and ends at a latent z'. The estimate is
-        max(|log p(x) computed from z − log p(x) computed from x|, solver_error of the way back),
-    or infinity if the way back fails. If the probes are random, the probe noise in the two
-    integrals exceeds the solver's error, so the first term is replaced by
-    |log p_T(z) − log p_T(z')|.
+    The path starts at a latent z. The way back solves the ODE from x on the same grid and ends at
+    a latent z'. Let D be the difference between the values of log p(x) from these two solutions.
+    The estimate is max(|D|, solver_error of the way back), or infinity if the way back fails. If
+    the probes are random, the probe noise in the two integrals exceeds the solver's error, so
+    log p_T(z) − log p_T(z') is used for D.
     """
     dtype = paths.x.dtype
     back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
@@ -350,8 +349,8 @@ def _solve_to_tolerance(
     start with the median number of steps of the first batch.
 
     All processes of a group must evaluate the network the same number of times. In the first
-    batch, the processes therefore exchange their largest errors after each grid, and compute
-    either all paths again or none.
+    batch, the processes therefore exchange their largest errors after each grid, and recompute
+    either all paths or none.
     """
     first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
     grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
@@ -393,7 +392,7 @@ def _solve_to_tolerance(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """Return the change in log p if the prior were replaced by the diffused Gaussian.
+    """Return how much log p would change if the diffused Gaussian replaced the prior.
 
     The result is None if the caller passed a `log_prior`.
     """

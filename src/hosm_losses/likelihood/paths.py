@@ -117,7 +117,7 @@ class Coordinates:
         return level
 
     def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
-        """The noise levels at u = log σ̂ (n,), in the precision of u."""
+        """The noise levels at u = log σ̂ (n,); α and σ have u's dtype."""
         return self.levels(log_sigma_hat)(slice(None))
 
     def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
@@ -193,7 +193,7 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 
 
 class FirstEvaluation:
-    """Checks in the first evaluation of a call, such as whether the network draws random numbers.
+    """Checks the network once for random draws, and once for operators without a derivative.
 
     No list of random layers can be complete, because a network's own code may randomly drop
     labels, layers or words. However, every random draw in torch advances one of torch's
@@ -209,9 +209,9 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """Return a context manager that rejects operators without a derivative if this is due.
+        """Return a context manager that rejects operators without a derivative if a check is due.
 
-        The check is due only once, in the first evaluation that differentiates the network.
+        A check is due only once, in the first evaluation that differentiates the network.
         """
         if not (differentiates and "constants" in self.due):
             return nullcontext()
@@ -329,7 +329,7 @@ class Paths:
         divergence: DivergenceEstimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f and ∇·f, with checks for a first evaluation or an evaluation with a graph.
+        """Return f and ∇·f; check a first evaluation, and keep non-finite samples out of a graph.
 
         The first evaluation of a call is checked for random draws, and the first evaluation with a
         divergence is checked for operators without a derivative.
@@ -338,8 +338,8 @@ class Paths:
         parameters NaN, because 0 · NaN is NaN. The network therefore receives ones in place of a
         non-finite sample, and the results for that sample are set to NaN. If a finite sample leads
         to a non-finite result, the batch is evaluated again without that sample. On an
-        accelerator, where such a test would require synchronisation, samples with a non-finite f
-        are instead found by first evaluating f alone, without a graph.
+        accelerator, testing the result would require synchronisation. Samples with a non-finite f
+        are found there by first evaluating f alone, without a graph.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():

@@ -64,7 +64,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """The likelihoods of a data set, summarised in numbers; `print` shows the main numbers.
+    """Summary statistics of the likelihoods of a data set; `print` shows the main ones.
 
     Attributes:
         samples: the number of samples included in the means.
@@ -172,7 +172,7 @@ class Result:
                 scaled to [low, high]; None for continuous data, or to use the number of levels of
                 the call's `dequantization`.
             low: the value of level 0 after scaling; −1 if None.
-            high: the value that level `levels` would have after scaling; 1 if None.
+            high: the value that the level above the last would have after scaling; 1 if None.
 
         Raises:
             ValueError: if the range is empty or given without levels, if an argument contradicts
@@ -296,7 +296,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        """Return the summary, or a shorter text if there are no values to summarise."""
+        """Return the summary, or a shorter text if there is nothing to summarise."""
         count = f"{len(self.failed)} samples"
         if self.failed.is_meta or not owns_values(self.failed):
             return f"{type(self).__name__} of {count}, not on hand"
@@ -325,7 +325,7 @@ class Result:
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
-        """Concatenate the results of batches or ranks, on the device of the first result.
+        """Concatenate the results of batches or ranks, on the first result's device.
 
         Raises:
             ValueError: if the list is empty, if the shapes of samples differ between results, if
@@ -416,8 +416,8 @@ class NLLResult(Result):
         widening: the factor from Student's t distribution by which `Adaptive` widens
             standard_error; 1 if standard_error is not widened.
         kinks: whether the path seems to have kinks, (B,), as the paths of ReLU networks do; None
-            if unknown. The solver's order of accuracy drops at kinks, which makes its error
-            estimate unreliable, so solver_error is tripled.
+            if unknown. Kinks lower the solver's order of accuracy and make the error estimate
+            unreliable, so solver_error is tripled.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
@@ -442,10 +442,10 @@ class SampleResult(Result):
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
         solver_error: an estimate of the difference between nll and the true −log p(x), in nats,
             (B,); None if nll is None. With a companion, the ODE is also solved from x back
-            to a latent, and the densities that the two solutions yield at x are compared; if the
-            probes are random, the prior densities at the two latents are compared instead. Without
-            a companion, the estimate is computed as if the model's score near the data were the
-            gradient of log p, and is often a hundred times too large.
+            to a latent. The two solutions are compared by their densities at x or, if the probes
+            are random, by the prior densities at their latents. Without a companion, the estimate
+            is computed as if the model's score near the data were the gradient of log p, and is
+            often a hundred times too large.
         failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
             density contains a non-finite value, if the path did not reach its end, or if
             solver_error is too large. The nll of a failed sample is NaN, and `failures` returns

@@ -47,7 +47,7 @@ class Solver:
         return f"{type(self).__name__}.{field}"
 
     def __post_init__(self) -> None:
-        """Convert the moments to plain numbers."""
+        """Convert the moments to numbers or nested tuples."""
         for field in ("data_mean", "data_std"):
             if (value := getattr(self, field)) is not None:
                 object.__setattr__(self, field, plain_moment(field, value, self._name(field)))
@@ -61,7 +61,7 @@ class FixedGrid(Solver):
     root mean square of `data_std`; the other half are spread evenly in log σ̂. If the network
     predicts the velocity of a linear flow, a different grid is used. If the root mean square of
     `data_std` is 1, the steps of this other grid have similar lengths in t, but are shorter at
-    both ends.
+    both ends of the path.
 
     Args:
         steps: the number of steps, at least 4. The network is evaluated steps + 2 times, or
@@ -71,9 +71,9 @@ class FixedGrid(Solver):
         companion: whether to solve the ODE a second time. With a companion, `solver_error` also
             accounts for paths that amplify small errors. In `ode_nll`, the second solution uses
             half as many steps and, if `steps` is 64, adds 52 % to the number of evaluations. In
-            `ode_sample`, the ODE is solved back from the samples to latents, on the same grid,
-            which doubles the number of evaluations. A companion requires an even number of steps,
-            at least 8.
+            `ode_sample`, the second solution runs from the samples back to latents on the same
+            grid, which doubles the number of evaluations. A companion requires an even number of
+            steps, at least 8.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
             a sample; stored as a number or as nested tuples. `None` means 0.
         data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
@@ -111,22 +111,22 @@ class ToTolerance(Solver):
     """A fixed grid that is refined until the `solver_error` of each sample is within a tolerance.
 
     In the first batch, the number of steps is the smallest of 32, 64, …, 1024 that meets the
-    tolerance. If an error exceeds the tolerance, the ODE is solved again on the next finer grid:
-    for the whole batch if `group` is set, and otherwise only for the samples whose error is too
-    large. `nfe` includes the evaluations on coarser grids. Later batches start with the median
-    number of steps that the samples of the first batch needed, so some of their samples use more
-    steps than necessary.
+    tolerance. Samples whose error exceeds the tolerance are computed again on the next finer grid.
+    If `group` is set, the first batch is computed again as a whole, and later batches are never
+    computed again. `nfe` includes the evaluations on coarser grids. Later batches start with the
+    median number of steps that the samples of the first batch needed, so some of their samples use
+    more steps than necessary.
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
-        group: the process group whose processes must use the same number of steps, chosen so that
-            every sample of the first batch meets the tolerance; None to choose the number for each
-            sample separately.
+        group: the process group whose processes must use the same number of steps; None to choose
+            the number for each sample separately. The group's number is the smallest that suffices
+            for every sample of the first batch.
         companion: as in `FixedGrid`. Without a companion, the true error of `ode_nll` may exceed
             the tolerance if a path amplifies small errors, and `ode_sample` may take far more
             steps than necessary.
-        data_mean: the mean of the data, as in `FixedGrid`.
-        data_std: the standard deviation of the data, as in `FixedGrid`.
+        data_mean: as in `FixedGrid`.
+        data_std: as in `FixedGrid`.
 
     Raises:
         ValueError: if data_std is not positive.
@@ -150,14 +150,14 @@ class Adaptive(Solver):
 
     The ODE is solved twice, and the difference between the solutions contributes to
     `solver_error`. In `ode_sample` without a divergence, the ODE is solved only once, with a tenth
-    of the tolerance.
+    of `step_tolerance`.
 
     Args:
         step_tolerance: the acceptable error in the log-density, in nats, for each step of the
             first solution; the second solution, which is returned, uses a tenth of this value.
-            In float32, rounding in most networks puts values below about 1e-6 out of reach.
-        data_mean: the mean of the data, as in `FixedGrid`.
-        data_std: the standard deviation of the data, as in `FixedGrid`.
+            In float32, rounding in most networks puts tolerances below about 1e-6 out of reach.
+        data_mean: as in `FixedGrid`.
+        data_std: as in `FixedGrid`.
 
     Raises:
         ValueError: if data_std is not positive.

@@ -2,8 +2,8 @@ r"""The variational bound for a diffusion model's SDE.
 
 Purpose:
     The reverse SDE and the ODE of the same network define two different models, each with its own
-    likelihood. The noise-prediction loss, integrated over all noise levels, yields a bound on the
-    SDE's likelihood that requires no derivatives.
+    likelihood. Integrated over all noise levels, the noise-prediction loss yields a bound on the
+    SDE's likelihood; no derivatives are needed.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
