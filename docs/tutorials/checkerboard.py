@@ -2,8 +2,9 @@ r"""
 Train a better density
 ======================
 
-For each order of score matching from one to three, train a small network on a checkerboard with
-equally many network evaluations, and compare the density and score of its ODE with the true ones.
+Train small networks on a checkerboard with score matching of order one, two and three. All orders
+use equally many network evaluations. Compare the density and score of each network's ODE with the
+true ones.
 """
 
 import matplotlib.pyplot as plt

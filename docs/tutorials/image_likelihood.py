@@ -81,14 +81,14 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# First, is the network wrapped correctly? If the network had been trained with another schedule or
-# another prediction type, every number below would be wrong, without an error message.
+# First, is the network wrapped correctly? If the network had been trained with a schedule or
+# prediction type other than the model's, every number below would silently be wrong.
 report = check_wrapping(model, held_out)
 print(report)
 
 # %%
 # Now measure the likelihood. Each image's standard error is estimated from two random probes at
-# each node. With ``levels=17``, the bits per dimension are those of the integers.
+# each node. With ``levels=17``, ``summary`` reports bits per dimension of the integer pixels.
 moments = {"data_mean": float(held_out.mean()), "data_std": float(held_out.std())}
 solver = FixedGrid(64, **moments)
 with torch.no_grad():

@@ -2,9 +2,9 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on samples from an energy's distribution in eight dimensions, draw samples from the
-model with their densities, and reweight these to that distribution. The weights also yield the
-effective sample size and log Z.
+Train a model on data from an energy's distribution in eight dimensions. Draw samples from the
+model with their densities, and reweight the samples to the energy's distribution. The weights also
+yield the effective sample size and log Z.
 """
 
 import math
@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 # %%
 # Each of four pairs (a, b) of coordinates adds a double well in a and a parabola in b to the
-# energy. Each pair has two modes, so there are sixteen. Z is computed by quadrature.
+# energy. Each pair has two modes, so the distribution has sixteen. Z is computed by quadrature.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -91,9 +91,8 @@ print(weights)
 print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}")
 
 # %%
-# The weights do not reveal a mode that no sample reaches, but points from the target do: the mean
-# of log π − log q over such points is an upper bound on log Z, and a missed mode would raise this
-# bound.
+# The weights do not reveal a mode that no sample reaches; points from the target do. The mean of
+# log π − log q over these points is an upper bound on log Z. A missed mode raises this bound.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
 bounds = weights.sandwich(points, given)

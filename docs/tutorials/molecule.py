@@ -2,16 +2,16 @@ r"""
 From forces to a free energy
 ============================
 
-Simulate a molecule, train an equivariant network on its positions and forces, and sample. For a
-cluster, estimate a free energy difference and its error from weighted samples. The full run takes
-about eleven minutes on one core:
+Simulate a molecule, train an equivariant network on its positions and forces, and sample new
+positions. For a cluster, estimate a free energy difference and its error from weighted samples.
+The full run takes about eleven minutes on one core:
 
 .. code-block:: bash
 
    pip install -e ".[molecules,docs]"
    python docs/tutorials/molecule.py
 
-On the website, this page ends with the pictures and output of such a run.
+On the website, this page ends with such a run's pictures and output.
 """
 
 import math
@@ -77,8 +77,8 @@ for warning in caught:
 
 # %%
 # Positions without their centre of mass span 63 of 66 dimensions, and ``OnSubspace`` works in
-# coordinates of this subspace. A random orientation for each frame makes E g gᵀ independent of how
-# far the molecule happened to turn. This matrix determines how much of the targets' noise the
+# coordinates of this subspace. Without random orientations, E g gᵀ would depend on how the
+# molecule rotated during the simulation. This matrix determines how much of the targets' noise the
 # scores remove.
 
 
@@ -132,9 +132,9 @@ alanine.train(20 if quick else 6000)
 
 # %%
 # The network is equivariant to rotations and reflections, so half of the samples have the wrong
-# handedness, which the sign of a volume at Cα reveals. These samples are replaced by −x before a
-# torsion is computed; otherwise, the two basins would mix. Each mirror image has half the
-# molecule's density, hence −log 2.
+# handedness. The sign of a volume at Cα reveals them. These samples are replaced by −x before a
+# torsion is computed; otherwise, the two basins would mix. The molecule's density is split equally
+# between both mirror images, hence −log 2.
 
 
 def log_target(y):
@@ -201,7 +201,7 @@ if not quick:
 # In 63 dimensions, importance weights need a better network than a few minutes of training on one
 # core can produce: nearly all of the weight falls on one or two samples, and a weighted average,
 # such as the free energy difference between the two basins of φ, would be meaningless. DW4 is
-# small enough: it has four particles in the plane, and a double well in each of the six distances.
+# small enough: four particles in the plane, with a double well in each of the six distances.
 
 
 def log_dw4(x):
@@ -263,7 +263,7 @@ for name, data in {"same": x, "ten times longer": longer}.items():
     )
 
 # %%
-# A full run prints these lines and draws these pictures:
+# The output and pictures of a full run:
 #
 # .. literalinclude:: /tutorials/molecule.txt
 #    :language: text
@@ -273,9 +273,9 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 # .. image:: /images/molecule_noise.svg
 #
 # Alanine needs a better network than this one: most of the samples' energies are beyond the range
-# of the picture, and too many samples have φ > 0, because the network sees only distances and can
-# hardly infer from them the sign of φ relative to the handedness at Cα. If log weights are
+# of the picture. Also, too many samples have φ > 0, because the network sees only distances, from
+# which the sign of φ relative to the handedness at Cα is hard to infer. If log weights are
 # normally distributed with a standard deviation of s nats, the effective sample size is a fraction
-# exp(−s²) of the number of samples, so 2% requires s = 2. To get there, train a larger network for
-# longer; a network that sees the sign of a volume needs no mirror images. For DW4, the effective
-# sample size is half the number of samples.
+# exp(−s²) of the number of samples; a fraction of 2% requires s = 2. To reach 2%, train a larger
+# network for longer; a network that sees the sign of a volume needs no mirror images. For DW4, the
+# effective sample size is half the number of samples.

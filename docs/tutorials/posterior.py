@@ -196,7 +196,7 @@ figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2
 # other observations, perhaps for yours.
 #
 # Both faults lower the mean of log q over pairs of θ and y. Two models can be compared by this
-# mean even if the exact posterior is unknown; a useful model's mean at least exceeds the prior's.
-# To handle the edge, reject samples outside the box and divide the density by the share inside, or
+# mean even if the exact posterior is unknown. A useful model's mean must exceed the prior's. To
+# handle the edge, reject samples outside the box and divide the density by the share inside, or
 # map the box to the plane, train there, and add the map's log-determinant. :doc:`/densities`
 # describes such distributions.

@@ -182,7 +182,11 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return the point at which to differentiate: x if it may need a gradient, or else a copy."""
+    """Return the point at which to differentiate: x itself or a detached copy of x.
+
+    x itself is returned under torch.compile and torch.func, and also if `wanted` is True and x
+    requires grad.
+    """
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -193,7 +197,7 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Call a function that returns (value, more); return value, more and the backward pass.
+    """Call `function`; return its two results (value, more) and the value's backward pass.
 
     The backward pass maps a cotangent of the value's shape to one gradient per point; the
     gradients have a graph if `graph` is True. If the value does not depend on a point, the
@@ -452,9 +456,11 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, and the products computed by backward passes from the value.
+    """Return the derivatives that an engine computes, and Jacobian products.
 
-    If `copied` is True, each direction has its own copy of x and its own value.
+    The product vjp_c is computed by a backward pass from the value. The product jvp_c is computed
+    by a second backward pass, which starts from vjp_c. If `copied` is True, each direction has its
+    own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:

@@ -5,10 +5,10 @@ Purpose:
     gradient of a second-order term with respect to that bias is therefore zero, and the term's
     gradient with respect to other parameters is incomplete. Yet the mean of the term over the data
     depends on all these parameters, because they determine how often the data cross a kink.
-    Derivatives of the network do not show this dependence, whichever engine computes them. In the
-    first call to a network, the operators between x and the output are therefore checked for
-    discontinuous derivatives. Clamps are ignored, because most of them only guard against
-    overflow.
+    Derivatives of the network do not show this dependence, whichever engine computes them. When a
+    network is first called with gradients enabled, the operators between x and the output are
+    therefore checked for discontinuous derivatives. Clamps are ignored, because most of them only
+    guard against overflow.
 """
 
 import weakref
@@ -46,7 +46,8 @@ class NetworkMemory:
 
     Attributes:
         refused: for each (engine, kind), the reason why the engine refuses this kind of call.
-        failed: for each (engine, kind), the reason for a first failure, which may be transient.
+        failed: for each (engine, kind), the reason for the first failure. The failure may be
+            transient.
         served: the combinations of engine, kind of call and surroundings (transforms and modes)
             with which a call has succeeded.
         warned: whether the user has been warned that reverse mode takes over.
@@ -75,7 +76,7 @@ def refusal(owner: object, order: int) -> str | None:
 def memory_of(owner: object) -> NetworkMemory:
     """Return the memory of `owner`.
 
-    If `owner` cannot be hashed or weakly referenced, return a new memory in every call.
+    If `owner` cannot be hashed or weakly referenced, every call returns a new memory.
     """
     try:
         return _MEMORIES.setdefault(owner, NetworkMemory())
@@ -163,10 +164,9 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield each recorded operator in `nodes`: its name and the lowest order that jumps.
+        """Yield (name, order) for each recorded operator whose node is in `nodes`.
 
-        This is the order of the lowest-order derivative that jumps; 0 means that no derivative
-        jumps.
+        `order` is the order of the first derivative that jumps; 0 means that no derivative jumps.
         """
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
@@ -181,8 +181,8 @@ class _Watch(TorchFunctionMode):
 def _between(point: Tensor, value: Tensor) -> set[Any]:
     """Return the graph nodes between a point and a value.
 
-    If the point is a Jet, return all nodes of the value's graph, and in addition None, which is
-    the node of a tensor without a graph.
+    If the point is a Jet, return all nodes of the value's graph and also None. None stands for the
+    node of a tensor without a graph.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):

@@ -3,13 +3,13 @@ r"""Choose the engine that differentiates a network, and remember which attempts
 Purpose:
     "auto" tries the taylor engine first; for Jacobian products in eager mode, however, it tries
     reverse mode first. If the taylor engine cannot differentiate the network, reverse mode takes
-    over, but only in eager mode. A failed attempt leaves buffers and generators unchanged. The
-    user is warned when reverse mode first takes over for a network. If an engine refuses a call,
-    the refusal is remembered immediately for all calls of the same kind. After any other error,
-    the engine is abandoned only if the next call of the same kind also fails, because a bad batch
-    may have caused the error. Once an engine has succeeded with a kind of call, errors in calls of
-    that kind reach the user, without a fallback. `check_derivatives` finds errors that only a
-    backward pass would raise.
+    over, but only in eager mode. Before the other engine is tried, the buffers and generators that
+    the failed attempt changed are restored. The user is warned when reverse mode first takes over
+    for a network. If an engine refuses a call, the refusal is remembered immediately for all calls
+    of the same kind. Any other error may have been caused by a bad batch. The engine is therefore
+    abandoned only if the next call of the same kind also fails. Once an engine has succeeded with
+    a kind of call, errors in calls of that kind reach the user, without a fallback.
+    `check_derivatives` finds errors that only a backward pass would raise.
 
     An error raised here while torch.compile is tracing causes a graph break, and the call is
     repeated in eager mode. With fullgraph=True, the error reaches the user.
@@ -65,7 +65,8 @@ class NetworkState:
     """Saved copies of a network's buffers and of the states of torch's random generators.
 
     Buffers are saved only if the network is a Module or a method of a Module. The states of the
-    generators of the CPU and of x's device are saved, except during the capture of a CUDA graph.
+    CPU generator and of the generator of x's device are saved, except during the capture of a CUDA
+    graph.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:

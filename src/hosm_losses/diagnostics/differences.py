@@ -7,16 +7,16 @@ Formula:
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), accurate to fourth order in h.
 
     `Smoothness` compares p(b) − p(a) with ∫ p′ ds, computed by the Gauss-Legendre rule. The
-    comparison is made along the line x + s w, with −½ ≤ s ≤ ½, for the functions p₀ and p₁, where
+    comparison is made for p = p₀ and for p = p₁, along the line x + s w with −½ ≤ s ≤ ½. Here,
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
     This comparison is needed for ReLU networks. Their second derivatives are zero wherever they
     exist, so finite differences with small steps reveal no fault, even though the gradient of the
     third-order term is wrongly zero.
 
     If the integral differs from p(b) − p(a), the line is bisected repeatedly. Each time, the half
-    on which the trapezoidal rule has the larger error is kept. Over a distance h, the error of the
-    trapezoidal rule does not depend on h if p has a jump. The error is proportional to h if p′ has
-    a jump, and to h³ if neither p nor p′ has a kink.
+    on which the trapezoidal rule has the larger error is kept. On an interval of length h, this
+    error is independent of h if p has a jump, proportional to h if p′ has a jump, and proportional
+    to h³ if neither p nor p′ has a kink.
 
     The search therefore converges to a jump, and each halving evaluates the functions at only one
     new point. At a jump, the bend |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b,
@@ -95,7 +95,7 @@ class Agreement(Check):
     """Comparison of a field's derivatives with finite differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Return None if all derivatives agree at some step size; if not, name a wrong one."""
+        """Name a wrong derivative, or return None if all derivatives agree at some step size."""
         fault = None
         # If x is small compared with the length over which the field curves, differences of values
         # drown in rounding errors. Longer directions in x, up to a size of 1, avoid this.

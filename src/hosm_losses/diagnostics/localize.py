@@ -4,7 +4,7 @@ Formula:
     A module is evaluated with the arguments that it received in the network. If it returns tensors
     y_k, then the map x → (Σ_k y_k · r_k) u, where r_k and u are fixed random tensors, is a field
     with the shape of x. The derivatives D and G of this field depend on all first and second
-    derivatives of the module.
+    derivatives of the module with respect to x.
 """
 
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
 
 
 def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
-    """Record the calls of a network's modules at x, in the order in which they finished."""
+    """Evaluate a network at x, and return the module calls in order of completion."""
     network: object = bound.model.network
     calls: list[Call] = []
     entered: list[dict[int | str, Any]] = []
@@ -87,7 +87,10 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe a field's fault or an exception from its derivatives; otherwise, return None."""
+    """Describe the fault that a check finds in a field, or return None if there is no fault.
+
+    A derivative that cannot be computed is a fault too, but only `Agreement` reports this fault.
+    """
     never_warn(field.owner)
     try:
         return check.find(field, x)

@@ -3,11 +3,12 @@
 - The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, together with their
   times; the batch size and any dropout mask stay the same.
-- Outputs follow their samples. The test permutes the samples, or repeats one sample, and does
-  the same to all tensors that are assumed to belong to the samples. If a tensor holds a set that
-  all samples share, permuting its rows does not change the outputs, so only repetition detects
-  such a tensor. The test is skipped if the network draws random numbers, because these depend on a
-  sample's position in the batch.
+- If a sample is moved to another row of the batch, its output moves to the same row. The test
+  permutes the samples, or repeats one sample, and does the same to all tensors that are assumed to
+  belong to the samples. A tensor may instead hold an unordered set that all samples share.
+  Permuting the rows of this tensor changes no output, so only repetition reveals that the rows do
+  not belong to the samples. The test is skipped if the network draws random numbers, because these
+  depend on a sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection

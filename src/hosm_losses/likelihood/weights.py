@@ -8,21 +8,21 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
     mean of its exponential is e^{v/2}. The term −v_i/2 corrects for this factor, with v_i
     estimated from the probes.
 
-    Standard errors come from a jackknife that leaves out one sample and its probes at a time.
+    Standard errors come from a jackknife that leaves out one sample at a time, with its probes.
 
     The interval for log Z extends 1.96 standard errors below the estimate and farther above it. If
-    the weights are skewed and the samples miss the large weights, both the mean weight and its
-    standard error are underestimated.
-    For the upper end, the largest weight is counted twice. Let the resulting n weights have mean
-    m, standard error s of this mean, and skewness γ √n, and let T = (m − Z)/s. Hall's
+    the weights are skewed and the samples miss regions of large weight, both the mean weight and
+    its standard error are underestimated.
+    For the upper end, the largest weight is counted twice. Let m be the mean of the resulting n
+    weights, s the standard error of m, γ √n the weights' skewness, and T = (m − Z)/s. Hall's
     transformation g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard normal. At the upper end
     of the interval for Z, g(T) is −1.96, so the upper end is
         m + 3 s u/(1 + c + c²),     u = 1.96 + γ/6,     c = (1 − γ u)^{1/3}
 
     The weights apply to x itself: q is the exact density of x at t_min, where x still contains
     noise with standard deviation σ(t_min). The noise at t_min lowers the effective sample size but
-    adds no bias. If you denoise the samples, the weights no longer apply, because denoised samples
-    have a different density.
+    does not bias the estimates. The weights do not apply to denoised samples, which have a
+    different density.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Hall, "On the removal of
@@ -94,12 +94,12 @@ class Weights:
 
     @property
     def log_z(self) -> float:
-        """The log of the mean weight, in nats: an estimate of log Z."""
+        """An estimate of log Z, the log of the mean weight, in nats."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
     def log_z_error(self) -> float:
-        """Estimated standard error of `log_z`, often an underestimate: see `log_z_interval`.
+        """Estimated standard error of `log_z`, often too small (see `log_z_interval`).
 
         The standard error is NaN if one sample has all the weight.
         """
@@ -110,8 +110,8 @@ class Weights:
         """95 % confidence interval for log Z, in nats, which allows for skewed weights.
 
         The interval does not account for regions that the samples miss, such as a mode, or a tail
-        that is much heavier than the model's tail. Both ends of the interval are NaN if one sample
-        has all the weight.
+        that is much heavier than the model's tail. The interval is (NaN, NaN) if one sample has
+        all the weight.
         """
         below = NORMAL * self.log_z_error
         if math.isnan(below):
@@ -138,8 +138,8 @@ class Weights:
     def effective_sample_size(self) -> float:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        Do not use it to select runs: the effective sample size is larger when the samples miss the
-        large weights than when they do not.
+        Do not select runs by it: a run that misses regions of large weight has a larger effective
+        sample size than one that covers them.
         """
         return self._effective_size(self.normalized.square())
 

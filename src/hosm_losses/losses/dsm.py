@@ -188,10 +188,10 @@ def third_order_dsm(
         targets: the regression target; None means the drawn noise ε, as in the paper.
             `AveragedTargets()` averages the target over all data points that may have produced x,
             which removes the noise that the random choice of x₀ adds to the targets of every
-            order. `TargetScores(scores)` reduces the noise from the choice of x₀ without using
-            other data, but requires the score ∇log p₀ of the data. At order one, a tensor (B, *)
-            passed to the call, such as a teacher's prediction, replaces ε in the residual but not
-            in x; also pass the `t` and `noise` of the x for which the tensor was computed.
+            order. `TargetScores(scores)` reduces the noise from the choice of x₀ without other
+            data, but requires the score ∇log p₀ of the data. At order one, a call also accepts a
+            tensor (B, *), such as a teacher's prediction. The tensor replaces ε in the residual,
+            not in x: also pass the `t` and `noise` of the x for which the tensor was computed.
         weights: the weights (first, second, trace, third), in a list or tuple (of nonnegative
             numbers or one-element tensors), an array or a tensor. "paper" means (1, 1, 1, 1), as
             in the paper's code for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the
@@ -206,29 +206,28 @@ def third_order_dsm(
             yourself. None of these options changes the mean of the higher terms. With a callable
             t → (B,), every term is multiplied by the values that the callable returns.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
-            draws log σ̂ from a uniform distribution and reweights the terms, so that the mean of
-            every term stays the same; if the schedule is a table, the times are integer indices
-            into the table. `AdaptiveTimes()` learns at which times the loss needs the most
-            samples. Times from a callable (batch size, generator) → t (B,) are treated as if you
-            had passed them as `t`. None means "log_sigma_hat" if weighting="likelihood", and
-            "schedule" otherwise.
+            draws log σ̂ uniformly and reweights the terms, so every term has the same mean as with
+            "schedule". If the schedule is a table, the times are integer indices into the table.
+            `AdaptiveTimes()` learns at which times the loss needs the most samples. Times from a
+            callable (batch size, generator) → t (B,) are treated as if you had passed them as `t`.
+            None means "log_sigma_hat" if weighting="likelihood", and "schedule" otherwise.
         antithetic: whether each sample is perturbed with both ε and −ε, at the same t. Every term
             of a sample, even with reduction="none", is then the average over both perturbations.
-            The average has the same mean as with a single perturbation. Where the density of the
-            data is smooth at the scale of the noise, the average has a lower variance than with
-            two independent perturbations. The noisy batch has 2B rows: for the same cost, pass
-            half as many samples. If you pass `noise`, it is used as +ε. The two halves of the
-            noisy batch have the same probes and `model_kwargs`. Dropout draws a separate mask for
-            each half.
+            The average has the same mean as the term of a single perturbation. Where the density
+            of the data is smooth at the scale of the noise, the average has a lower variance than
+            an average over two independent perturbations. The noisy batch has 2B rows: for the
+            same cost, pass half as many samples. If you pass `noise`, it is used as +ε. The two
+            halves of the noisy batch have the same probes and `model_kwargs`. Dropout draws a
+            separate mask for each half.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         reduction: "mean" or "sum" over the batch, or "none" for the loss of each sample, (B,).
         generator: the random generator, on the device of x0; None uses the global generator.
         model_kwargs: keyword arguments for the network. A tensor whose first dimension is B is
-            assumed to have one row per sample, and its rows are repeated for the probes and
-            selected for `fraction` along with the samples. If all samples share a tensor, wrap
-            the tensor in `Shared`.
+            assumed to have one row per sample. When samples are repeated for the probes or
+            selected for `fraction`, so are their rows. If all samples share a tensor, wrap the
+            tensor in `Shared`.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace + w₃ third.

@@ -244,9 +244,9 @@ def perturb(
     targets: Targets,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε with its targets, from which q x is subtracted as in `terms`.
+    """Return x = α(t) x₀ + σ(t) ε and its targets minus q x (see `terms`).
 
-    If ε has more rows than x₀ and t, then x₀ and t are repeated, one batch after another.
+    If ε has more rows than x₀ and t, then x₀ and t are tiled to match ε.
     """
     data, moments = x0, None
     if len(eps) != len(x0):
@@ -354,7 +354,7 @@ def _probes(
 ) -> Tensor:
     """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
 
-    With antithetic noise, the probes are (K, 2n, *), and their two halves are equal.
+    With antithetic noise, the n rows are followed by a copy of them: (K, 2n, *).
     """
     if probe is not None:
         v = probe if rows is None else probe[:, rows]

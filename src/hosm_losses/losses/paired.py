@@ -3,8 +3,8 @@ r"""Unbiased estimates, from a few paired probes, of the terms that probes="exac
 Purpose:
     With random probes v, the target in the squared residual depends on v, and the mean of a square
     is not the square of the mean. Paired probes replace the target with its mean over v, and the
-    square with the product of two estimates from independent probes. Hardly any noise remains,
-    apart from the noise due to the random choice of data.
+    square with the product of two estimates from independent probes. The remaining noise comes
+    almost entirely from the random choice of x₀, ε and t.
 
 Formula:
     Let ℓ = ε + f and A = σ ∂f/∂x. The quantities detached in `terms` are detached here as well:
@@ -19,11 +19,10 @@ Formula:
 
     With less noisy `targets`, every sum Av + v, including Aℓ + ℓ, becomes Av + v − C₂v, and G_k
     becomes G_k + C₃(v_k, v_k, ·). C₂ and C₃ are applied to the same probes as the derivatives of
-    the network, so that the noise from the probes also cancels where C₂ = A + I and
-    C₃(v, v, ·) = −G.
+    the network. The noise from the probes therefore cancels where C₂ = A + I and C₃(v, v, ·) = −G.
 
-    The network is called only once, because ℓ·(Aℓ) is computed by a backward pass from the
-    network's output, and because Aℓ is not differentiated.
+    One network call suffices: ℓ·(Aℓ) is computed by a backward pass from the network's output,
+    and the Aℓ in R_k is not differentiated.
 
 Cost of a step with two probes:
     A step costs as much as 12 network evaluations at order two (9 if the weight of `second` is 0)

@@ -8,9 +8,9 @@ Formula:
         v_i = −v_j = ½ (ℓ − ℓ̄) r for two particles in D dimensions, with r = x_i − x_j and
             ℓ = log|r|: div v = 1 + D (ℓ − ℓ̄), so the mean of −(ℓ − ℓ̄) (½ r·(g_i − g_j) + D) is 1.
 
-    In molecules, the products in the first mean multiply the large forces along bonds by the
-    motion of the whole molecule. For a stiff bond, the second mean has far less noise than the
-    first. Neither mean depends on the masses.
+    In molecules, the first mean is noisy: large forces along bonds are multiplied by motions of
+    the whole molecule. For a stiff bond, the second mean has far less noise than the first.
+    Neither mean depends on the masses.
 
 Errors:
     Consecutive frames of a simulation are correlated, so standard errors are computed from the
@@ -35,10 +35,10 @@ def check_scores(
 ) -> None:
     """Warn if scores g (N, d) are not those of the data x, or if N samples are too few to tell.
 
-    `matrix` says whether the information is a matrix; if it is one number per element, and the
-    data lie in a subspace that is not parallel to the axes, the targets are biased. `rounding` is
-    the relative rounding error of x. If `particles` is given, whether there are too few samples is
-    judged only from the mean over pairs.
+    `matrix` says whether the information is a matrix. Information of one number per element biases
+    the targets if the data lie in a subspace that is not parallel to the axes. `rounding` is the
+    relative rounding error of x. If `particles` is given, only the mean over pairs decides whether
+    N is too small.
     """
     varies, dimension = _extent(x, rounding)
     elements = int(varies.sum())
@@ -75,7 +75,7 @@ def check_scores(
 
 
 def _extent(x: Tensor, rounding: float) -> tuple[Tensor, int]:
-    """Return a mask of the elements of x (N, d) that vary beyond rounding, and x's dimension."""
+    """Return which elements of x (N, d) vary beyond rounding, and the dimension of the data."""
     x = (x - x.mean(0)) / (rounding * x.abs().amax(0))
     varies = x.square().mean(0) > 1
     count = int(varies.sum())

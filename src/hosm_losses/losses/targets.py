@@ -41,8 +41,8 @@ Formula for targets from scores:
     C = 0 gives the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e; for Gaussian
     data, e then has no noise.
 
-    Averaging these residuals with the weights w gives the averaged residuals above, with ē in
-    place of ε̄ (so that ℓ = ē + f and c = C z̄), and with two replacements. C₂v becomes
+    Averaging these residuals with the weights w gives the averaged residuals above, after three
+    replacements. ε̄ becomes ē, so that ℓ = ē + f and c = C z̄. C₂v becomes
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
     and C₃(v, v, ·) becomes
         [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
@@ -64,10 +64,10 @@ Precision:
     All moments are expressed in terms of δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the
     sample itself, so the moments are exactly zero if every reference has zero weight. A weighted
     sum of the δ_j is computed as a difference of matrix products, which loses digits as σ/α → 0.
-    These products are therefore computed in float64, which keeps eight digits at α/σ = 1e4, and to
-    which neither autocast nor TF32 applies. On devices without float64, they are computed in
-    float32. The differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype
-    of the matrix products.
+    These products are therefore computed in float64, unaffected by autocast and TF32. Eight digits
+    remain at α/σ = 1e4. On devices without float64, the products are computed in float32. The
+    differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype of the matrix
+    products.
 
 Source:
     Averaged targets at order one: Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance
@@ -123,7 +123,7 @@ class AveragedTargets:
 
     Averaging removes the noise that the random choice of x₀ adds to the targets, at the cost of a
     few matrix products and without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of
-    ε, where ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2), and j runs over the reference and the
+    ε, where ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2). Here j runs over the reference and the
     sample's own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023).
     Using the second and third moments for orders two and three is new in this library.
 
@@ -354,20 +354,20 @@ class TargetScores:
 
     Examples of such scores are the forces in a molecular data set, divided by kT, and gradients of
     the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one
-    uses e = ε − C (ε + σ̂ g) in place of ε. Using e amounts to target score matching (De Bortoli et
-    al., arXiv 2402.08667) with the weights that leave the least noise. The extension to orders two
-    and three is new in this library and needs neither Hessians nor additional network calls. The
-    expected gradient is unchanged: for every model, each residual keeps its conditional mean given
-    x. For Gaussian data, e has no noise.
+    uses e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al.,
+    arXiv 2402.08667), with ε and −σ̂ g weighted so that e has the least noise. The extension to
+    orders two and three is new in this library and needs neither Hessians nor additional network
+    calls. The expected gradient is unchanged: for every model, each residual keeps its conditional
+    mean given x. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support: for uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
     data and the scores meet this condition.
 
     Args:
-        scores: the score g, either as a tensor with the shape of x₀, for a single call to a loss,
-            or as a callable that maps data (N, *) to their scores. A module's constructor accepts
-            only a callable. The scores are detached from any graph.
+        scores: the score g, as a callable that maps data (N, *) to their scores, or as a tensor
+            with the shape of x₀. A tensor is valid for one call to a loss, so a module's
+            constructor accepts only a callable. The scores are detached from any graph.
         information: F = E g gᵀ, averaged over the data; F determines C. `information` is a number
             from 0 to math.inf (math.inf gives the paper's targets), a tensor with the shape of a
             sample (one number per element), or a matrix (d, d), whose eigenvectors are computed
@@ -377,7 +377,7 @@ class TargetScores:
             the targets are the paper's targets. Along directions in which the information is zero,
             such as that of a constant coordinate, the targets are also the paper's targets. An
             eigenvalue of a matrix counts as zero if it is below 1.2e-7 d times the largest
-            eigenvalue, or below a larger multiple if x₀ or the matrix is in half precision.
+            eigenvalue. This factor is larger if x₀ or the matrix is in half precision.
         averaged: an `AveragedTargets` if the targets should also be averaged over all data that
             may have produced x. If `averaged` has a reference, `scores` must be a callable,
             because the scores of the reference are needed as well.
@@ -385,10 +385,10 @@ class TargetScores:
     Raises:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
             although `averaged` has a reference, or if another argument has the wrong type.
-        ValueError: if `scores` or the elements of `information` are not finite, or if
-            `information` is NaN, is negative (as a number or for any element of a sample), or is a
-            matrix that is not symmetric and positive semidefinite; in a loss, also if `scores` or
-            `information` does not match the batch.
+        ValueError: if `scores` or a tensor `information` is not finite, or if `information` is a
+            number that is negative or NaN, a sample-shaped tensor with a negative element, or a
+            matrix that is not symmetric and positive semidefinite. A loss also raises ValueError
+            if `scores` or `information` does not match the batch.
 
     Example:
         >>> import torch
@@ -449,8 +449,8 @@ class TargetScores:
         By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. If the sample
         mean differs from the dimension by more than five standard errors, the scores or the
         density violate the conditions of `TargetScores`, and a warning is issued. Another warning
-        is issued if five standard errors exceed 10 % of the expected mean, because scores with a
-        relative error of this size may then go unnoticed. The standard errors account for
+        is issued if five standard errors exceed 10 % of the expected mean, because a relative
+        error of 10 % in the scores may then go unnoticed. The standard errors account for
         correlation between samples if the samples are in the order in which a simulation produced
         them, and if the simulation is at least a hundred times as long as the correlation time.
 
@@ -458,11 +458,11 @@ class TargetScores:
             data: samples x (N, *), from the whole data set rather than from a batch.
             scores: ∇log p₀ at each sample, as a tensor with the shape of `data`.
             matrix: whether to return the matrix (d, d) rather than one number per element. The
-                matrix removes more noise than one number per element does; the difference,
-                integrated over log σ̂, is ½ log(∏ F_ii / det F).
+                matrix removes more noise than one number per element does. The difference in the
+                mean of ‖e‖², integrated over log σ̂, is ½ log(∏ F_ii / det F).
             particles: the number n of particles if samples are positions (n, D). The scores are
                 then also checked on pairs of particles, mainly on the stiffest pairs, such as
-                bonds: with ℓ = log|x_i − x_j|, the mean of
+                bonds. For correct scores and ℓ = log|x_i − x_j|, the mean of
                 −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1. In molecules, the standard error of
                 this mean is far smaller than that of the mean of −(x − x̄)·g.
 
@@ -507,7 +507,7 @@ class TargetScores:
     ) -> ControlledMoments:
         """Return the moments of e, which replaces ε in the targets at x = α x₀ + σ ε.
 
-        ε (nB, *), α (nB,) and σ (nB,) contain n batches, one after another, for one x₀ (B, *).
+        The arguments are those of `AveragedTargets.posterior`.
         """
         own = self._scores_at(x0)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))

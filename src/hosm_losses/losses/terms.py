@@ -3,9 +3,9 @@ r"""Residuals of high-order denoising score matching, and their squares, which a
 Purpose:
     f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise.
     D = ∂f/∂x (σ v) is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the
-    gradient of the quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. If the
-    model is correct at all lower orders, a residual has conditional mean zero given x if and only
-    if the model is also correct at the residual's order.
+    gradient of the quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. Suppose
+    that the model is correct at all orders below that of a residual. Given x, this residual then
+    has conditional mean zero if and only if the model is also correct at the residual's order.
 
 Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
@@ -14,13 +14,13 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v)
 
     Shapes: f is `value` (K, B, *), or (1, B, *) if the probes share it. ε is `noise` (B, *). All
-    other vectors have the shape (K, B, *), including the residuals r2 and r3; rt is (K, B).
+    other vectors have the shape (K, B, *), including r2 and r3; rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). If targets are averaged over data, a mean replaces ε, D + v becomes D + v − C₂v, and G
-    becomes G + C₃(v, v, ·), where C₂ is the covariance and C₃ the third cumulant about this mean.
-    With targets from the score of the data, other vectors, which depend on ℓ, replace C₂v and
-    C₃(v, v, ·).
+    ·). If targets are averaged over data, the mean of ε over these data replaces ε, D + v becomes
+    D + v − C₂v, and G becomes G + C₃(v, v, ·). Here C₂ is the covariance and C₃ the third cumulant
+    of ε over these data. With targets from the score of the data, other vectors, which depend on
+    ℓ, replace C₂v and C₃(v, v, ·).
 
 Why lower orders are detached:
     Detaching is part of the method, not an optimisation. If the lower orders are held fixed,
@@ -43,10 +43,10 @@ Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
     exceed the range of float16. The network and its derivatives keep the precision of x.
 
-    Only f + ε matters, where f = −(p · prediction + q x). To avoid cancellation, f + ε is computed
-    as the sum of f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals
-    −q x except for a part of order α. If f and ε were added directly, r1, which is divided by
-    p ~ α if weighting="native", would be mostly rounding error.
+    Here f = −(p · prediction + q x). To avoid cancellation, f + ε is computed as the sum of
+    f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals −q x except for
+    a part of order α. If f and ε were added directly, r1, which is divided by p ~ α if
+    weighting="native", would be mostly rounding error.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -161,7 +161,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
-    """Multiply vectors (K, B, *) by coefficients (K, B), one for each probe and sample."""
+    """Multiply vectors (K, B, *) by coefficients (K, B)."""
     return expand_right(coefficient, vector) * vector
 
 
@@ -223,7 +223,7 @@ def squared_terms(
 
 
 def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
-    """Raise an error that names the terms or times at fault if a loss on the CPU is not finite."""
+    """If a loss on the CPU is not finite, raise an error naming the terms or times at fault."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}

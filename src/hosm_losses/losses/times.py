@@ -1,8 +1,8 @@
 r"""`AdaptiveTimes`, a sampler of t that learns at which times a loss needs the most samples.
 
 Formula:
-    Let u = log σ̂ range over [u₀, u₁], and let b(u) be the base density, with which the objective
-    weights u: the schedule's own, or uniform if weighting="likelihood". `AdaptiveTimes` divides
+    Let u = log σ̂ range over [u₀, u₁]. The objective weights u by the base density b(u), which is
+    uniform if weighting="likelihood" and otherwise the schedule's own. `AdaptiveTimes` divides
     the range into 32 bins of equal width. Bin k, whose mass under b is M_k, is drawn with the
     probability
         P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15,
@@ -127,10 +127,10 @@ class AdaptiveTimes(nn.Module):
     """A time sampler that learns at which noise levels a sample's gradient is largest.
 
     Pass the sampler to a loss as `time_sampler`. Times are drawn more often where the gradients of
-    single samples are large, and the terms are reweighted. The loss therefore has the same mean as
-    with the schedule's own times (with weighting="likelihood", as with times uniform in log σ̂),
-    but its gradient has less noise. Logged terms are not reweighted, so times with large gradients
-    are overrepresented in these terms.
+    single samples are large. The terms are reweighted so that the loss has the same mean as with
+    its default time sampler. The gradient of the loss is less noisy than with the default sampler.
+    Logged terms are not reweighted, so times with large gradients are overrepresented in these
+    terms.
 
     The buffer `m` is initially 1 in every bin. A loss reads `m` but does not change it; to update
     `m`, call `learn` about every 50 training steps.
@@ -165,7 +165,7 @@ class AdaptiveTimes(nn.Module):
     def draw(
         self, schedule: Schedule, like: Tensor, generator: torch.Generator | None, *, uniform: bool
     ) -> tuple[Tensor, Tensor]:
-        """Draw times; return the times and the inverse density of log σ̂ at them, both (B,).
+        """Draw times t; return t and the inverse density of log σ̂ at t, both (B,).
 
         `uniform` says whether the base density is uniform in log σ̂ rather than the schedule's own.
         """
@@ -221,21 +221,21 @@ class AdaptiveTimes(nn.Module):
         computed from the whole batch. The network's parameters, gradients, buffers and training
         modes are left unchanged, and so is the global random state; if you pass a generator,
         its state advances. During the call, batch norm is in evaluation mode, but dropout keeps
-        its mode. A call does the work of min(rows, B) forward and backward passes with one sample
-        each, so call `learn` less often once `m` has settled.
+        its mode. A call is as much work as min(rows, B) forward and backward passes of one sample
+        each. Once `m` has settled, call `learn` less often.
 
-        Under DDP, call `learn` in every process; DDP then broadcasts `m`, like the buffers of
-        batch norm, from the first process at each forward pass. With broadcast_buffers=False, pass
-        the same x0, and generators with the same seed, in every process.
+        Under DDP, call `learn` in every process. At each forward pass, DDP broadcasts `m`, like
+        any other buffer, from the first process. With broadcast_buffers=False, pass the same x0,
+        and generators with the same seed, in every process.
 
         Args:
             objective: the loss module that uses this sampler, possibly within DDP or
                 torch.compile.
             x0: data (B, *).
             optimizer: if you pass an optimizer, only the gradients of its parameters are used. If
-                the optimizer keeps estimates of squared gradients, as Adam does, each squared
-                gradient is divided by √v + eps, where v is its estimate. An optimizer is required
-                if the network is wrapped in a plain function.
+                the optimizer keeps an estimate v of each squared gradient, as Adam does, the
+                squared gradient is divided by √v + eps. An optimizer is required if the network is
+                wrapped in a plain function.
             rows: the number of samples whose gradients are computed.
             targets: as in a call to the objective.
             weights: as in a call to the objective, for orders two and three.

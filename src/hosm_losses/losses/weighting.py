@@ -16,8 +16,8 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     density of t. The choice between the samplers "schedule" and "log_sigma_hat" therefore changes
     the variance of a loss but not its mean. The default sampler for "likelihood" is
     "log_sigma_hat", with which the factor is the constant (u₁ − u₀) d. With "likelihood", the
-    weight of the first term is d g²/(2σ² p) times its weight with "noise", so weights of the terms
-    that were tuned for "noise" must be tuned again.
+    factor of the first term is d g²/(2σ² p) times the factor with "noise". Term weights that were
+    tuned with "noise" must therefore be tuned again.
 
     If the schedule is a table, t is an index i, which "log_sigma_hat" draws with probability
     w_i/(u₁ − u₀). Here, w_i is the length of the interval of log σ̂ in which u_i is the closest
@@ -84,11 +84,11 @@ class EDMWeighting:
 
 Name = Literal["noise", "native", "likelihood"]
 Weighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
-"""The weighting over t: a name, `EDMWeighting()` or a callable t → (B,)."""
+"""The weighting over t, as a name, `EDMWeighting()` or a callable t → (B,)."""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | AdaptiveTimes | DrawTime | None
-"""The sampler of t: a name, `AdaptiveTimes()` or a callable (batch size, generator) → t (B,)."""
+"""The sampler of t, as a name, `AdaptiveTimes()` or a callable (batch, generator) → t (B,)."""
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
@@ -110,8 +110,8 @@ def draw_time(
 ) -> tuple[Tensor, Tensor | None]:
     """Draw a time for every sample of x0: t of shape (B,), on the device of x0.
 
-    The second result, of shape (B,) or (), is the inverse density of log σ̂ at t, by which the
-    terms are reweighted; it is None if t comes from the schedule or from a callable.
+    The second result, of shape (B,) or (), is the inverse density of log σ̂ at t, with which
+    `time_factors` reweights the terms. The result is None for a t of the schedule or a callable.
     """
     schedule, sampler = model.schedule, time_sampler
     if sampler is None:

@@ -69,7 +69,7 @@ class Wrapper(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the module, but neither functions nor the modules that these functions use."""
+        """Copy the module, except for functions and the modules that these functions use."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         if isinstance(self.network, Wrapper):
@@ -177,7 +177,7 @@ class OnSubspace(Wrapper):
     def _times_basis(
         self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
     ) -> Tensor:
-        """Return Qᵀ x or Q y for each sample: a tensor (B, *other) for a `value` (B, *own)."""
+        """Multiply x by Qᵀ, or y by Q: return a tensor (B, *other) for a `value` (B, *own)."""
         of = "OnSubspace.reduce(x)" if name == "y" else "OnSubspace.expand(y)"
         check_like(name, value, (len(value), *own), value.dtype, value.device, of)
         Q = copy_like(self._copies, value, lambda: self._basis)

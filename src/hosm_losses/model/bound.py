@@ -78,7 +78,7 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """This model with PyTorch's own operators, which suffice up to first derivatives."""
+        """This model with PyTorch's own operators, which suffice for first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
@@ -96,7 +96,7 @@ class BoundModel:
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
-        """Return the same model, bound to `count` copies of the batch in one larger batch."""
+        """Return the same model, bound to the batch repeated `count` times."""
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
@@ -129,7 +129,7 @@ class BoundModel:
         )
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the prediction at x, and vᵀ ∂prediction/∂x v (K, B) in the widest dtype.
+        """Return the prediction at x, and vᵀ ∂prediction/∂x v (K, B) in `widest_dtype(x)`.
 
         `directions` yields the directions v in chunks (k, B, *).
         """
@@ -141,8 +141,8 @@ class BoundModel:
     ) -> tuple[Tensor, Tensor]:
         """Return f at x, and vᵀ ∂f/∂x v (K, B) for every direction v.
 
-        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If both are sums over
-        all unit vectors v, (1, B), the second result is ∇·f.
+        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If both are summed over
+        all unit vectors v, they are (1, B), and the second result is ∇·f.
         """
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()

@@ -23,7 +23,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """A mark for a value in `model_kwargs` that all samples share; networks get the bare value.
+    """A mark for a value in `model_kwargs` that all samples share; networks get the value itself.
 
     The mark is only needed for a tensor whose first dimension may equal the batch size, such as a
     table of positions. `check_derivatives` names the tensors that need the mark.
@@ -150,7 +150,7 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Return a note with the number of rows in a failed call and the shapes of its arguments."""
+    """Return a note for a failed call, with the number of rows and the shapes of the arguments."""
     split: list[str] = []
     unchanged: list[str] = []
 

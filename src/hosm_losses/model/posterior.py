@@ -1,4 +1,4 @@
-r"""The mean and covariance of the posterior p(x₀ | x_t) that a network implies for clean data.
+r"""The mean and covariance of the posterior p(x₀ | x_t) of clean data, as implied by a network.
 
 Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
@@ -14,7 +14,7 @@ Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
 
 Source:
     Efron, "Tweedie's formula and selection bias" (2011). The formula for the covariance is given
-    by Meng et al., arXiv 2111.04726, and by Boys et al., arXiv 2310.06721.
+    by Meng et al., arXiv 2111.04726, and Boys et al., arXiv 2310.06721.
 """
 
 from collections.abc import Mapping
@@ -157,9 +157,9 @@ def denoising_posterior(
     """Return the mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
     The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, the covariance is computed
-    as σ²/α times the network's Jacobian. For other predictions, the covariance is computed as a
-    difference. If the network predicts the noise or the score, the difference's relative error
-    grows in proportion to σ̂²: in float32, all digits are lost if σ̂ exceeds a few hundred. For
+    as σ²/α times the network's Jacobian. For other predictions, the covariance is the sum of two
+    terms that may nearly cancel. For "epsilon" and "score", the covariance's relative error grows
+    in proportion to σ̂²: in float32, all digits are lost if σ̂ exceeds a few hundred. For
     "velocity" with `LinearFlowSchedule`, the relative error grows in proportion to σ̂. For "v",
     hardly any digits are lost.
 

@@ -2,8 +2,8 @@ r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the 
 
 Purpose:
     Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
-    x = α x₀ + σ ε. Outside this module, the kind of prediction is read only by the ODE solver, to
-    choose its grid and order, and by `check_wrapping`.
+    x = α x₀ + σ ε. Outside this module, only the ODE solver (to choose its grid and order) and
+    `check_wrapping` use the kind of prediction.
 
 Formula:
     epsilon            ε̂ = network
@@ -78,7 +78,7 @@ class ScoreModel(Wrapper):
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
             shape (B, *) and t of shape (B,). If the network is a function that calls a module, the
             module is not part of the model: `train()`, `eval()`, `to()` and `parameters()` do not
-            reach the module, and copying the model with copy.deepcopy raises TypeError.
+            reach the module, and copy.deepcopy(model) raises TypeError.
         schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
@@ -95,10 +95,10 @@ class ScoreModel(Wrapper):
             is differentiated, as in the losses of orders two and three.
 
     Raises:
-        TypeError: if the schedule is not a `Schedule` or does not return tensors like t, or if
-            `prediction` is not a string.
-        ValueError: if `prediction` is not a known name, or if the schedule's noise in units of the
-            data, σ/α, is not finite or does not grow with t.
+        TypeError: if the schedule is not a `Schedule`, if its methods do not return tensors with
+            the shape, dtype and device of t, or if `prediction` is not a string.
+        ValueError: if `prediction` is not a known name, or if the schedule's σ/α is not finite or
+            does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -297,7 +297,7 @@ class ScoreModel(Wrapper):
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Return whether the call itself raised this TypeError, rather than code in the network."""
+    """Return whether the TypeError was raised before any code of the network ran."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
@@ -323,7 +323,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Return `t` (B,) if it contains times in the schedule's range or indices into the table."""
+    """Check that t (B,) contains times in range or indices into the table, and return t."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

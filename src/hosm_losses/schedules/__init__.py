@@ -6,8 +6,8 @@
 - `discrete`: `DiscreteSchedule`, a table of ᾱ indexed by t.
 
 To add a schedule, write one class in `continuous`, and export the class here and, if it is public,
-from `hosm_losses`. Losses and likelihoods accept any `Schedule`; in their code, only the ODE
-solver tests for a particular class, `LinearFlowSchedule`, to choose its grid and order.
+from `hosm_losses`. Losses and likelihoods accept any `Schedule`. In their code, only the ODE
+solver tests for one class, `LinearFlowSchedule`, to choose the solver's grid and order.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

@@ -6,8 +6,8 @@ Formula:
     for every schedule.
 
 Checks made when a ScoreModel is built:
-    α and σ must be positive. log σ̂ must increase from t_min, where the data are, to t_max, where
-    the noise is, and its derivative must also be positive. `time` must be the inverse of log σ̂.
+    α and σ must be positive. log σ̂ must increase from t_min, the data end, to t_max, the noise
+    end. The derivative of log σ̂ must also be positive. `time` must be the inverse of log σ̂.
     All of this is checked at fixed fractions of [t_min, t_max], in float64 and always on the CPU,
     so that nothing is read from an accelerator.
 
@@ -74,11 +74,11 @@ class Schedule:
     converted to the default dtype, and numbers and arrays are converted to CPU tensors, regardless
     of the default device.
 
-    If you write your own `alpha` and `sigma`, both are called only with floating-point tensors.
-    `alpha` and `sigma` must use PyTorch operators, must return tensors with the shape, dtype and
-    device of t, and must not use tensors on other devices. These rules are checked, on the CPU,
-    when a ScoreModel is built. Of the derivatives, only `squared_diffusion` and `rates` are
-    checked: they must agree with each other.
+    The `alpha` and `sigma` of a subclass are called only with floating-point tensors. Both must
+    use PyTorch operators, must return tensors with the shape, dtype and device of t, and must not
+    use tensors on other devices. These rules are checked, on the CPU, when a ScoreModel is built.
+    Of the derivatives, only `squared_diffusion` and `rates` are checked: they must agree with each
+    other.
 
     The check runs in float64, but losses call `alpha` and `sigma` in float32, in which 1 − α²
     keeps few digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as

@@ -6,9 +6,9 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    In float32, 1 − α² loses nearly all significant digits near t_min, so σ is computed with expm1
-    or as a product of sines, with a relative error below 1e-6. If α² + σ² = 1, σ′ is computed as
-    −(α/σ) α′, which loses no digits to cancellation.
+    In float32, 1 − α² loses nearly all significant digits near t_min, so σ is computed to a
+    relative error below 1e-6, with expm1 or as a product of sines. If α² + σ² = 1, σ′ is computed
+    as −(α/σ) α′, which loses no digits to cancellation.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -235,8 +235,8 @@ class LinearFlowSchedule(Schedule):
 class EDMSchedule(Schedule):
     """EDM's schedule (Karras et al.): α = 1, σ = t; in training, log σ follows N(−1.2, 1.2²).
 
-    The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (a fraction of
-    2e-5 for the default range) are spread over the range, so that the times have a density.
+    The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (by default,
+    2e-5 of all draws) are spread over the range, so that the times have a density.
     """
 
     t_min: float = 0.002
@@ -283,7 +283,7 @@ class EDMSchedule(Schedule):
 
     @property
     def _standard(self) -> tuple[int, float, float, float]:
-        """A sign, the ends of the range of sign · z, and the standard normal mass inside it.
+        """A sign, the ends of the range of sign · z, and the standard normal mass in this range.
 
         Here, z is (log σ − log_mean)/log_std. The sign is chosen so that most of the range is
         below 0, because probabilities near 0 keep more digits than probabilities near 1.

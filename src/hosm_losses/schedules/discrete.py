@@ -208,7 +208,7 @@ class DiscreteSchedule(Schedule):
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the fractional index at which log σ̂ has the given value, clipped to [0, N−1]."""
+        """Return the fractional index, clipped to [0, N−1], at which log σ̂ has the given value."""
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:
@@ -223,12 +223,12 @@ class DiscreteSchedule(Schedule):
 def step_labels(
     schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from an index into a respaced table to the network's time, factor · step.
+    """Return a function that converts indices of a respaced table to network times, factor · step.
 
     `respaced` lists the steps of the full table that the schedule kept. A fractional index is
     converted to the fractional step with the same noise level, by interpolation. This assumes
-    that α falls smoothly from 1: halfway between two respaced steps, the slope of α is set to the
-    mean slope between these steps, and the slope is interpolated linearly between such midpoints.
+    that α falls smoothly from 1. Halfway between two respaced steps, the slope of α is the mean
+    slope between these steps. From one midpoint to the next, the slope is interpolated linearly.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)

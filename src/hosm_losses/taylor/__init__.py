@@ -9,11 +9,11 @@ The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public 
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, with a `Jet` in place of x. A Jet is a tensor that looks like x
-    and carries a stack (C, B, *): the value, then the first derivative along each direction l,
-    then the second derivative along each l, or only the sum of the second derivatives. PyTorch
-    passes each function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule
-    in the `registry`. A rule computes the stack of y = f(x) from the stack of x by the chain rule:
+    The function is called once, with a `Jet` in place of x. A Jet looks like x and carries a stack
+    (C, B, *). The stack holds the value, then the first derivative along each direction l, then,
+    if requested, the second derivative along each l or the sum of the second derivatives. PyTorch
+    passes each function called on a Jet to `Jet.__torch_function__`, which looks up a rule in the
+    `registry`. A rule computes the stack of y = f(x) from that of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
@@ -22,8 +22,8 @@ How it works:
     custom autograd.Function, raise `TaylorError`.
 
 Kinds of rules, with an example of each:
-    linear: ∂²f is zero, so the rule is the function itself, which is applied either to each
-        component in turn or, with adapted axes, to the whole stack.
+    linear: ∂²f is zero, so the rule applies the function itself, either to each component in
+        turn or, with adjusted axis arguments, to the whole stack.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
@@ -33,9 +33,9 @@ Kinds of rules, with an example of each:
         def multiply(a, b):
             return product_rule(a, b, torch.mul, ndim)
 
-    pointwise: a generator that yields the function's value and first three derivatives at x. The
-    third derivative is needed only for gradients, which are computed by code that all pointwise
-    rules share; see `pointwise`.
+    pointwise: a generator that yields the function's value and first three derivatives at x. Only
+    the backward passes use the third derivative. All pointwise rules share the code of these
+    passes; see `pointwise`.
 
         @pointwise("exp")
         def _exp(x):

@@ -33,7 +33,7 @@ def is_traced() -> bool:
 
 
 def carries_gradient(x: object) -> bool:
-    """Whether a value is a tensor that requires grad, at the innermost torch.func level if any."""
+    """Whether x is a tensor that requires grad (inside torch.func, at the innermost level)."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
     innermost = _C._functorch.peek_interpreter_stack()
@@ -66,9 +66,9 @@ def selective_checkpoint() -> bool:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast multiplies a tensor.
+    """Return the dtype that autocast uses for matrix products and convolutions of x.
 
-    This is the tensor's own dtype if autocast is off or the tensor is in float64.
+    This is x.dtype if x is in float64 or autocast is off.
     """
     kind = x.device.type
     short = x.dtype != torch.float64 and _autocast(kind)
@@ -76,7 +76,7 @@ def autocast_type(x: Tensor) -> torch.dtype:
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """Cast a tensor to the dtype in which autocast multiplies it."""
+    """Cast a tensor to its `autocast_type`."""
     return x.to(autocast_type(x))
 
 
@@ -139,7 +139,7 @@ def will_run(node: object) -> bool:
 
 
 def shell(kind: type[Tensor], stack: Tensor) -> Any:
-    """Return a data-free tensor of a subclass, with the metadata of a stack's first entry."""
+    """Return a subclass tensor with the metadata, but not the data, of a stack's first entry."""
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)

@@ -19,9 +19,9 @@ of the gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-In attention, the product with the values saves the same tensor as softmax, unless rounding or
-dropout comes between the two. In half precision, gradients are as accurate as PyTorch's, which are
-also computed from a rounded result.
+In attention, softmax and the product of weights and values save the same tensor, unless rounding
+or dropout intervenes. In half precision, gradients are as accurate as PyTorch's, which are also
+computed from a rounded result.
 """
 
 import math

@@ -112,7 +112,7 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
 
 @composite("prod", several=False)
 def _prod(ops: Any, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Multiply one half by the other, repeatedly.
+    """Repeatedly multiply half the factors by the other half.
 
     PyTorch's third derivative is NaN if a factor is zero.
     """
@@ -133,7 +133,7 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """Return x / d and d in at least float32, where d is the largest |x| in each row.
+    """Return x / d and d, the largest |x| in each row, both in at least float32.
 
     A length is homogeneous in x, so d can be treated as a constant. Without the division, the
     derivatives for short vectors would contain powers outside float32's range.

@@ -169,12 +169,12 @@ class _Complex(_Opaque):
 class _Traced(Jet):
     """A Jet under torch.compile; the last axis of its data holds the components and a final NaN.
 
-    Under torch.compile, unpacking such as `q, k, v = qkv` bypasses `__torch_function__` and takes
-    rows of the data. These rows contain all components but lack a Jet's attributes; `unpack` turns
-    the rows into Jets. torch.func.vmap inside a network also takes rows, but treats the components
-    as elements; the NaN in the data then makes the result NaN. In PyTorch 2.14 and 2.15, an
-    assignment such as `x[i] = y` also bypasses `__torch_function__`, and changes the data but not
-    the stack; see `refuse_written`.
+    Under torch.compile, unpacking such as `q, k, v = qkv` bypasses `__torch_function__` and
+    returns rows of the data. These rows contain all components but lack a Jet's attributes;
+    `unpack` turns the rows into Jets. torch.func.vmap inside a network also splits the data into
+    rows, but treats the components as elements; the NaN then makes the result NaN. In PyTorch 2.14
+    and 2.15, an assignment such as `x[i] = y` also bypasses `__torch_function__`, and changes the
+    data but not the stack; see `refuse_written`.
     """
 
 
@@ -192,7 +192,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """Convert to Jets what torch.compile unpacked: a row of a Jet's data, or a list of rows."""
+    """Make Jets from what torch.compile unpacked: a row of a Jet's data, or a list of rows."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -254,7 +254,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Differentiate a function that has no rule, by torch.func.jvp in a single evaluation."""
+    """Differentiate a function that has no rule, in one evaluation under torch.func.jvp."""
     if isinstance(func, torch.ScriptMethod):
         raise ScriptedError(SCRIPTED)
     flat, form = pytree.tree_flatten((args, kwargs))
@@ -305,7 +305,7 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """Return the stacks of a function's results, computed in one pass of nested torch.func.jvp.
+    """Return the stacks of a function's results, from one evaluation under torch.func.jvp.
 
     For each value, `derivatives` contains a stack: `firsts` first derivatives, then the second
     derivatives, which are left out if they are zero everywhere or `pairs` is "none".
@@ -332,7 +332,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value of a function, and its derivatives along all directions.
 
-    Several directions are evaluated by vmap, with one dropout mask for all of them.
+    For several directions, the function is evaluated under vmap with a single dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -536,9 +536,9 @@ def jet(
             whose conditioning inputs are already bound.
         x: a floating-point batch (B, \*) or, for a function of several arguments, a tuple of
             batches, each with its own shape.
-        directions: K directions for every sample, in the shape (K, B, \*); `jet` casts them to
-            the dtype of x. For a tuple of inputs, pass a tuple; derivative k is then taken along
-            the k-th directions of all inputs jointly. An input whose directions are None, such as
+        directions: K directions for every sample, of shape (K, B, \*); `jet` casts them to the
+            dtype of x. For a tuple of inputs, pass a tuple; derivative k is then taken along the
+            k-th directions of all inputs jointly. An input whose directions are None, such as
             class labels, is held fixed and may have any dtype.
         pairs: the second derivatives to compute: "none", "squares" (∂²f[v, v] for every direction
             v) or "sum" (the sum of these derivatives over all directions).
@@ -607,7 +607,7 @@ def laplacian(
         gradient: whether to return f(x) and ∇f as well, from the same pass.
 
     Returns:
-        Δf, in the shape of f(x). With `gradient`, a tuple of f(x), ∇f and Δf, where ∇f has the
+        Δf, with the shape of f(x). With `gradient`, a tuple of f(x), ∇f and Δf, where ∇f has the
         axes of f(x), followed by the axes of a sample. If f(x) is one number per sample, ∇f has
         the shape of x.
 

@@ -147,7 +147,7 @@ VIEWS = {
 
 # ----------------------------------------------------------------------------------- new tensors
 def _reduced(reduce: Function) -> Function:
-    """Return a function of the stack that sums or averages over some or all axes of the value."""
+    """Return a function that sums or averages a stack over some or all axes of the value."""
 
     def reduced(
         stack: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None

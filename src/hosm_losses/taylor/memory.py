@@ -148,7 +148,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn Jets that are still alive into plain tensors, because the function may have kept them.
+    """Turn each Jet that is still alive into a plain tensor: the function may have kept the Jet.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
@@ -273,10 +273,10 @@ class _Recomputed(torch.autograd.Function):
 
 
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
-    """Which of `tensors`, a Function's last arguments, need gradients in this backward pass.
+    """Tell which of `tensors` (a Function's last arguments) need gradients in this backward pass.
 
-    A backward pass for x alone needs no gradients of weights, although `ctx.needs_input_grad` is
-    True for weights even then.
+    `ctx.needs_input_grad` is True for weights even if the pass differentiates with respect to x
+    only.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []

@@ -23,8 +23,8 @@ Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c
     in x_l    second(p, b_l)
     in x      second(p, a) + Σ_l [second(q_l, b_l) + third(p, b_l, c_l)]
 
-If autograd differentiated a recomputed formula instead, activations would be read and written 1.6
-times as often.
+If autograd differentiated a recomputed formula, activations would be read and written 1.6 times as
+often as with these formulas.
 """
 
 import math
@@ -182,7 +182,7 @@ class Norm(NamedTuple):
     pairs: Pairs
 
     def evaluate(self, stack: Tensor, weight: Some, bias: Some) -> Tensor:
-        """Return the stack of the norm, with the weight and the bias applied."""
+        """Return the norm's stack, with weight and bias applied."""
         rows = self.rows
         scaled, rho = rows.standardize(stack)
         value, tangents, seconds = components(scaled, self.firsts)
@@ -343,7 +343,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let PyTorch update the running statistics, and reject channels with a single value."""
+    """Let PyTorch update the running statistics. Reject channels with a single value."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

@@ -14,9 +14,8 @@ Formula for softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    A result has the dtype that PyTorch's own function would return for the values: a tensor
-    without axes does not widen the dtype of a tensor with axes, even though every stack has an
-    axis.
+    A result has the dtype that PyTorch's function would return for the values. A tensor without
+    axes does not widen the dtype of a tensor with axes, even though the stacks of both have axes.
 """
 
 import math

@@ -3,24 +3,24 @@ r"""Replace or reject the few operators whose derivatives PyTorch gets wrong.
 Purpose:
     PyTorch computes wrong derivatives if layer norm, batch norm (in training) or instance norm is
     differentiated more than twice (tested with 2.6, 2.13 and 2.15). The parameter gradient of a
-    loss on a directional derivative is silently wrong by several percent to more than a hundred
-    percent; at order three, the derivative itself sometimes has such an error, too. In reverse
-    mode, PyTorch 2.14 and 2.15 raise an error for batch and instance norm instead; forward mode is
-    still wrong. With the pull requests below, PyTorch raises an error for all of these norms.
-    Group norm, attention and the gated linear unit fail with an error on common inputs. If all
-    these operators are composed of means, products and softmax, PyTorch differentiates them
-    correctly in every mode.
+    loss on a directional derivative is silently wrong, by anything from several percent to more
+    than a hundred percent. At order three, the derivative itself sometimes has an error of this
+    size. In reverse mode, PyTorch 2.14 and 2.15 raise an error for batch and instance norm
+    instead; forward mode stays wrong. With the pull requests below, PyTorch raises an error for
+    all of these norms. Group norm, attention and the gated linear unit raise an error on common
+    inputs. PyTorch differentiates all these operators correctly in every mode if they are composed
+    of means, products, softmax and sigmoid.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
     loss evaluates the network, and only in the loss's thread. No PyTorch function is patched. An
-    activation checkpoint evaluates its part of the network again in the backward pass, when the
-    mode is off; `recomputable` turns the mode on again for this evaluation.
+    activation checkpoint evaluates its part of the network again in the backward pass. The mode is
+    off by then; for this evaluation, `recomputable` turns the mode on.
 
 Refused:
-    Because PyTorch does not differentiate the forward-mode derivatives of a few operators
-    correctly, these operators are refused where such a derivative is needed. Both engines also
-    refuse operators that PyTorch does not differentiate at all, such as torch.special.airy_ai.
+    PyTorch does not differentiate the forward-mode derivatives of a few operators correctly. These
+    operators are refused where their forward-mode derivatives are needed. Both engines also refuse
+    operators that PyTorch does not differentiate at all, such as torch.special.airy_ai.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
@@ -206,9 +206,9 @@ def _refuse_foreign_checkpoint() -> None:
 def safe_primitives(
     enabled: bool = True, *, of_one_sample: bool = False
 ) -> AbstractContextManager[Any]:
-    """Return a context manager within which, if `enabled`, this thread uses the primitives.
+    """Return a context manager that makes this thread use the primitives if `enabled`.
 
-    With `of_one_sample`, only the primitives needed for a first derivative of one sample are used.
+    If `of_one_sample`, use only the primitives needed for first derivatives in a batch of one.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
@@ -244,7 +244,7 @@ def refuse_constants() -> AbstractContextManager[Any]:
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
-    The mode is entered again for the first computation, too, inside the checkpoint's own hooks.
+    The first computation also enters the mode again, after the checkpoint has set its hooks.
     """
     if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly
         torch._dynamo.graph_break()
@@ -267,7 +267,7 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """Use softplus, because PyTorch's own second derivative is NaN for float32 inputs above 88."""
+    """Use softplus, because PyTorch's second derivative is NaN for float32 inputs above 88."""
     result = input * torch.tanh(F.softplus(input))
     return input.copy_(result) if inplace else result
 
@@ -279,7 +279,7 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """Use a mask; PyTorch's own index_fill is wrong under vmap if only the value is batched."""
+    """Use a mask; PyTorch's index_fill is wrong under vmap if only the value is batched."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 
@@ -299,7 +299,7 @@ NOT_A_NUMBER = (
 
 
 def complete_primitives() -> None:
-    """Register the primitives that are not composites; call this once all composites are known."""
+    """Register the primitives other than composites; call this after all composites are known."""
     refuse_norms = partial(_refuse, NORMS)
     primitives: dict[Any, Any] = {
         Tensor.add_: _add_in_place,

@@ -23,7 +23,7 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def collect(squares: Tensor, pairs: Pairs) -> Tensor:
-    """Sum the squares over directions if `pairs` is "sum"; otherwise return them unchanged."""
+    """Sum `squares` over directions if `pairs` is "sum"; otherwise return `squares` unchanged."""
     return squares.sum(0, keepdim=True) if pairs == "sum" else squares
 
 
