@@ -60,8 +60,8 @@ class Network(nn.Module):
 
 
 # %%
-# A score model combines a network with its noise schedule. This network takes the noise level in
-# place of t. ``check_derivatives`` reports whether the losses can differentiate the network.
+# A score model combines a network with its noise schedule. This network receives the noise level
+# instead of t. ``check_derivatives`` reports whether the losses can differentiate the network.
 
 
 def new_model():
@@ -73,10 +73,9 @@ print(check_derivatives(new_model(), draw(8)))
 
 # %%
 # Per sample, a step costs three network evaluations at order one (a backward pass counts as two),
-# six at order two and twelve at order three. Therefore, higher orders get fewer steps. In each
-# sample's target, ``AveragedTargets`` replaces the noise with an average over the batch. This
-# needs no further network evaluations, and helps whenever the batch is dense at the scale of the
-# noise.
+# six at order two and twelve at order three. Therefore, higher orders train for fewer steps. In
+# each sample's target, ``AveragedTargets`` replaces the noise with an average over the batch. This
+# needs no further network evaluations, and helps if the batch is dense at the scale of the noise.
 
 
 def train(objective, steps, rate):
@@ -99,10 +98,10 @@ for name, loss, steps, rate in (
     train(loss(models[name], targets=AveragedTargets()), steps, rate)
 
 # %%
-# At the smallest noise level, where the ODE ends, the true density and its score are known; the KL
-# divergence from this density to each ODE's is computed as a sum over a grid. ``ode_nll`` returns
+# At the smallest noise level, where the ODE ends, the true density and its score are known. A sum
+# over a grid yields the KL divergence from this density to each ODE's. ``ode_nll`` returns
 # negative log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions,
-# the exact divergence is cheap.
+# the field's exact divergence is cheap.
 
 
 def log_density(x):
@@ -132,7 +131,7 @@ for name, model in models.items():
 
 # %%
 # All three models find the squares. They differ in how uniform the density is inside the squares,
-# and even more in the slope of the log-density, which is the score.
+# and even more in the score, the slope of the log-density.
 figure, axes = plt.subplots(1, 4, figsize=(9.3, 3.3), layout="constrained")
 for ax, (name, values) in zip(axes, density.items(), strict=True):
     shown = values.reshape(64, 64).T
@@ -145,7 +144,7 @@ figure.suptitle(
 )
 
 # %%
-# The density depends on the divergence of the field along the whole path, and its score on the
-# gradient of that divergence. Order one controls neither: see :ref:`Theory <why>`. These results
-# are from one seed; :doc:`/worth` reports the full study, and :doc:`/paper_losses` says when a
-# higher order is worth its cost.
+# The ODE's density depends on the divergence of the field along the whole path. The density's
+# score depends on the gradient of that divergence. Order one controls neither: see
+# :ref:`Theory <why>`. These results are from one seed. :doc:`/worth` reports the full study, and
+# :doc:`/paper_losses` says when a higher order is worth its cost.

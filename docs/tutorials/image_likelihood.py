@@ -2,9 +2,9 @@ r"""
 The likelihood of an image model
 ================================
 
-Train a small convolutional network on 8×8 digits, measure the likelihood of held-out digits in
-bits per dimension with error bars, check the error bars against an exact result, and draw samples
-with their densities.
+Train a small convolutional network on 8×8 digits. Measure the likelihood of held-out digits in
+bits per dimension, with error bars. Check the error bars against an exact result, and draw
+samples with their densities.
 """
 
 import matplotlib.pyplot as plt
@@ -88,7 +88,8 @@ print(report)
 
 # %%
 # Now measure the likelihood. Each image's standard error is estimated from two random probes at
-# each node. With ``levels=17``, ``summary`` reports bits per dimension of the integer pixels.
+# each solver node. With ``levels=17``, ``summary`` reports bits per dimension of the integer
+# pixels.
 moments = {"data_mean": float(held_out.mean()), "data_std": float(held_out.std())}
 solver = FixedGrid(64, **moments)
 with torch.no_grad():
@@ -97,9 +98,9 @@ print(result.summary(levels=17))
 
 # %%
 # The summary shows three errors. The first is the standard error of the mean over images. The
-# second, the part of the standard error that is due to the probes, decreases with more probes or
-# steps. The third, the solver's error, decreases with more steps. Are the claimed errors right?
-# With d = 64, the exact divergence is affordable for a few images:
+# second is the part of the first due to the probes; it decreases with more probes or steps. The
+# third, the solver's error, decreases with more steps. Are the claimed errors right? With d = 64,
+# the exact divergence is affordable for a few images:
 few = 32
 exact = ode_nll(model, held_out[:few], solver=FixedGrid(40, **moments), divergence="exact")
 error, claimed = result.nll[:few] - exact.nll, 2 * result.standard_error[:few]

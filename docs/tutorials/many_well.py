@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 # %%
 # Each of four pairs (a, b) of coordinates adds a double well in a and a parabola in b to the
-# energy. Each pair has two modes, so the distribution has sixteen. Z is computed by quadrature.
+# energy. Each double well creates two modes, so the distribution has sixteen. Quadrature yields Z.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -83,7 +83,7 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# The divergence is exact, so the samples' densities have no probe error.
+# With an exact divergence, the samples' densities have no probe error.
 solver = FixedGrid(64, data_mean=mean, data_std=std)
 drawn = ode_sample(model, (500, 8), solver=solver, divergence="exact")
 weights = importance_weights(drawn, log_target)
@@ -91,8 +91,8 @@ print(weights)
 print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}")
 
 # %%
-# The weights do not reveal a mode that no sample reaches; points from the target do. The mean of
-# log π − log q over these points is an upper bound on log Z. A missed mode raises this bound.
+# The weights do not reveal a mode that no sample reaches. Points from the target do: the mean of
+# log π − log q over these points is an upper bound on log Z, which a missed mode raises.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
 bounds = weights.sandwich(points, given)
@@ -100,8 +100,8 @@ print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}
 
 # %%
 # If the weights are nearly equal, the model is good near its samples. Weights far to the left
-# indicate regions where the model has too many samples; weights far to the right, regions where it
-# has too few.
+# indicate regions with too many of the model's samples. Weights far to the right indicate regions
+# with too few.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500
@@ -109,5 +109,5 @@ ax.set(xlabel="log weight, nats", ylabel="samples")
 ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
-# ``weights.expectation`` returns means under the energy's distribution, with standard errors, and
-# ``weights.resample`` returns samples from it: see :doc:`/energies`.
+# ``weights.expectation`` returns means under the energy's distribution, with standard errors.
+# ``weights.resample`` returns samples of this distribution: see :doc:`/energies`.

@@ -3,7 +3,7 @@ From forces to a free energy
 ============================
 
 Simulate a molecule, train an equivariant network on its positions and forces, and sample new
-positions. For a cluster, estimate a free energy difference and its error from weighted samples.
+positions. For a cluster, estimate a free energy difference, with its error, from weighted samples.
 The full run takes about eleven minutes on one core:
 
 .. code-block:: bash
@@ -66,7 +66,7 @@ for name, atoms in backbone.items():
 # %%
 # Wrong units, signs or temperatures bias the training. The loss does not reveal such errors, but a
 # check on stiff bonds does. The first call below divides the forces by the kT of a temperature
-# that is 6% too high; the second call ignores that the positions lie in a subspace.
+# that is 6% too high. The second call ignores that the positions lie in a subspace.
 x, g = frames[:10_000], scores[:10_000]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -76,10 +76,10 @@ for warning in caught:
     print(warning.message)
 
 # %%
-# Positions without their centre of mass span 63 of 66 dimensions, and ``OnSubspace`` works in
-# coordinates of this subspace. Without random orientations, E g gᵀ would depend on how the
-# molecule rotated during the simulation. This matrix determines how much of the targets' noise the
-# scores remove.
+# Positions without their centre of mass span 63 of 66 dimensions. ``OnSubspace`` works in
+# coordinates of this subspace. The matrix E g gᵀ determines how much of the targets' noise the
+# scores remove. Without random orientations, it would depend on how the molecule rotated during
+# the simulation.
 
 
 def in_random_orientation(x, scores):
@@ -132,9 +132,9 @@ alanine.train(20 if quick else 6000)
 
 # %%
 # The network is equivariant to rotations and reflections, so half of the samples have the wrong
-# handedness. The sign of a volume at Cα reveals them. These samples are replaced by −x before a
-# torsion is computed; otherwise, the two basins would mix. The molecule's density is split equally
-# between both mirror images, hence −log 2.
+# handedness. The sign of a volume at Cα reveals them. These samples x are replaced by −x before a
+# torsion is computed. Otherwise, the two basins would mix. The molecule's density is split equally
+# between the mirror images, hence −log 2.
 
 
 def log_target(y):
@@ -176,7 +176,7 @@ if not quick:
 
 # %%
 # How much noise is left in the targets at each noise level? The network's output is used in place
-# of the mean of the target, so the result is an upper bound, which includes the network's error.
+# of the target's mean. The result is an upper bound, because it includes the network's error.
 figure, ax = plt.subplots(figsize=(9.3, 3.3), layout="constrained")
 levels = torch.logspace(-2, 1, 16)
 rows = torch.randint(len(alanine.y), (32 if quick else 1000,))
@@ -199,7 +199,7 @@ if not quick:
 
 # %%
 # In 63 dimensions, importance weights need a better network than a few minutes of training on one
-# core can produce: nearly all of the weight falls on one or two samples, and a weighted average,
+# core can produce. Here, nearly all of the weight falls on one or two samples. A weighted average,
 # such as the free energy difference between the two basins of φ, would be meaningless. DW4 is
 # small enough: four particles in the plane, with a double well in each of the six distances.
 
@@ -273,9 +273,9 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 # .. image:: /images/molecule_noise.svg
 #
 # Alanine needs a better network than this one: most of the samples' energies are beyond the range
-# of the picture. Also, too many samples have φ > 0, because the network sees only distances, from
-# which the sign of φ relative to the handedness at Cα is hard to infer. If log weights are
-# normally distributed with a standard deviation of s nats, the effective sample size is a fraction
-# exp(−s²) of the number of samples; a fraction of 2% requires s = 2. To reach 2%, train a larger
-# network for longer; a network that sees the sign of a volume needs no mirror images. For DW4, the
+# of the picture. Also, too many samples have φ > 0: the network sees only distances, from which
+# the sign of φ relative to the handedness at Cα is hard to infer. If log weights are normally
+# distributed with a standard deviation of s nats, the effective sample size is a fraction exp(−s²)
+# of the number of samples. A fraction of 2% requires s = 2. To reach 2%, train a larger network
+# for longer. A network that sees the sign of a volume needs no mirror images. For DW4, the
 # effective sample size is half the number of samples.

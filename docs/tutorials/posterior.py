@@ -2,9 +2,9 @@ r"""
 A posterior you can trust
 =========================
 
-Train a conditional model on a simulator, and check its posterior as you would if the exact
-posterior were unknown: by the ranks of the true parameters and the coverage of credible regions.
-Here, the exact posterior is known and shows what such checks miss.
+Train a conditional model on a simulator. Check its posterior as if the exact posterior were
+unknown: by the ranks of the true parameters and the coverage of credible regions. Here, the exact
+posterior is known and shows what such checks miss.
 """
 
 import math
@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 
 # %%
 # The simulator is the two-moons problem of `Greenberg et al. (2019)
-# <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent, shifted by
-# θ, which has a uniform prior on [−1, 1]². An absolute value hides the sign of θ₁ + θ₂, so the
-# posterior of θ has two moons.
+# <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent whose place
+# depends on θ. The prior of θ is uniform on [−1, 1]². An absolute value hides the sign of θ₁ + θ₂,
+# so the posterior of θ has two moons.
 
 
 def rotated(theta):
@@ -45,8 +45,8 @@ def draw(count):
 
 
 # %%
-# The network predicts the noise in θ, and takes y as an additional input. Sines of the inputs help
-# to resolve crescents with a thickness of one hundredth.
+# The network predicts the noise in θ, with y as an additional input. Sines of the inputs help to
+# resolve crescents with a thickness of one hundredth.
 
 
 def waves(x, frequencies):
@@ -75,8 +75,7 @@ class Network(nn.Module):
 
 # %%
 # Every step uses new simulations. If simulations are expensive, keep some for the checks below.
-# The targets are the drawn noise, because ``AveragedTargets`` would mix the θ that belong to
-# different y.
+# The targets are the drawn noise, because ``AveragedTargets`` would mix θ from different y.
 schedule = VESchedule(sigma_min=0.003, sigma_max=10.0)
 model = ScoreModel(Network(), schedule, time=schedule.sigma)
 objective = FirstOrderDSM(model)
@@ -91,7 +90,7 @@ for step in range(steps):
 
 # %%
 # Make one distribution for each of 300 new observations. A single solve draws 99 samples from each
-# posterior with their densities; a second solve computes the density of the true parameters.
+# posterior with their densities. A second solve computes the density of the true parameters.
 count = 300
 theta, y = draw(count)
 solver = FixedGrid(data_std=0.58)
@@ -102,12 +101,11 @@ with torch.no_grad():
 
 # %%
 # Now apply simulation-based calibration (`Talts et al. <https://arxiv.org/abs/1804.06788>`_). If
-# the posterior is right, the true parameter is like one more sample from the posterior, so the
-# parameter's rank among the 99 samples takes each value from 0 to 99 equally often. The rank of
-# the true parameter's density is uniformly distributed as well. The number of samples with a
-# higher density determines the smallest region of highest density that contains the true
-# parameter. Regions of 90% should contain 90% of the true parameters; if they contain fewer, the
-# regions are too small.
+# the posterior is right, the true parameter is like one more sample from it. The parameter's rank
+# among the 99 samples is then uniformly distributed from 0 to 99, and so is the rank of its
+# density. The number of samples with a higher density determines the smallest region of highest
+# density that contains the true parameter. Regions of 90% should contain 90% of the true
+# parameters. If they contain fewer, the regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
 nominal = torch.arange(101) / 100
@@ -129,10 +127,9 @@ axes[2].set(xlabel="nominal coverage", ylabel="empirical coverage")
 figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the binomial error")
 
 # %%
-# Now compute the exact posterior. The likelihood is the density of the point on the crescent. The
-# integral of the likelihood over the prior's box is computed as a mean over a grid of radii and
-# angles: each pair of a radius and an angle maps y back to two values of θ, which are counted if
-# they lie inside the box.
+# Now compute the exact posterior. The likelihood is the density of the point on the crescent. Its
+# integral over the prior's box is computed as a mean over a grid of radii and angles. Each radius
+# and angle map y back to two values of θ. The values inside the box are counted.
 
 
 def log_posterior(theta, y):
@@ -155,11 +152,11 @@ def log_posterior(theta, y):
 
 # %%
 # The ranks do not show two important quantities. The first is the KL divergence from the exact
-# posterior, averaged over y: the mean difference between the two log-densities at the true
-# parameters. The second is the share of the probability outside the box. The density of an ODE is
-# smooth even at the edge of the prior, so part of the probability lies outside the box, most of
-# all for those y whose moons are cut by the edge. The largest differences between the
-# log-densities are near the edge as well.
+# posterior to the ODE's, averaged over y: the mean difference between the two log-densities at the
+# true parameters. The second is the share of the probability outside the box. An ODE's density is
+# smooth even at the edge of the prior, so part of the probability lies outside, most of all if the
+# edge cuts through a moon. The largest differences between the log-densities are near the edge as
+# well.
 log_p = log_posterior(theta, y)
 kl, kl_error = float((log_p - log_q).mean()), float((log_p - log_q).std()) / count**0.5
 outside = (samples.abs() > 1).any(-1).double().mean(0)
@@ -169,7 +166,7 @@ print(f"outside of the box: {outside.mean():.1%} of the samples, {outside.max():
 
 # %%
 # Finally, plot one posterior on a grid. The colours span twelve nats. Every continuous map of a
-# normal distribution to two moons leaves bridges between the moons; here, the bridges contain
+# normal distribution to two moons leaves bridges between the moons. Here, the bridges contain
 # little mass.
 observed, half = torch.zeros(2), 0.45
 axis = (torch.arange(100) + 0.5) / 100 * 2 * half - half
@@ -191,12 +188,12 @@ figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2
 
 # %%
 # Calibration misses two faults. A model that ignored y and returned the prior would pass, because
-# the true parameters are samples from the prior as well. Calibration also averages over y, so
-# regions that are too wide for some observations compensate for regions that are too narrow for
-# other observations, perhaps for yours.
+# the true parameters are samples from the prior as well. Calibration also averages over y: regions
+# that are too wide for some observations compensate for regions that are too narrow for others,
+# perhaps for yours.
 #
 # Both faults lower the mean of log q over pairs of θ and y. Two models can be compared by this
 # mean even if the exact posterior is unknown. A useful model's mean must exceed the prior's. To
-# handle the edge, reject samples outside the box and divide the density by the share inside, or
+# handle the edge, reject samples outside the box and divide the density by the share inside. Or
 # map the box to the plane, train there, and add the map's log-determinant. :doc:`/densities`
 # describes such distributions.

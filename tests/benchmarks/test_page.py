@@ -69,7 +69,7 @@ both 1000 and
 which should be 63
 off by 6 %
 if this margin exceeds 10 %
-from 1 % of the derivatives to 1e-6
+relative error from 1e-2 to 1e-6
 beyond 88 in float32
 defaults, 0 and 0.5,
 points 0.02 from a line of thickness
