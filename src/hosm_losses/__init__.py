@@ -1,6 +1,6 @@
 """Denoising score matching of orders one to three and likelihoods of diffusion ODEs, for PyTorch.
 
-Here are five starting points. The data are standard normal, so the optimal network is known:
+In the examples below, the data are standard normal, so the optimal network is known:
 
     >>> import torch
     >>> import hosm_losses as hosm
@@ -13,18 +13,18 @@ Here are five starting points. The data are standard normal, so the optimal netw
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` uses data to test whether the wrapping agrees with how the network was trained:
+`check_wrapping` tests on data whether the `ScoreModel` matches how the network was trained:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
 
-The losses are `first_order_dsm`, `second_order_dsm` and `third_order_dsm`; each of them is also
+The losses are `first_order_dsm`, `second_order_dsm` and `third_order_dsm`. Each loss is also
 available as a module, such as `FirstOrderDSM`:
 
     >>> loss = hosm.first_order_dsm(model, x0)
 
-In low dimensions, three options reduce gradient noise: targets averaged over the batch, pairs of
-opposite noises, and times from a distribution that `AdaptiveTimes.learn` updates:
+In low dimensions, three options reduce gradient noise: targets averaged over reference data, pairs
+of opposite noises, and times from a distribution that `AdaptiveTimes.learn` updates:
 
     >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
     >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))

@@ -1,11 +1,11 @@
-"""Helpers for most subpackages: argument checks, error messages, per-sample sums, a progress bar.
+"""Shared helpers: argument checks, error messages, per-sample sums and a progress bar.
 
-Every public function checks names, shapes, dtypes and devices before it does any work, because
-these checks cost next to nothing. An argument is not checked if Python, PyTorch or a type checker
+Before it does any work, every public function checks option names, shapes, dtypes and devices.
+These checks take almost no time. An argument is not checked if Python, PyTorch or a type checker
 would report the mistake just as clearly. A wrong type or dtype raises TypeError, and any other
-invalid argument raises ValueError. Values are checked only where reading them is free: in CPU
-tensors, outside `torch.compile` and `torch.func` transforms. On an accelerator, reading values
-would force a synchronisation.
+invalid argument raises ValueError. The values in a tensor are checked only where reading them is
+free, that is, on the CPU and outside `torch.compile` and `torch.func` transforms. On an
+accelerator, reading values would force a synchronisation.
 """
 
 import math
@@ -42,14 +42,17 @@ def error_message(
 ) -> str:
     """Return an error message that says what was expected, what was received and what to do.
 
-    If `got` is None, a description of `value` is used instead.
+    `got` says what was received. If `got` is None, the message describes `value`.
     """
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """Return the error for a value that is not a tensor, with a remedy for NumPy arrays."""
+    """Return the TypeError for a value that is not a tensor.
+
+    For a NumPy array, the message also says how to convert it.
+    """
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -67,7 +70,7 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return the repr of an argument, with tensors shown by shape and functions by name."""
+    """Return an argument's repr, but only the shape of a tensor and the name of a function."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
@@ -93,9 +96,10 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def owns_values(tensor: Tensor) -> bool:
-    """Return whether a tensor stores its own values; fake and torch.func tensors do not.
+    """Return whether a tensor stores its own values.
 
-    True is also returned for a meta tensor, although it has no values.
+    Fake tensors and the tensors inside torch.func transforms do not. The result is also True for a
+    meta tensor, although a meta tensor has no values.
     """
     try:
         return tensor.untyped_storage().device.type == tensor.device.type
@@ -104,9 +108,9 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def copy_like(copies: dict[Any, Tensor], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the constant made on the CPU by `make`, converted to `like`'s dtype and device.
+    """Return the constant that `make` creates on the CPU, with the dtype and device of `like`.
 
-    One copy is kept in `copies` for each device and dtype, so that training steps copy nothing.
+    `copies` stores one copy for each device and dtype, so that later training steps copy nothing.
     """
     key = like.device, like.dtype
     if key in copies:
@@ -135,8 +139,8 @@ def check_flag(name: str, value: object) -> None:
 def check_whole(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int.
 
-    Raise TypeError unless `value` is a Python or NumPy integer, and ValueError if it is below the
-    minimum.
+    Raise TypeError unless `value` is a Python or NumPy integer. Raise ValueError if it is less
+    than `minimum`.
     """
     expected = f"a whole number of at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -151,8 +155,8 @@ def check_number(
 ) -> float:
     """Return `value` as a float.
 
-    Raise TypeError unless `value` is a real Python or NumPy number, and ValueError unless it is
-    finite and in (above, at_most]; `what` describes this condition in words.
+    Raise TypeError unless `value` is a real Python or NumPy number. Raise ValueError unless it is
+    finite and in (above, at_most]. In both messages, `what` describes the expected number.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_message(name, what, value))
@@ -169,10 +173,10 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
-    """Return `value` if it is a non-empty, finite floating-point batch (B, *).
+    """Return `value`; raise an error unless it is a non-empty, finite floating-point batch (B, *).
 
-    If `images` is True, integer tensors are assumed to be images, and the error message suggests
-    scaling them.
+    If `images` is True, the error message for an integer tensor explains how to scale integer
+    images.
     """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
@@ -203,10 +207,10 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device.
+    """Return `value`; raise an error unless it is a tensor of this shape, dtype and device.
 
-    Tensors created in inference mode are cloned. `of` says, in error messages, what the
-    tensor must match.
+    A tensor created in inference mode is cloned. Error messages use `of` to name what `value`
+    must match.
     """
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
@@ -259,24 +263,28 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
-    """Reshape a tensor (B,) to (B, 1, …), so that it can multiply `like` (B, *) per sample."""
+    """Reshape a tensor (B,) to (B, 1, …), so that it can multiply the samples of `like` (B, *)."""
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
 def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return α x₀ + σ ε for x₀ and ε (B, *); α and σ are (B,) or broadcast to the shape of x₀."""
+    """Return α x₀ + σ ε for x₀ and ε (B, *).
+
+    The shape of α and σ is (B,) or broadcasts to the shape of x₀.
+    """
     return expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of sums, states and targets: float64, or float32 on MPS."""
+    """Return the dtype for sums, states and targets: float64, or float32 if `tensor` is on MPS."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
-    """Sum over the elements of each sample, from (K, B, *) to (K, B), in at least float32.
+    """Return the sum of each sample's elements, of shape (K, B) for a tensor (K, B, *).
 
-    `leading` is the number of dimensions in front of the sample dimensions: 1 for (B, *).
+    The sums are computed in at least float32. `leading` is the number of dimensions that precede
+    the dimensions of a sample, for example 1 for a tensor (B, *).
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(*tensor.shape[:leading], -1).sum(-1, dtype=wide)
@@ -285,16 +293,14 @@ def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
     """Return the keyword arguments that pass a generator, or an empty dict for None.
 
-    torch.compile rejects generator=None if tensor sizes may vary between calls.
+    None is not passed on, because torch.compile rejects generator=None if tensor sizes may vary
+    between calls.
     """
     return {} if generator is None else {"generator": generator}
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context manager that restores global random states on exit.
-
-    The states of the CPU and of `device` are restored.
-    """
+    """Return a context manager that, on exit, restores the CPU's and `device`'s random states."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -302,10 +308,10 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances a progress bar of `total` units by a given number of units.
+    """Yield a function that advances a progress bar by the number of units passed to it.
 
-    If `visible` is False, no bar is shown and tqdm is not needed. The `progress` extra installs
-    tqdm.
+    The bar is full after `total` units. A visible bar requires tqdm, which the `progress` extra
+    installs.
     """
     if not visible:
         yield lambda _: None

@@ -1,10 +1,10 @@
-"""Private names and error messages of PyTorch that are used outside the taylor engine.
+"""PyTorch's private names and error messages that this library uses outside the taylor engine.
 
-`taylor._torch` contains those that the taylor engine uses.
+Those that the taylor engine uses are in `taylor._torch`.
 
-PyTorch does not guarantee that these names and messages stay the same.
-`tests/test_torch_internals.py` tests the names and messages that could change silently, and lists
-the PyTorch versions in which they exist. If a test in that file fails, update this module.
+PyTorch may change these names and messages without notice. `tests/test_torch_internals.py` tests
+the names and messages that could change silently. It also lists the PyTorch versions in which they
+exist. If a test in that file fails, update this module.
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,7 +49,7 @@ _autograd: Any = torch.autograd
 
 
 def differentiated() -> bool:
-    """Return True inside torch.func.grad, vjp or jacrev, provided that gradients are enabled."""
+    """Return whether this call is in torch.func.grad, vjp or jacrev, with gradients enabled."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 
@@ -60,7 +60,7 @@ def _transforms() -> list[Any]:
 
 
 def surroundings() -> tuple[Any, ...]:
-    """Describe the transforms, modes, saved-tensor hooks and profiler active around this call."""
+    """Describe the transforms, modes, saved-tensor hooks and profiler that are active here."""
     return (
         tuple(_transforms()),
         tuple(map(type, _get_current_function_mode_stack())),
@@ -71,7 +71,10 @@ def surroundings() -> tuple[Any, ...]:
 
 
 def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:
-    """Yield each node of the tensors' autograd graphs once, up to but excluding `point`'s node."""
+    """Yield each node of the tensors' autograd graphs once.
+
+    The search stops at the node of `point`, which is not yielded.
+    """
     nodes = [tensor.grad_fn for tensor in tensors]
     seen = set() if point is None else {gradient_node(point)}
     while nodes:
@@ -88,11 +91,14 @@ def gradient_node(tensor: Tensor) -> Any:
 
 
 def custom_function(node: object) -> type | None:
-    """Return an autograd node's torch.autograd.Function, or None if the node is PyTorch's own."""
+    """Return the torch.autograd.Function that created a node, or None for a built-in operator."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Return whether a gradient can be differentiated again; once_differentiable prevents this."""
+    """Return whether a gradient can be differentiated again.
+
+    A gradient computed by a once_differentiable backward cannot be differentiated again.
+    """
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)

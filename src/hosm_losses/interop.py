@@ -1,6 +1,6 @@
 """Build ScoreModels from the objects of other projects, without importing those projects.
 
-Each function reads the attributes that it needs; an error names any missing attribute.
+Each function reads the attributes that it needs. If an attribute is missing, an error names it.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,14 +61,15 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) is
     converted to a DiscreteSchedule. With such a schedule, t is the timestep, which is an integer
     in training and may be fractional when a likelihood is computed. A HunyuanDiT receives t in the
-    dtype of x. The argument x is the model's input, which for an Euler scheduler is the sample as
-    scaled by `scheduler.scale_model_input`.
+    dtype of x. The argument x is the model's input. With an Euler scheduler, this input is the
+    sample scaled by `scheduler.scale_model_input`.
 
-    A flow-matching scheduler is converted to a LinearFlowSchedule, as is a scheduler such as UniPC
+    A flow-matching scheduler is converted to a LinearFlowSchedule. So is a scheduler such as UniPC
     if it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is
-    the scheduler's sigma, and the model receives t · num_train_timesteps; Flux, QwenImage,
-    AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift affects only
-    which times are drawn: to use a shift, draw the times yourself and pass them as t.
+    the scheduler's sigma, and the model receives t · num_train_timesteps. Flux, QwenImage,
+    AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift is ignored,
+    because it affects only which times are drawn. To use a shift, draw the times yourself and pass
+    them as t.
 
     If the scheduler has a table and is configured with timestep_type="continuous" and
     prediction_type="v_prediction", the model receives ¼ log(σ/α) as its timestep. Pass class
@@ -76,17 +77,17 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
-            another model that takes (sample, timestep=...) and returns an object with `.sample`.
+            another model that accepts (sample, timestep=...) and returns an object with `.sample`.
             If the model has twice as many output channels as input channels, the second half of
-            the output, which is a variance, is dropped.
+            the output is a variance and is dropped.
         scheduler: a scheduler with a table, or a flow-matching scheduler.
 
     Raises:
         TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or if the
             scheduler neither has a table nor is a flow-matching scheduler.
         ValueError: if the table has zero terminal SNR, if the prediction type is unknown, if a
-            flow-matching scheduler is configured with `invert_sigmas`, or if the model takes 1 - t
-            or predicts data minus noise; Lumina2 and ZImage do both.
+            flow-matching scheduler is configured with `invert_sigmas`, or if the model expects
+            1 - t as its time or predicts data minus noise (Lumina2 and ZImage do both).
 
     Example:
         A pipeline contains both the model and the scheduler::
@@ -132,7 +133,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
 
 def _class_names(model: nn.Module) -> list[str]:
-    """Return the class names of a module and, if it is a wrapper, of the modules inside it."""
+    """Return the class and base-class names of a module and of the modules that it wraps."""
     names, modules = list[str](), [model]
     for module in modules:  # grows during the loop
         names += [kind.__name__ for kind in type(module).__mro__]
@@ -170,8 +171,8 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is. The ScoreModel uses
     `diffusion.model` itself, not a copy, so the project's Trainer, optimizer and EMA work on the
     same parameters. In training mode, a network from the project's `classifier_free_guidance`
-    drops classes at random in every call, as in the project's loss; after `.eval()`, it drops
-    none. The variance of a LearnedGaussianDiffusion is not used.
+    drops classes at random in every call, as in the project's loss. After `.eval()`, the network
+    drops none. The variance of a LearnedGaussianDiffusion is not used.
 
     Raises:
         TypeError: if `diffusion` is not a GaussianDiffusion.
@@ -249,7 +250,7 @@ def from_flow_matching(
     """Return a ScoreModel for a velocity network from flow matching or rectified flow.
 
     The network receives `time` · s as its time and predicts the velocity dx/ds. In this package,
-    clean data are at t = 0. Hence, s is t if `data_at` is 0; if `data_at` is 1, s is 1 - t and the
+    clean data are at t = 0. If `data_at` is 0, s is t. If `data_at` is 1, s is 1 - t and the
     velocity is negated.
 
     Args:
@@ -297,12 +298,14 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 
     t is an index into the diffusion's own table. As in the project, the model receives the number
     that the step had before respacing. If t lies between two indices, the model receives the
-    fractional step number that has the same noise level as t. With rescale_timesteps, this number
-    is multiplied by 1000 and divided by the original number of steps. Pass class labels in
+    fractional step number that has the same noise level as t. If `rescale_timesteps` is set, this
+    number is multiplied by 1000 and divided by the original number of steps. Pass class labels in
     `model_kwargs` as y. If the model learns its variance, only the first half of its output
-    channels is used. In its backward pass, the project's own checkpoint function drops the graph.
-    The attention blocks call this function even if `use_checkpoint` is False. For orders above
-    one, replace the function with one that calls `hosm_losses.checkpoint`.
+    channels is used.
+
+    The project's own checkpoint function drops the graph in its backward pass. The attention
+    blocks call this function even if `use_checkpoint` is False. For orders above one, replace the
+    function with one that calls `hosm_losses.checkpoint`.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -335,13 +338,13 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 
     With a VPSDE or subVPSDE, the network predicts the noise and receives 999 t as its time. With a
     VESDE, the network predicts the score and receives σ(t). The project's `create_model` returns a
-    DataParallel: for orders two and three, pass the network inside it, `model.module`.
+    DataParallel. For orders two and three, pass the network inside it, `model.module`.
 
     Args:
         model: the network, called as model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
         continuous: the value of `config.training.continuous`. Except with a subVPSDE, a network
-            trained with continuous=False expects step numbers; such a network is rejected, and the
+            trained with continuous=False expects step numbers. Such a network is rejected, and the
             error says what to write instead. If a network stores its configuration, as NCSN++
             does, the value of `continuous` in that configuration is checked as well.
 
@@ -372,7 +375,6 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 
 
 def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
-    """Raise ValueError if `continuous`, or its value in the network's configuration, is False."""
     config = getattr(getattr(model, "module", model), "config", None)
     configured = getattr(getattr(config, "training", None), "continuous", True)
     if not (continuous and configured):
@@ -382,7 +384,6 @@ def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
 
 
 def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
-    """Return the schedule; raise TypeError if `sde.marginal_prob` implies a different α or σ."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
         # One number at one time is enough, since the data may have any dimension.
@@ -397,14 +398,20 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
 def check_has(
     name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
 ) -> None:
-    """Raise TypeError if an attribute is missing; its name replaces the {} in `expected`."""
+    """Raise TypeError if an attribute is missing.
+
+    In the error, the attribute's name replaces the {} in `expected`.
+    """
     for attribute in attributes:
         if getattr(value, attribute, None) is None:
             raise TypeError(error_message(name, expected.format(attribute), value, remedy))
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
-    """Return the schedule for another project's table ᾱ; raise ValueError if ᾱ ends at 0."""
+    """Return the schedule for another project's table ᾱ.
+
+    Raise ValueError if ᾱ ends at 0.
+    """
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
     if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
@@ -424,7 +431,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
     """Return this package's name for another project's prediction type.
 
-    `where` is the attribute that holds the prediction type; the error names this attribute.
+    `where` names the attribute that holds the prediction type. The error mentions this name.
     """
     if isinstance(value, str) and value in names:
         return names[value]

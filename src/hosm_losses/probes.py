@@ -5,14 +5,14 @@ Estimates:
     estimate tr A and ‖A‖²_F.
 
 Formula:
-    The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
+    Let S = (A + Aᵀ)/2. Depending on the distribution of v, the variance of vᵀ A v is
         Rademacher   4 Σ_{i<j} S_ij²          zero for a diagonal A, hence the default
         Gaussian     2 ‖S‖²_F
         sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)      radius √d
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
-    channels. Q converts three colour channels to brightness and two colour differences. If
+    channels. Q maps three colour channels to brightness and two colour differences. If
     neighbouring elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to
     diagonal than S is. Qᵀ is applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, otherwise c_k = √(2/n).
@@ -144,7 +144,7 @@ class Hutchinson(_Random):
         return self.count
 
     def estimate(self, model: Any, x: Tensor, probes: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Return f and vᵀ ∂f/∂x v (count, B) of `model`, a `BoundModel`, at x (B, *)."""
+        """Return f at x (B, *) and vᵀ ∂f/∂x v (count, B), where `model` is a `BoundModel`."""
         prediction, forms = model.quadratic_forms(x, [probes])
         return model.f_and_divergence(x, prediction, forms, sum_elements(probes.square()))
 
@@ -153,9 +153,9 @@ class Hutchinson(_Random):
 class Paired(_Random):
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
-    On average, the square of a noisy estimate is too large by the estimate's variance, whereas the
-    product of two independent estimates is unbiased. The terms of the loss have the same mean as
-    with `probes="exact"`, but may be negative for individual samples.
+    On average, the square of a noisy estimate is too large by the variance of the estimate. The
+    product of two independent estimates is unbiased. The terms of the loss therefore have the same
+    mean as with `probes="exact"`, but may be negative for individual samples.
 
     Args:
         count: K, the number of independent probes per sample, at least 2. The mean of the
@@ -178,7 +178,7 @@ class Paired(_Random):
 
 
 def unit_vectors(like: Tensor) -> Tensor:
-    """Return all d unit vectors as probes (d, B, *); the SUM of their estimates is exact.
+    """Return all d unit vectors as probes (d, B, *); the SUM of the d estimates is exact.
 
     Raise ValueError if the unit vectors alone would occupy more than 16 GiB.
     """
@@ -199,7 +199,8 @@ def unit_vectors(like: Tensor) -> Tensor:
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
     """Yield the d unit vectors in chunks of at most `size` vectors, as probes (k, B, *).
 
-    By default, a chunk contains at most CHUNK_ELEMENTS elements, but at least one vector.
+    By default, a chunk contains as many vectors as fit in CHUNK_ELEMENTS elements, but at
+    least one.
     """
     d = like[0].numel()
     size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size

@@ -3,8 +3,8 @@
 - `select`: how the engine is chosen, and how a failed attempt is undone.
 - `engines`: the "taylor" and "reverse" engines, Jacobian products, the detection of lost graphs,
   and remedies for known errors.
-- `kinks`: operators with discontinuous derivatives, the warning about such operators, and the
-  facts learned from earlier calls to each network.
+- `kinks`: the warning about operators with discontinuous derivatives, and the facts learned from
+  earlier calls to each network.
 - `checkpointing`: activation checkpoints inside a network.
 """
 

@@ -18,9 +18,10 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing inside a network that is trained with a loss of order two or three.
 
     This function calls torch's non-reentrant `torch.utils.checkpoint.checkpoint`, and works with
-    both engines: if the first computation used the safe primitives, the recomputation uses them
-    too. With torch's own checkpoint, the reverse engine raises an error if the checkpointed part
-    needs the safe primitives.
+    both engines. The reverse engine replaces some of PyTorch's operators with safe primitives. If
+    the first computation used these primitives, the recomputation uses them too. Torch's own
+    checkpoint does not ensure this, so the reverse engine raises an error if the checkpointed part
+    contains an operator that the primitives replace.
 
     Args:
         function: a part of the network.

@@ -11,40 +11,41 @@ Formula:
     also computes ∂(w·g)/∂x = G.
 
     If only the sum of G over the directions is needed, the taylor engine computes this sum in a
-    single backward pass, and all directions share one f.
+    single backward pass. All directions then share one f.
 
     The two Jacobian products use a fixed c = cotangent(f), where f is the network's value.
-    A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. The
-    product jvp_c = ∂f/∂x c is the gradient of vjp_c·v with respect to c at v = c, because vjp_c
-    is linear in c.
+    A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. Since
+    vjp_c is linear in c, the gradient of vjp_c·v with respect to c is ∂f/∂x v. At v = c, this
+    gradient is the product jvp_c = ∂f/∂x c.
 
     The network is called once. Reverse mode computes vjp_c even if no products are requested,
     because D is the gradient of vjp_c·w with respect to c. In reverse mode with products, all
-    directions share f. In the taylor engine, and in reverse mode without products, each direction
-    for which G is computed separately has its own copy of x, and hence its own dropout mask.
+    directions share f. In all other cases, a separate G for each direction requires a
+    separate copy of x for each direction. Each copy has its own dropout mask.
 
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
     whose backward returns gradients without a graph. A second backward pass would then compute
     wrong values. As soon as a cut is detected, the engine raises an error that names the remedy.
-    Neither engine detects a .detach() on one of several paths from x to the output, or a Function
-    that drops only part of its graph.
+    Two kinds of cut go undetected: a .detach() on only one of several paths from x to the output,
+    and a Function that drops only part of its graph.
 
     Unless x itself requires grad, the graph of a derivative ends at the engine's own copy of x. If
     the graph has no other leaf, for example because all parameters are frozen, there is nothing to
-    train. The engine then returns tensors without a graph, and PyTorch raises its usual error when
-    a loss computed from these tensors is differentiated.
+    train. The engine then returns tensors without a graph. If a loss is computed from these
+    tensors, its backward pass raises PyTorch's usual error.
 
 Cost:
-    A backward pass counts as two evaluations of the network. A training step of order one costs as
-    much as 3 evaluations of the network. A step of order 2 with products and K directions costs as
-    much as 6 + 3 K evaluations of the network in reverse mode, and as much as 6 + 6 K evaluations
-    in the taylor engine. A step of order 3 with products and K directions costs as much as 7 + 9 K
-    evaluations of the network in reverse mode. In the taylor engine, such a step costs as much as
-    20 K evaluations of the network, because each direction has its own f.
+    Costs are counted in evaluations of the network, and a backward pass counts as two evaluations.
+    A training step of order one costs 3 evaluations. A step with products and K directions costs:
+
+    - at order 2 in reverse mode, 6 + 3 K evaluations;
+    - at order 2 in the taylor engine, 6 + 6 K evaluations;
+    - at order 3 in reverse mode, 7 + 9 K evaluations;
+    - at order 3 in the taylor engine, 20 K evaluations, because each direction has its own f.
 
 Source:
-    Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
+    Pearlmutter, "Fast exact multiplication by the Hessian" (1994). The double reverse pass is
     the "double backward trick" of J. Townsend (2017).
 """
 
@@ -118,7 +119,7 @@ class DroppedGraphError(DerivativeError):
 
 
 def explain(error: Exception) -> None:
-    """Raise a DerivativeError that names the remedy, if this PyTorch error has a known remedy."""
+    """Raise a DerivativeError that names the remedy for a PyTorch error, if a remedy is known."""
     if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     for words, advice in REMEDIES.items():
@@ -136,11 +137,11 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
     """Make the backward pass from `value` raise an error if a Function drops the graph.
 
     A Function that drops the graph receives a gradient that requires grad, but returns only
-    gradients that cannot be differentiated again. Nodes beyond `point` are not checked; if
-    `wanted` is False, no node is checked.
+    gradients that cannot be differentiated again. The check follows the graph from `value` to
+    `point`. If `wanted` is False, no node is checked.
 
-    Returns whether any of the checked nodes belongs to a custom Function. If so, vmap must be
-    avoided, because the hooks cannot see what a Function does under vmap.
+    Returns whether any of the checked nodes belongs to a custom Function. If so, the caller must
+    avoid vmap, because this check cannot see what a Function does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -184,8 +185,8 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
     """Return the point at which to differentiate: x itself or a detached copy of x.
 
-    x itself is returned under torch.compile and torch.func, and also if `wanted` is True and x
-    requires grad.
+    Under torch.compile and torch.func, the point is x itself. Otherwise, it is x only if `wanted`
+    is True and x requires grad.
     """
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
@@ -199,11 +200,11 @@ def vjp(
 ) -> tuple[Tensor, Any, PassBack]:
     """Call `function`; return its two results (value, more) and the value's backward pass.
 
-    The backward pass maps a cotangent of the value's shape to one gradient per point; the
+    The backward pass maps a cotangent of the value's shape to one gradient per point. The
     gradients have a graph if `graph` is True. If the value does not depend on a point, the
-    gradient with respect to that point is zero. If the value does not depend on the last point and
-    `lost` is given, a DerivativeError with the text `lost` is raised instead. Under torch.compile
-    and torch.func, the backward pass comes from `torch.func.vjp`.
+    gradient with respect to that point is zero. If `lost` is given and the value does not depend
+    on the last point, the backward pass raises a DerivativeError with the text `lost`. Under
+    torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -221,7 +222,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """Return the backward pass of `vjp` in eager mode, for a value that is already computed."""
+    """Return the backward pass that `vjp` returns in eager mode, for a value already computed."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -247,11 +248,11 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Apply a backward pass with a single point to K cotangents; return K gradients (K, B, *).
+    """Return the K gradients (K, B, *) that a backward pass computes for K cotangents.
 
-    The backward pass is called once, under vmap. If `in_turn` is True, or if vmap cannot be used
-    or fails, K separate calls are made instead. For example, vmap may fail in the backward of a
-    custom autograd.Function.
+    `back` must have a single point. It is called once, under vmap. If `in_turn` is True, or if
+    vmap cannot be used or fails, `back` is called K times instead. For example, vmap may fail in
+    the backward of a custom autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
@@ -266,7 +267,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a scalar, which are zero for inputs that do not affect it."""
+    """Return the gradients of a scalar. They are zero for inputs that do not affect the scalar."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)
@@ -286,11 +287,11 @@ class Network(Protocol):
 
     @property
     def native(self) -> "Network":
-        """This function with PyTorch's own operators; only for values and first derivatives."""
+        """The same function with PyTorch's operators, for values and first derivatives only."""
         ...
 
     def repeat(self, count: int) -> "Network":
-        """Return the function for `count` copies of the batch, with x of shape (count · B, *)."""
+        """Return this function for `count` copies of the batch, that is, for x (count · B, *)."""
         ...
 
 
@@ -298,8 +299,8 @@ class Derivatives(NamedTuple):
     """The value of a network and its derivatives along directions.
 
     Attributes:
-        value: f, of shape (1, B, *) if all directions share the value, and of shape (K, B, *) if
-            each direction has its own value.
+        value: f. The shape is (1, B, *) if all directions share one value, and (K, B, *) if each
+            direction has its own value.
         directional: D = ∂f/∂x w, of shape (K, B, *).
         third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *). If only the sum over the directions is
             requested, `third` may be that sum, of shape (1, B, *). `third` is None at order 2.
@@ -311,7 +312,9 @@ class Derivatives(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Derivatives at x (B, *), and Jacobian products of the same shape as the network's value.
+    """Derivatives and Jacobian products at x (B, *).
+
+    The products have the same shape as `derived.value`.
 
     Attributes:
         derived: the derivatives computed by an engine.
@@ -456,11 +459,10 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return the derivatives that an engine computes, and Jacobian products.
+    """Return the derivatives that `derive` computes, and Jacobian products.
 
-    The product vjp_c is computed by a backward pass from the value. The product jvp_c is computed
-    by a second backward pass, which starts from vjp_c. If `copied` is True, each direction has its
-    own copy of x and its own value.
+    A backward pass from the value computes vjp_c. A second backward pass, from vjp_c, computes
+    jvp_c. If `copied` is True, each direction has its own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:
@@ -502,9 +504,9 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
-    This requires one forward pass and, for each chunk (k, B, *) of directions, either one backward
-    pass under vmap or k backward passes. Raises DerivativeError if no graph leads from the output
-    to x, or if a custom autograd.Function drops the graph.
+    The network is evaluated once. Each chunk (k, B, *) of directions then requires either one
+    backward pass under vmap or k separate backward passes. Raises DerivativeError if no graph
+    leads from the output to x, or if a custom autograd.Function drops the graph.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False

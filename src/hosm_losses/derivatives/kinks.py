@@ -1,14 +1,15 @@
-r"""Warnings about operators with discontinuous derivatives, and facts known about a network.
+r"""Warnings about discontinuous derivatives, and facts learned from earlier calls to a network.
 
 Purpose:
     In a ReLU network, ∂f/∂x is piecewise constant as a function of the bias before a ReLU. The
     gradient of a second-order term with respect to that bias is therefore zero, and the term's
     gradient with respect to other parameters is incomplete. Yet the mean of the term over the data
-    depends on all these parameters, because they determine how often the data cross a kink.
-    Derivatives of the network do not show this dependence, whichever engine computes them. When a
-    network is first called with gradients enabled, the operators between x and the output are
-    therefore checked for discontinuous derivatives. Clamps are ignored, because most of them only
-    guard against overflow.
+    depends on all these parameters, because they determine on which side of a kink each sample
+    lies. Derivatives of the network do not show this dependence, whichever engine computes them.
+
+    Therefore, when a network is first called with gradients enabled, the operators between x and
+    the output are checked for discontinuous derivatives. Clamps are ignored, because most of them
+    only guard against overflow.
 """
 
 import weakref
@@ -45,14 +46,13 @@ class NetworkMemory:
     """Facts about a network, learned from earlier calls.
 
     Attributes:
-        refused: for each (engine, kind), the reason why the engine refuses this kind of call.
-        failed: for each (engine, kind), the reason for the first failure. The failure may be
-            transient.
-        served: the combinations of engine, kind of call and surroundings (transforms and modes)
-            with which a call has succeeded.
+        refused: for each (engine, kind), why the engine refuses this kind of call.
+        failed: for each (engine, kind), why a call first failed. The next call may succeed.
+        served: each (engine, kind, surroundings) with which a call has succeeded. The surroundings
+            include the transforms and modes that were active.
         warned: whether the user has been warned that reverse mode takes over.
-        orders: the orders (2, 3) for which no further warning about discontinuous derivatives is
-            needed.
+        orders: the orders (2, 3) at which the network is no longer checked for discontinuous
+            derivatives.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
@@ -85,7 +85,11 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return `field` or, for its first call with gradients, a wrapper that warns about jumps."""
+    """Return `field`, wrapped in a check that warns about discontinuous derivatives.
+
+    `field` itself is returned if this order needs no more checks, if no gradients are wanted, and
+    under torch.compile.
+    """
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -139,7 +143,7 @@ class _Noted(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Record the Jets or plain tensors that operators with discontinuous derivatives return."""
+    """Record the results (Jets or plain tensors) of operators with discontinuous derivatives."""
 
     def __init__(self, kind: type[Tensor]) -> None:
         super().__init__()
@@ -166,7 +170,7 @@ class _Watch(TorchFunctionMode):
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
         """Yield (name, order) for each recorded operator whose node is in `nodes`.
 
-        `order` is the order of the first derivative that jumps; 0 means that no derivative jumps.
+        `order` is the order of the first derivative that jumps, or 0 if no derivative jumps.
         """
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
@@ -181,8 +185,8 @@ class _Watch(TorchFunctionMode):
 def _between(point: Tensor, value: Tensor) -> set[Any]:
     """Return the graph nodes between a point and a value.
 
-    If the point is a Jet, return all nodes of the value's graph and also None. None stands for the
-    node of a tensor without a graph.
+    If the point is a Jet, return all nodes of the value's graph, together with None. `_Watch`
+    records None as the node of a result without a graph.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):
@@ -200,5 +204,4 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
 
 
 def _stack(x: Any) -> Any:
-    """Return the stack of a Jet; return anything else unchanged."""
     return x.stack if isinstance(x, Jet) else x

@@ -1,17 +1,19 @@
 r"""Choose the engine that differentiates a network, and remember which attempts failed.
 
 Purpose:
-    "auto" tries the taylor engine first; for Jacobian products in eager mode, however, it tries
-    reverse mode first. If the taylor engine cannot differentiate the network, reverse mode takes
-    over, but only in eager mode. Before the other engine is tried, the buffers and generators that
-    the failed attempt changed are restored. The user is warned when reverse mode first takes over
-    for a network. If an engine refuses a call, the refusal is remembered immediately for all calls
-    of the same kind. Any other error may have been caused by a bad batch. The engine is therefore
-    abandoned only if the next call of the same kind also fails. Once an engine has succeeded with
-    a kind of call, errors in calls of that kind reach the user, without a fallback.
-    `check_derivatives` finds errors that only a backward pass would raise.
+    "auto" tries the taylor engine first, except for Jacobian products in eager mode, for which it
+    tries reverse mode first. If the taylor engine cannot differentiate the network, reverse mode
+    takes over, but only in eager mode. Before the other engine is tried, the network's buffers and
+    the random generators are reset to their states from before the failed attempt. The first time
+    that reverse mode takes over for a network, the user is warned.
 
-    An error raised here while torch.compile is tracing causes a graph break, and the call is
+    If an engine refuses a call, the refusal is remembered immediately for all calls of the same
+    kind. Any other error may be due to a bad batch, so the engine is given up only if the next
+    call of the same kind fails too. Once a call has succeeded with an engine, errors in later
+    calls of the same kind reach the user, and the other engine is not tried. `check_derivatives`
+    finds errors that only a backward pass would raise.
+
+    If an error is raised here while torch.compile is tracing, the graph breaks and the call is
     repeated in eager mode. With fullgraph=True, the error reaches the user.
 """
 
@@ -64,9 +66,8 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 class NetworkState:
     """Saved copies of a network's buffers and of the states of torch's random generators.
 
-    Buffers are saved only if the network is a Module or a method of a Module. The states of the
-    CPU generator and of the generator of x's device are saved, except during the capture of a CUDA
-    graph.
+    Buffers are saved only if the network is a Module or a method of a Module. The random states
+    of the CPU and of x's device are saved, except while a CUDA graph is being captured.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:
@@ -84,7 +85,7 @@ class NetworkState:
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
     def restore(self, *, generators: bool = True) -> None:
-        """Restore the buffers and, by default, the generators."""
+        """Restore the buffers and, unless `generators` is False, the random generators."""
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
@@ -108,10 +109,10 @@ def derive(
 ) -> Derivatives:
     """Return a network's value at x (B, *) and its derivatives along w (K, B, *).
 
-    At order 2, the only derivative is D. Order 3 adds G; if `summed` is True, an engine may return
-    only the sum of G over the directions. Under `torch.no_grad`, the results have no graph. Raises
-    DerivativeError if the engine cannot differentiate the network or, with "auto", if neither
-    engine can.
+    At order 2, the only derivative is D. At order 3, G is also returned. If `summed` is True, an
+    engine may return only the sum of G over the directions. Under `torch.no_grad`, the results
+    have no graph. Raises DerivativeError if the engine cannot differentiate the network or, with
+    "auto", if neither engine can.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
@@ -172,9 +173,9 @@ def derive_with_products(
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. Reverse mode is
-    the cheaper engine for products, so "auto" tries it first. If that attempt fails, "auto"
-    proceeds as in `derive`.
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. Products are cheaper in reverse
+    mode, so "auto" tries reverse mode first. If that attempt fails, "auto" proceeds as in
+    `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -218,9 +219,9 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, order: int) -> None:
-    """Raise an error if a loss of order three would update running statistics.
+    """Raise an error if a compiled loss of order three would update running statistics.
 
-    PyTorch's own error would prevent the fallback to eager mode.
+    PyTorch would otherwise raise an error after which the loss could not fall back to eager mode.
     """
     for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
@@ -242,7 +243,10 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
 
 
 class EngineAttempts:
-    """The engines tried in turn for one call; each attempt starts from the same network state."""
+    """The engines that are tried in turn for one call.
+
+    Each attempt starts from the same state of the network.
+    """
 
     def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
         self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
@@ -260,7 +264,7 @@ class EngineAttempts:
 
     @contextlib.contextmanager
     def attempt(self, engine: str) -> Iterator[None]:
-        """Suppress an error in this engine if the other engine may succeed."""
+        """Run an attempt, and suppress its error if the other engine may succeed."""
         call = engine, self.kind
         served = (*call, self.surroundings)
         if served in self.memory.served:  # no copy of the buffers, which may be large
@@ -287,13 +291,13 @@ class EngineAttempts:
             self.memory.served.add(served)
 
     def remember(self) -> None:
-        """Store why engines failed, unless surrounding transforms or modes may be the cause."""
+        """Store why engines failed, unless outer transforms or modes may be the cause."""
         for call, notes in self.notes.items():
             notes[call] = self.reasons[call[0]]
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Return whether the other engine may succeed.
+    """Return whether the other engine may succeed after this error in `engine`.
 
     An error in the network's own code would occur with either engine.
     """
@@ -311,7 +315,6 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
 
 def _warn_once(attempts: EngineAttempts) -> None:
-    """Warn, once for each network, that reverse mode replaces the taylor engine."""
     if not attempts.memory.warned:
         attempts.memory.warned = True
         warn(

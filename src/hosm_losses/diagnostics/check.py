@@ -1,6 +1,6 @@
 """Check, before training, that the derivatives of a network are correct.
 
-An operator may have wrong higher derivatives without raising an error. Examples are a custom
+An operator may compute wrong higher derivatives without raising an error. Examples are a custom
 autograd.Function whose backward drops the graph, a kernel whose forward-mode derivative ignores
 the parameters, and a call to .detach(). The check compares the derivatives of a copy of the
 network with finite differences of the copy's values. A loss itself cannot be checked this way:
@@ -94,13 +94,13 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """The result of `check_derivatives`; printing it shows a verdict.
+    """The result of `check_derivatives`; printing it shows a verdict and any advice.
 
     Attributes:
-        orders: the orders of loss for which the network's values and derivatives are correct:
+        orders: the loss orders for which the network's values and derivatives are correct:
             (1, 2) or (1, 2, 3).
-        engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
-        advice: sentences about anything that was not checked or that is slow.
+        engine: the engine used by a loss of the highest of these orders, "taylor" or "reverse".
+        advice: sentences that point out missing checks, slow derivatives and rounding errors.
     """
 
     orders: tuple[int, ...]
@@ -108,7 +108,6 @@ class DerivativeReport:
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Return the verdict, and one line for each piece of advice."""
         orders = ", ".join(map(str, self.orders[:-1]))
         verdict = f"ok: orders {orders} and {self.orders[-1]}, by the engine {self.engine!r}"
         return "\n".join([verdict, *self.advice])
@@ -127,7 +126,7 @@ def check_derivatives(
 
     Otherwise, return a report that lists the orders checked, the engine and any advice.
 
-    The check looks, in this order, for the following faults, which a loss cannot detect:
+    A loss cannot detect the following faults. The check looks for them in this order:
 
     - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
@@ -135,7 +134,8 @@ def check_derivatives(
       is skipped if the network draws random numbers);
     - discontinuous values or first derivatives, as in ReLU networks; for order 3, also
       discontinuous second derivatives, as in ELU networks;
-    - derivatives with respect to x or the parameters that disagree with finite differences.
+    - derivatives that disagree with finite differences, whether taken with respect to x or to the
+      parameters.
 
     For the derivatives of the whole network, the check accepts relative errors of up to 1 % in
     float32 and up to 1e-6 in float64. To find smaller faults, check a float64 copy. The page on
@@ -148,8 +148,8 @@ def check_derivatives(
 
     Args:
         model: the score model, in the mode that training will use.
-        x0: a small batch of data (B, *). Two samples are enough; a single sample cannot reveal
-            effects between samples.
+        x0: a small batch of data (B, *). Two samples are enough. With a single sample, the
+            check cannot tell whether samples affect each other.
         order: the order of the loss that training will use, 2 or 3.
         t: times (B,), as in the losses. If None, the times are spread over the middle of the
             schedule.
@@ -241,8 +241,8 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """If the check finds a fault, raise an error that names the innermost module with a fault.
 
-    If a float64 copy of the network is known to have no fault, return True instead. If no fault is
-    found, return False.
+    Return False if no fault is found. Return True if the network has a fault in float32 but its
+    float64 copy has none. Such a fault counts as rounding, so no error is raised.
     """
     # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound
@@ -277,7 +277,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Return whether a float64 copy of a float32 network is known to have no fault."""
+    """Return True only if a float64 copy of a float32 network was checked and has no fault."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64
@@ -293,7 +293,6 @@ def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _remedy(functions: list[str]) -> str:
-    """Return advice about a fault in a graph that contains these custom autograd.Functions."""
     if not functions:
         return GENERAL
     remedies = dict.fromkeys(  # without repetition
@@ -304,9 +303,9 @@ def _remedy(functions: list[str]) -> str:
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
-    """Return times (B,), evenly spaced in log σ̂ and away from both ends of the schedule.
+    """Return times (B,) that are evenly spaced in log σ̂, away from both ends of the schedule.
 
-    If the schedule's times are indices, return integers.
+    The times are integers if the schedule is a table.
     """
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)

@@ -1,4 +1,4 @@
-r"""Find jumps in a field, and derivatives that disagree with finite differences.
+r"""Search a field for jumps, and for derivatives that disagree with finite differences.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with the finite difference of ⟨f, b⟩ along w, and ⟨G, c⟩ with the
@@ -6,23 +6,25 @@ Formula:
     and ⟨G, c⟩ with finite differences of these three forms. The finite difference is
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), accurate to fourth order in h.
 
-    `Smoothness` compares p(b) − p(a) with ∫ p′ ds, computed by the Gauss-Legendre rule. The
-    comparison is made for p = p₀ and for p = p₁, along the line x + s w with −½ ≤ s ≤ ½. Here,
+    `Smoothness` compares p(b) − p(a) with the integral of p′ from a to b, which is computed by the
+    Gauss-Legendre rule. The comparison is made for p = p₀ and for p = p₁, on the line x + s w. At
+    first, a = −½ and b = ½ are the ends of this line. Here,
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
-    This comparison is needed for ReLU networks. Their second derivatives are zero wherever they
-    exist, so finite differences with small steps reveal no fault, even though the gradient of the
-    third-order term is wrongly zero.
+    This comparison is needed for ReLU networks, whose second derivatives are zero wherever they
+    exist. Finite differences with small steps therefore reveal no fault, although the gradient of
+    the third-order term is wrongly zero.
 
-    If the integral differs from p(b) − p(a), the line is bisected repeatedly. Each time, the half
-    on which the trapezoidal rule has the larger error is kept. On an interval of length h, this
-    error is independent of h if p has a jump, proportional to h if p′ has a jump, and proportional
-    to h³ if neither p nor p′ has a kink.
+    If the integral differs from p(b) − p(a), the search bisects the line repeatedly. Each time, it
+    keeps the half on which the trapezoidal rule has the larger error. On an interval of length h,
+    this error does not depend on h if p jumps. The error is proportional to h if p′ jumps, and to
+    h³ if neither p nor p′ has a kink.
 
     The search therefore converges to a jump, and each halving evaluates the functions at only one
-    new point. At a jump, the bend |p(m) − (p(a) + p(b))/2|, where m is the midpoint of a and b,
-    remains half as large as the jump. Elsewhere, the bend is proportional to h², or to h at a kink
-    of p. Hence |x|³ passes the check: its G has a kink, but G is differentiated only once, and the
-    integral agrees with p(b) − p(a).
+    new point. Let m be the midpoint of a and b. At a jump, the bend |p(m) − (p(a) + p(b))/2|
+    remains half as large as the jump. At a kink of p, the bend is proportional to h; where p is
+    smooth, it is proportional to h². Hence |x|³ passes the check: its G has a kink but no jump,
+    and the integral agrees with p(b) − p(a). This kink does no harm, because the loss
+    differentiates G only once.
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), on checks against finite differences.
@@ -85,7 +87,10 @@ class Check:
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """Seed the generators; return f, D and, at order three, G (each (B, *)) at x along w."""
+        """Seed the generators, then evaluate the field and its derivatives along w at x.
+
+        Return f, D and, at order three, G. Each is a tensor (B, *).
+        """
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
@@ -188,7 +193,6 @@ class Agreement(Check):
 
 
 def _varied(field: Network, x: Tensor) -> list[Tensor]:
-    """Return a copy of x that requires grad, followed by the trainable parameters."""
     owner = field.owner
     # The parameters are unknown if the network is not a Module.
     parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
@@ -226,7 +230,7 @@ class Smoothness(Check):
     """Search for jumps in values, first derivatives and, at order three, second derivatives."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Name a value or derivative that is discontinuous; return None if all are continuous."""
+        """Describe a jump in the values or a derivative, or return None if no jump is found."""
         randn = random_like(x, seed=3)
         lines = [self._line(field, x, length * size_of(x) * randn(x)) for length in LENGTHS]
         if not np.isfinite(lines[0](0.0)).all():  # a fault for Agreement to find
@@ -257,9 +261,10 @@ class Smoothness(Check):
         return line
 
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
-        """Return the first level for which p[level] has a jump, or None if no jump is found.
+        """Return the first level for which p[level] jumps, or None if no jump is found.
 
-        The search follows the part of the line on which the error for p[lower] is largest.
+        The search follows the part of the line on which the trapezoidal rule for p[lower] has the
+        largest error.
         """
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
@@ -293,7 +298,7 @@ def _integrate(line: Line) -> np.ndarray:
 
 
 def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that draws reproducible Gaussian noise with the shape of a tensor."""
+    """Return a function that draws reproducible Gaussian noise with the shape of its argument."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return lambda like: torch.randn(
         like.shape, generator=generator, dtype=like.dtype, device=like.device

@@ -1,10 +1,10 @@
 r"""Search for the faulty part of a network: the innermost module with a fault of its own.
 
 Formula:
-    A module is evaluated with the arguments that it received in the network. If it returns tensors
-    y_k, then the map x → (Σ_k y_k · r_k) u, where r_k and u are fixed random tensors, is a field
-    with the shape of x. The derivatives D and G of this field depend on all first and second
-    derivatives of the module with respect to x.
+    A module is evaluated with the arguments that it received in the network. Let y_k be the
+    tensors that the module returns, and let r_k and u be fixed random tensors. Then the map
+    x → (Σ_k y_k · r_k) u is a field with the shape of x. The derivatives D and G of this field
+    depend on all first and second derivatives of the module with respect to x.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ NO_DERIVATIVE = "no derivative at all"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: copies of its positional and keyword arguments and of its result."""
+    """One call of a module, with copies of its arguments and of its result."""
 
     name: str
     module: nn.Module
@@ -89,7 +89,7 @@ def floats_in(value: Any) -> list[Tensor]:
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
     """Describe the fault that a check finds in a field, or return None if there is no fault.
 
-    A derivative that cannot be computed is a fault too, but only `Agreement` reports this fault.
+    If a derivative cannot be computed, only the check `Agreement` reports this as a fault.
     """
     never_warn(field.owner)
     try:
@@ -106,7 +106,7 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one argument, with the other arguments fixed as in the network."""
+    """A module as a function of one argument; the others stay as the network passed them."""
 
     call: Call
     place: int | str
@@ -137,7 +137,7 @@ class Part:
 
     @property
     def native(self) -> "Part":
-        """The same part with PyTorch's own operators."""
+        """The same part, evaluated with PyTorch's own operators."""
         return replace(self, primitives=False)
 
     def repeat(self, count: int) -> "Part":
@@ -151,7 +151,7 @@ def find_culprit(
     """Return the innermost module that has a fault of its own, and the fault.
 
     `opaque` means that the network as a whole shows no fault. In this case, only modules that
-    contain a custom Function are tried, and a module that cannot be differentiated on its own is
+    contain a custom Function are tried. A module that cannot be differentiated on its own is then
     not reported.
     """
     parts = _parts(calls, primitives)
@@ -163,7 +163,10 @@ def find_culprit(
 
 
 def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
-    """Yield every module with the arguments of its first call, starting with the innermost."""
+    """Yield a part for the first call of each module, starting with the innermost module.
+
+    A module is skipped if this call received no floating-point tensor, or only scalars.
+    """
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.name, call)
@@ -175,7 +178,7 @@ def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
 
 
 def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
-    """Yield the innermost modules with a custom Function in their graph."""
+    """Yield the innermost modules whose graph contains a custom Function."""
     seen: set[nn.Module] = set()
     for part in parts:
         with suppress(Exception):  # some modules cannot be called on their own

@@ -2,13 +2,14 @@
 
 - The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, together with their
-  times; the batch size and any dropout mask stay the same.
+  times, and compares the output of the remaining sample. The batch size and any dropout mask stay
+  the same.
 - If a sample is moved to another row of the batch, its output moves to the same row. The test
-  permutes the samples, or repeats one sample, and does the same to all tensors that are assumed to
-  belong to the samples. A tensor may instead hold an unordered set that all samples share.
-  Permuting the rows of this tensor changes no output, so only repetition reveals that the rows do
-  not belong to the samples. The test is skipped if the network draws random numbers, because these
-  depend on a sample's position in the batch.
+  permutes the samples, or fills the batch with copies of one sample. All tensors that are assumed
+  to belong to the samples are rearranged in the same way. Such a tensor may in fact hold an
+  unordered set that all samples share. Permuting the rows of this set changes no output, so only
+  the copies reveal that the rows do not belong to the samples. The test is skipped if the network
+  draws random numbers, because these depend on a sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -37,7 +38,7 @@ ALONE = (
 
 
 def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return a network's precision; raise an error if a value is not finite or not repeatable."""
+    """Check that a network's values are finite and repeatable; return the network's precision."""
     value = evaluate(bound, x)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
@@ -56,7 +57,6 @@ def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
 
 
 def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
-    """Name the first module that returns a tensor for which `has` is true."""
     for call in record_calls(bound, x):
         if any(map(has, floats_in(call.returned))):
             return call.where
@@ -64,7 +64,6 @@ def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -
 
 
 def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
-    """Raise an error if the same input, seed and parameters do not give the same output."""
     network: object = bound.model.network
     buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
     before = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -129,7 +128,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
     """Raise an error if a sample's output changes when the samples are reordered or repeated.
 
-    Tensors that belong to the samples are reordered or repeated with them.
+    Tensors that belong to the samples are reordered or repeated in the same way.
     """
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
@@ -145,7 +144,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the first module whose results differ in `row` although its arguments do not."""
+    """Name the first module with different results but the same arguments in `row`."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether outputs follow the samples while the tensors in `shared` do not move."""
+        """Return whether outputs move with their samples if the tensors in `shared` stay put."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

@@ -1,44 +1,45 @@
 r"""Check that a network's schedule, time, prediction and data units match those used in training.
 
 Formula:
-    With another schedule, and with data c x₀ + b in other units, the noised data are
-    x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units, so the best
-    prediction of ε from x is also the best one from x₀ + σ̂ ε. The losses of different wrappings
-    are therefore comparable if ε and u = log σ̂ are the same for all; σ̂ is the noise level in the
-    units of x₀.
+    Suppose that a wrapping uses another schedule, and data c x₀ + b in other units. The noised
+    data are then x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units. The
+    best prediction of ε from x is then also the best prediction of ε from x₀ + σ̂ ε. The losses of
+    different wrappings are therefore comparable if ε and u = log σ̂ are the same for all of them.
+    Here, σ̂ is the noise level in the units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
     ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
     the eigenvalues of C.
 
-    Losses are compared as multiples of ℓ(u), so that every level counts equally. The predicted ε
-    is p · output + q x, so the losses for all kinds of prediction and both signs follow from a
-    single network call.
+    Losses are divided by ℓ(u) before they are compared, so that every level counts equally. The
+    predicted ε is p · output + q x. A single network call therefore yields the losses for all
+    kinds of prediction and for both signs.
 
-    All candidates are ranked by their losses with one draw of noise per sample. The model's own
-    wrapping and the three best candidates are then measured again with eight fresh draws, and the
-    verdict is based on these measurements. One draw would not be enough: a wrong schedule that
-    shifts a log-likelihood by a third of a nat may change the loss by only two per cent. Half of
-    the fresh draws are spread evenly over the levels. The other half are distributed in proportion
-    to the differences found between the losses of these candidates and the loss under the model's
-    own wrapping. Every level still counts equally.
+    To rank the candidates, the loss of each is measured with one draw of noise per sample. The
+    model's own wrapping and the three best candidates are then measured again, with eight fresh
+    draws per sample. The verdict is based on these measurements. One draw would not be enough: a
+    wrong schedule that shifts a log-likelihood by a third of a nat may change the loss by only two
+    per cent. Half of the fresh draws are spread evenly over the levels. The other half favour
+    levels at which the losses of these candidates differ from the loss under the model's own
+    wrapping: the number of these draws at a level is proportional to the difference. In the
+    verdict, every level still counts equally.
 
     A candidate that fits better is not always the wrapping used in training. A network that is
     hardly trained fits best under the wrapping in which its output contributes least to the
-    predicted ε. That wrapping is v, for which q x alone is the best linear predictor if the data
-    have unit variance. A candidate is therefore not reported if the linear predictor's loss is
-    smaller than the candidate's by more than the fraction CLOSE. In addition, the candidate's loss
-    must be smaller than the linear predictor's, either on average or at some level. This second
-    condition does not apply to a candidate that keeps the units of the data and makes no more
-    changes of kind and sign than BELIEVED allows. The reason is that on nearly Gaussian data, even
-    a trained network can hardly beat the linear predictor.
+    predicted ε. That wrapping predicts v: if the data have unit variance, q x alone is then the
+    best linear predictor. A candidate is therefore not reported if the linear predictor's loss is
+    smaller than the candidate's by more than the fraction CLOSE. To be reported, a candidate must
+    also have a significantly smaller loss than the linear predictor, either on average or at some
+    level. This second condition does not apply to a candidate that keeps the units of the data,
+    provided that the number of its changes (of kind and of sign) is at most BELIEVED. The reason
+    is that on nearly Gaussian data, even a trained network can hardly beat the linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the model's
-schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length;
-otherwise, they have 1000 entries. With a table, the network receives the index, or the index
-divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or its
-logarithm under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching,
-time runs from data to noise or from noise to data; in diffusers, it runs up to 1000.
+schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length.
+Otherwise, their tables have 1000 entries. With a table, the network receives either the index, or
+the index divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or
+log σ under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching,
+time runs from data to noise or from noise to data. In diffusers, time runs up to 1000.
 """
 
 import copy
@@ -104,8 +105,8 @@ class WrappingCandidate:
         time: the argument `time`, as code; "" if there is none, "yours" for the model's own.
         negated: whether the output has to be negated.
         units: the data to pass, as an expression in x0; "x0" for unchanged data.
-        loss: the mean squared error of ε̂ per element under this wrapping.
-        own_loss: the mean squared error of ε̂ under your own wrapping, at the same noise levels.
+        loss: the squared error of the noise predicted under this wrapping, averaged over elements.
+        own_loss: the same error under your own wrapping, at the same noise levels.
     """
 
     schedule: str
@@ -117,7 +118,7 @@ class WrappingCandidate:
     own_loss: float
 
     def __str__(self) -> str:
-        """Return the arguments, and any changes to the output and the data."""
+        """Return the arguments, followed by any changes to the output and the data."""
         text = f"{self.schedule}, prediction={self.prediction!r}"
         text += f", time={self.time}" if self.time else ""
         text += ", the output times -1" if self.negated else ""
@@ -128,35 +129,37 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; printing it shows a table and a verdict.
 
-    Losses are means over the final draws of noise. One loss is clearly larger than another if
+    Losses are means over the final draws of noise. Candidates are ranked by an earlier
+    measurement, with one draw of noise per sample. One loss is clearly larger than another if
     their difference, minus twice its standard error, is more than 10 % of the larger loss. In the
     table, "worse" marks the levels at which the network's loss is clearly larger than the linear
-    predictor's; the verdict counts these levels.
+    predictor's. The verdict counts these levels.
 
     Attributes:
-        ok: whether your wrapping passes the check. The check fails if `best` is not None, or if
-            the network's loss is clearly larger than that of the best linear predictor, either on
-            average or at a quarter or more of the levels.
-        best: the best-fitting of the candidates whose losses are smaller than the loss under your
-            wrapping by more than half a per cent and by more than four standard errors. Candidates
-            whose losses an untrained network could reach are left out; an untrained network is at
-            best as good as a linear predictor. None if no candidate remains.
+        ok: whether your wrapping passes the check. The check fails if `best` is not None. It also
+            fails if the network's loss is clearly larger than the best linear predictor's, either
+            on average or at a quarter or more of the levels.
+        best: the highest-ranked candidate that fits better than your wrapping, or None. Its loss
+            is smaller than the loss under your wrapping by more than half a per cent and by more
+            than four standard errors. A candidate is left out if an untrained network, which is at
+            best as good as a linear predictor, could reach the candidate's loss.
         undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
             clearly smaller.
         gain: the loss under your wrapping minus the loss of `best`, as a fraction of the loss
             under your wrapping. To compute this fraction, each loss is first divided by the linear
             predictor's expected loss at the same level, then averaged over the levels. The gain is
             0 if `best` is None.
-        detectable_gain: the gain above which any of the three best-fitting candidates would be
-            reported in 97 of 100 cases. This gain depends on the standard errors of the
-            differences in loss; these errors fall as the number of samples grows. The gain is at
-            least half a per cent. The gain is also never smaller than the gain at which a
-            candidate's loss is below the linear predictor's by four standard errors.
+        detectable_gain: the true gain above which the check finds, with a probability of 0.97,
+            that a candidate fits better than your wrapping. This applies to the three
+            highest-ranked candidates. The number is at least half a per cent. It depends on the
+            standard errors of the differences in loss, which fall as the number of samples grows.
+            The number is also large enough that a candidate with this gain has a loss at least
+            four standard errors below the linear predictor's.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
-        losses: the mean squared error of ε̂ at each level, under your wrapping.
+        losses: the mean squared error of the predicted noise at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
-        best_losses: the mean squared error of ε̂ at each level, under `best`; NaN at levels
-            outside the schedule of `best`, and None if `best` is None.
+        best_losses: the mean squared error of the predicted noise at each level, under `best`. NaN
+            at levels outside the schedule of `best`, and None if `best` is None.
         is_worse: for each level, whether the network's loss is clearly larger than that of the
             linear predictor.
         calls: the number of calls to the network.
@@ -183,7 +186,6 @@ class WrappingReport:
         return f"WrappingReport({self._verdict()})"
 
     def __str__(self) -> str:
-        """Return the losses by noise level, then the verdict."""
         columns = {"log σ/α": self.log_sigma_hat, "yours": self.losses, "linear": self.linear}
         if self.best_losses is not None:
             columns["best"] = self.best_losses
@@ -276,7 +278,7 @@ def check_wrapping(
     Args:
         model: the score model, with trained weights.
         x0: at least 16 samples of clean data (B, *), in the units that the model expects; use a
-            few hundred samples if each has few elements.
+            few hundred samples if each sample has few elements.
         model_kwargs: keyword arguments of the network.
         generator: the source of the noise, on the device of x0; the global generator if None.
 
@@ -285,8 +287,8 @@ def check_wrapping(
         is `best`. Wrap the network as in `best` unless `undecided` is True. In that case, `best`
         is not clearly better than your wrapping: the difference in loss, minus twice its standard
         error, is at most 10 % of the loss under your wrapping. `ok` is also False if the network
-        is worse than a linear predictor, which means that the network is untrained or that no
-        candidate fits. If `ok` is True, the verdict states the smallest gain that the check would
+        is clearly worse than a linear predictor. Then the network is untrained, or no candidate
+        fits. If `ok` is True, the verdict states `detectable_gain`, the gain that the check would
         have detected.
 
     Raises:
@@ -372,7 +374,7 @@ class _Linear:
 class _Search:
     """The losses (draws, B) of the candidates on one batch of data.
 
-    In each draw, the noise level varies from sample to sample; over all draws, the samples get
+    In each draw, the noise level varies from sample to sample. Over all draws, the samples get
     similar sets of levels.
     """
 
@@ -406,9 +408,9 @@ class _Search:
         """Draw noise (count, B, *) and levels (count, B); discard earlier losses.
 
         The number of draws at each level is proportional to the level's entry in `shares`. Draw n
-        of sample i is at the quantile (n + (iφ mod 1))/count of the shares. Because multiples of
-        the golden ratio φ are spread evenly modulo 1, all samples get similar sets of levels, and
-        all levels get similar sets of samples.
+        of sample i uses the level at the quantile (n + (iφ mod 1))/count of the shares, where φ is
+        the golden ratio. Because multiples of φ are spread evenly modulo 1, all samples get
+        similar sets of levels, and all levels get similar sets of samples.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -424,9 +426,9 @@ class _Search:
     def _shares(self) -> Tensor:
         """Return each level's share of the draws, up to a common factor.
 
-        Half of the draws are spread evenly over the levels. The other half are distributed in
-        proportion to the differences between the candidates' losses and the loss under the model's
-        own wrapping.
+        Half of the draws are spread evenly over the levels. In the other half, a level's share is
+        proportional to the differences, at this level, between the candidates' losses and the loss
+        under the model's own wrapping.
         """
         reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
         own, *others = self._multiples(reads)
@@ -487,7 +489,7 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """Return each candidate's excess over the lowest loss at each level, averaged over levels.
+        """Return how far each candidate's loss exceeds the lowest one, averaged over the levels.
 
         The score is infinite for a candidate whose schedule covers less than half of the levels.
         """
@@ -501,10 +503,10 @@ class _Search:
     ) -> tuple[float, float]:
         """Return how far the losses exceed `reference`, and the standard error of this excess.
 
-        Both numbers are fractions of the mean of the losses. All levels count equally; with
-        `place`, only the level with that index counts. For each sample, the differences are
-        summed over all draws before the standard error is computed, because the draws of one
-        sample are not independent.
+        Both numbers are fractions of the mean of the losses. All levels count equally, unless
+        `place` is given: then only the level with that index counts. The draws of one sample are
+        not independent. The standard error is therefore computed from one number for each sample,
+        the sum of its differences over all draws.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         weight = self.weight if place is None else (self.place == place).double()
@@ -540,7 +542,7 @@ class _Search:
         return list(dict.fromkeys([min(order, key=is_worse_or_changes), *order]))[:REPEATED]
 
     def _is_trained(self, read: Read) -> bool:
-        """Return whether a candidate predicts so well that the network must be trained."""
+        """Return whether a candidate's loss shows that the network is trained."""
         losses = self.losses[read]
         if self._excess(losses, self.linear)[0] > CLOSE:
             return False
@@ -552,7 +554,11 @@ class _Search:
         return any(self._is_better(losses, self.linear, place) for place in places)
 
     def _detectable_gain(self) -> float:
-        """Return the gain above which a candidate is reported in 97 of 100 cases."""
+        """Return the gain above which a candidate is detected with a probability of 0.97.
+
+        With this probability, `_is_better` finds such a candidate better than the model's own
+        wrapping.
+        """
         own = self.losses[self.own]
         excess, error = self._excess(own, self.linear)
         limits = [excess + FINE_ERRORS * error]
@@ -591,7 +597,7 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """Copy a model and set attributes of the copy; these hide modules of the same name."""
+    """Copy a model and set attributes of the copy, which hide any modules of the same name."""
     changed = copy.copy(model)
     vars(changed).update(changes)
     return changed

@@ -6,13 +6,14 @@
 - `solvers`: the solver options `FixedGrid`, `ToTolerance` and `Adaptive`.
 - `multistep`: the solver that uses one fixed grid for the whole batch.
 - `adaptive`: the solver that chooses the step sizes of each sample separately.
-- `paths`: the coordinates in which the ODE is solved; the evaluation of the slope, the divergence
-  and the prior; checks such as whether the network's output is random.
+- `paths`: defines the coordinates in which the ODE is solved, and evaluates the slope, the
+  divergence and the prior. It also checks, for example, whether the network's output is random.
 - `divergence`: estimators of the divergence.
-- `job`: checks of a call's arguments, the split into batches, and the joining of their results.
+- `job`: code that checks a call's arguments, splits the samples into batches, and joins the
+  results of the batches.
 - `checkpoints`: network evaluations whose activations are recomputed in the backward pass.
-- `dequantize`: `Uniform`, `TruncatedNormal`, and the combination of several draws into one
-  density.
+- `dequantize`: `Uniform`, `TruncatedNormal`, and the function that averages the densities of
+  several draws.
 - `distribution`: `ODEDistribution`.
 - `weights`: `importance_weights`, and the estimates that `Weights` computes.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, which holds means over samples.

@@ -6,24 +6,27 @@ Purpose:
 
 Formula:
     The method is the Runge-Kutta pair 5(4) of Tsitouras. The last stage of a step is also the
-    first stage of the next step. A step of size h is accepted if its error is at most 1 in the
-    caller's norm. The size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5
-    is the order.
+    first stage of the next step. The caller computes the error of each step relative to the
+    tolerance. A step is accepted if this relative error is at most 1. After a step of size h, the
+    size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5 is the order.
     Samples that have reached the end of the span are no longer evaluated.
 
 Rounding:
     Suppose that the network's outputs are rounded with a relative spacing of ε. The estimated
     error of a step then includes a rounding error of about 0.2 ε · I, where I is the integral of
-    |integrand| over the step. The factor 0.2 is the product of 1/√12 (the root mean square of the
-    relative rounding error is ε/√12) and 0.75, the norm of ERROR. `MAX_EVALUATIONS` allows 1666
-    steps. Even if the data are one-dimensional, the integral of |integrand| over the whole path is
-    about 8 nats. The second solution therefore cannot meet a tolerance below 0.001 ε, so the first
-    solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in float32. In measurements in
-    float32, the smallest tolerance that could be met ranged from 2e-9 to 3e-8 among linear
-    networks, and from 3e-8 to 3e-6 among other networks. Only networks with outputs near zero meet
-    tolerances below the bound. Moreover, `solver_error` is never below 1e-6 in float32. The ε of a
-    dtype narrower than float32 is too large to be used in this bound. For such dtypes, the bound
-    for float32 is used instead.
+    |integrand| over the step. The factor 0.2 is the product of 1/√12 and 0.75: the root mean
+    square of the relative rounding error is ε/√12, and the norm of ERROR is 0.75.
+
+    `MAX_EVALUATIONS` allows 1666 steps. Even if the data are one-dimensional, the integral of
+    |integrand| over the whole path is about 8 nats. The second solution therefore cannot meet a
+    tolerance below 0.001 ε. Its tolerance is a tenth of the first solution's, so the first
+    solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in float32. Only networks with
+    outputs near zero meet tolerances below this bound. The ε of a dtype narrower than float32 is
+    too large to be used in the bound. For such dtypes, the bound for float32 is used instead.
+
+    In measurements in float32, the smallest tolerance that could be met was between 2e-9 and 3e-8
+    for linear networks, and between 3e-8 and 3e-6 for other networks. Moreover, `solver_error` is
+    never below 1e-6 in float32.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -101,11 +104,15 @@ def adaptive(
     `slope(s, y, rows)` returns three tensors: the slope dy/ds, the covector that is passed to
     `judge`, and the cause of a non-finite value (0 if all values are finite). `rows` (n,) are the
     rows of the batch that have neither reached the end nor failed. The shape of s is (n,), and s
-    never leaves the span. The shape of y is (n, m). `judge` takes the errors (n, m) of a step and
-    the covector at the end of the step. `judge` returns two numbers per row: the error relative to
-    the tolerance, which must be at most 1 for the step to be accepted, and the error in nats,
-    which is summed over the accepted steps. A sample fails if its first slope is not finite, if
-    its step size becomes too small, or if it needs more than `max_evaluations` evaluations.
+    never leaves the span. The shape of y is (n, m).
+
+    `judge(errors, covector)` receives the errors (n, m) of a step and the covector at the end of
+    the step. It returns two numbers per row: the error relative to the tolerance, and the error in
+    nats. A step is accepted if its relative error is at most 1. The errors in nats are summed over
+    the accepted steps.
+
+    A sample fails if its first slope is not finite, if its step size becomes too small, or if it
+    needs more than `max_evaluations` evaluations.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -157,8 +164,8 @@ def adaptive(
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
     """Solve the ODE along a span in either direction, with a separate step size for each sample.
 
-    The ODE is solved twice; the second solution, which uses a tenth of the tolerance, is the
-    answer. `solver_error` is the larger of two estimates: the difference between the two
+    The ODE is solved twice, the second time with a tenth of the tolerance, and the second solution
+    is returned. `solver_error` is the larger of two estimates: the difference between the two
     solutions, and the sum of the second solution's step errors. If a path seems to have kinks, its
     step errors are unreliable, so its `solver_error` is tripled. Without a divergence, only the
     second solution is computed, and `solver_error` is 0.
@@ -231,13 +238,16 @@ def _solve(
     tolerance: float,
     failed: Tensor | None = None,
 ) -> AdaptiveSolution:
-    """Solve with steps in r = σ̂/(σ̂ + s), where s is the data's standard deviation.
+    """Solve the ODE in r = σ̂/(σ̂ + s), where s is the geometric mean of data_std.
 
-    Since u = log σ̂, du = dr/(r (1 − r)); both ends of the span are finite in r. A step is
-    accepted if its error in the integral is at most `tolerance` nats, its error in the state
-    changes the log-density by at most `tolerance` nats, and the root mean square of its error in
-    the state is at most 0.03 times `tolerance`. Samples that are marked in `failed` (B,) are
-    dropped after one evaluation.
+    Since u = log σ̂, du = dr/(r (1 − r)). Both ends of the span are finite in r. A step is
+    accepted if it meets all of these conditions:
+
+    - Its error in the integral is at most `tolerance` nats.
+    - Its error in the state changes the log-density by at most `tolerance` nats.
+    - The root mean square of its error in the state is at most 0.03 times `tolerance`.
+
+    Samples that are marked in `failed` (B,) are dropped after one evaluation.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions

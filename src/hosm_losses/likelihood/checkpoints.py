@@ -1,10 +1,10 @@
 """Evaluations of a network that are repeated in the backward pass.
 
 Purpose:
-    If torch's checkpoint is applied to a function that computes a gradient itself, the
-    checkpoint keeps every tensor that this gradient did not use. Unless the network uses
-    `torch.func`, this module keeps no activations after an evaluation; the backward pass
-    recomputes the activations of one evaluation at a time. Values and gradients are unchanged.
+    If torch's checkpoint is applied to a function that itself computes a gradient, every tensor
+    that this gradient did not use stays in memory. This module keeps no activations after an
+    evaluation, unless the network uses `torch.func`. Instead, the backward pass recomputes the
+    activations of one evaluation at a time. Values and gradients are unchanged.
 """
 
 import weakref
@@ -23,18 +23,18 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the latest recomputed evaluation holds activations."""
+    """The evaluations of one call; only the one that was recomputed last keeps activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Return whether a new evaluation will be recomputed; nested ones are not recomputed."""
+        """Return whether a new evaluation will be recomputed; nested evaluations never are."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
-        """Return function() without keeping activations; function runs on the device of x."""
+        """Return the result of function(), which runs on the device of x; keep no activations."""
         evaluation = RecomputedEvaluation(self, function, x)
         try:
             result, saved = evaluation.run()
@@ -67,7 +67,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return the result of function() and, by index, the tensors that autograd saved."""
+        """Return the result of function(), and a dict of the tensors that autograd saved."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:
@@ -87,7 +87,7 @@ class RecomputedEvaluation:
             self.evaluations.is_inside = False
 
     def recompute(self, index: int) -> Tensor:
-        """Return a saved tensor for the backward pass, which needs each tensor only once."""
+        """Return a saved tensor and forget it: the backward pass needs each tensor only once."""
         if index not in self.recomputed:
             latest = self.evaluations.latest()
             if latest is not None:

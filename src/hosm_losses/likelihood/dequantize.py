@@ -1,15 +1,16 @@
-r"""Dequantization of integer images, and the combination of several draws into one density.
+r"""Dequantization of integer images, and the averaging of densities over several draws.
 
 Formula:
     Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of u,
     x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
-    Here p is the density of x; `bits_per_dim` accounts for the width of a cell.
+    Here p is the density of x. `bits_per_dim` accounts for the width of a cell.
 
-    If a network was trained on the levels themselves, y = first + w k, its density at small noise
-    consists of normal peaks of standard deviation σ̂ around the levels. At the time t at which
-    half the width of a cell, w/2, equals τ = 3 standard deviations, noise spreads each level over
-    its cell. The noise u is drawn from the standard normal distribution truncated to [−τ, τ], and
-    Z = erf(τ/√2) is the mass of the standard normal distribution on this interval:
+    Suppose that a network was trained on the levels themselves, y = first + w k. At small noise,
+    its density consists of normal peaks with standard deviation σ̂ around the levels. Let t be the
+    time at which w/2, half the width of a cell, equals τ = 3 standard deviations. At this time,
+    noise spreads each level over its cell. The noise u is drawn from the standard normal
+    distribution truncated to [−τ, τ]. Before truncation, the probability of this interval is
+    Z = erf(τ/√2). The noisy point and the bound are:
     x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)].
     For normal peaks, the bound exceeds −log P(k) by −log Z, which is 0.0027 nats per element. For
     a density that is smooth over a cell, the bound exceeds −log P(k) by 0.39 nats per element,
@@ -76,7 +77,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images by noise of the kind on which the network was trained.
+    """Dequantization of uint8 images by the kind of noise that the network saw in training.
 
     `TruncatedNormal` is meant for networks trained on the levels themselves,
     x = first + (last − first) k/255, without added uniform noise. The paths start at the time t at
@@ -128,7 +129,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return points x_t, drawn in the cells at the paths' start, and nll corrections (B,)."""
+        """Return random points x_t in the cells, where paths start, and nll corrections (B,)."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -154,9 +155,9 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: DivergenceEstimator) -> None:
     """Raise ValueError if several draws of u are combined with random probes.
 
-    If the noise in log p has a standard deviation of 7 nats, for example because the divergence
-    comes from Hutchinson's estimator, averaging the density over 20 draws appears to raise log p
-    by 11 nats.
+    Averaging densities turns noise in log p into an apparent gain. For example, suppose that
+    Hutchinson's estimator causes noise in log p with a standard deviation of 7 nats. Averaging the
+    density over 20 draws then appears to raise log p by 11 nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -175,7 +176,6 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return uniform random numbers, one per element of `levels`, in the dtype used for sums."""
     dtype, device = widest_dtype(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 

@@ -1,10 +1,10 @@
 """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
 Purpose:
-    `log_prob` is −nll from `ode_nll`, and samples come from `ode_sample`. Samples and the
-    arguments of `log_prob` are points at the schedule's t_min. A tensor that conditions the
-    network must have one entry per distribution in the batch, unless it is marked `Shared`.
-    Whether a tensor is shared is not inferred from its length.
+    `log_prob` returns the negated nll of `ode_nll`, and samples are drawn with `ode_sample`.
+    Samples and the arguments of `log_prob` are points at the schedule's t_min. A tensor that
+    conditions the network must contain one entry per distribution in the batch, unless the tensor
+    is marked `Shared`.
 
 Source:
     Rozet et al., zuko (software), for `rsample_and_log_prob`.
@@ -32,7 +32,7 @@ class ODEDistribution(Distribution):
 
     `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
     checks its arguments. The results of `log_prob`, `rsample` and `rsample_and_log_prob` carry an
-    autograd graph if gradients are enabled. If a path fails, a ValueError is raised.
+    autograd graph if gradients are enabled. These methods raise a ValueError if a path fails.
 
     Args:
         model: the score model.
@@ -88,7 +88,6 @@ class ODEDistribution(Distribution):
         self._repeated(self.batch_shape)  # raises if the shape of a tensor is invalid
 
     def __repr__(self) -> str:
-        """Return a string that shows the shapes, the solver and the divergence."""
         shapes = f"event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)}"
         divergence = shown(self.divergence)
         return f"ODEDistribution({shapes}, solver={self.solver!r}, divergence={divergence})"
@@ -139,8 +138,6 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return options for `ode_nll` and `ode_sample`, given the batch's shape and dtype."""
-
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])
 
@@ -164,7 +161,6 @@ class ODEDistribution(Distribution):
 
 
 def _all_good(result: Any) -> Any:
-    """Return `result`; raise ValueError if a sample failed."""
     failures = result.failures()
     if failures:
         row, why = next(iter(failures.items()))

@@ -1,10 +1,11 @@
-r"""Estimators of a network's divergence, and the choice between them.
+r"""Estimators of a network's divergence, and the function that selects one of them.
 
 Formula:
     exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
-    hutchinson   ∇·f = E[vᵀ ∂f/∂x v]; the mean over K probes has variance Var[vᵀ ∂f/∂x v]/K
+    hutchinson   ∇·f = E[vᵀ ∂f/∂x v]; the variance of the mean over K probes is
+                 Var[vᵀ ∂f/∂x v]/K
     Since ε̂ = p · prediction + q x, ∇·ε̂ follows from vᵀ ∂prediction/∂x v and ‖v‖². All directions
-    share one forward pass, and each direction requires one vector-Jacobian product.
+    (e_i or v) share one forward pass. Each direction requires one vector-Jacobian product.
 
 Source:
     Grathwohl et al., arXiv 1810.01367, for Hutchinson's estimator in likelihoods.
@@ -34,7 +35,7 @@ EXACT_UP_TO = 16
 
 @runtime_checkable
 class DivergenceEstimator(Protocol):
-    """Interface of objects that estimate the divergence along ODE paths, such as `Hutchinson`.
+    """Interface for objects that estimate the divergence along ODE paths, such as `Hutchinson`.
 
     An object of any class that defines `products`, `is_random`, `draw` and `estimate` can be
     passed as `divergence`.
@@ -81,13 +82,13 @@ class DivergenceEstimator(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Return f(x) = −ε̂(x), (B, *), and n estimates (n, B) of the divergence of f at x.
 
-        `model.f` is f, bound to times and conditions. If n ≥ 2, the estimates have to be
-        independent: their variance yields the standard error. If n = 1, the variance is estimated
-        from adjacent nodes of a fixed grid. `Adaptive` needs one estimate for each of the n
-        probes drawn.
+        `model.f(x)` evaluates f; the times and conditions are already bound. If n ≥ 2, the
+        estimates have to be independent: their variance yields the standard error. If n = 1, the
+        variance is estimated from adjacent nodes of a fixed grid. `Adaptive` needs one estimate
+        for each of the n probes drawn.
 
-        Unless `enable_grad` is True, the call runs under `torch.no_grad()`, so differentiate with
-        `torch.func` or under `torch.enable_grad()`.
+        Unless `enable_grad` is True, `estimate` is called under `torch.no_grad()`. Differentiate
+        with `torch.func` or under `torch.enable_grad()`.
         """
         ...
 
@@ -101,7 +102,7 @@ class _WithoutProbes:
 
 @dataclass(frozen=True)
 class NoDivergence(_WithoutProbes):
-    """An estimator that evaluates only f, used if only the end points of paths are wanted."""
+    """An estimator that only evaluates f, for calls that need only the end points of paths."""
 
     products: int = 0
 
@@ -115,7 +116,7 @@ NO_DIVERGENCE = NoDivergence()
 
 @dataclass(frozen=True)
 class Exact(_WithoutProbes):
-    """The exact trace, computed from products with all unit vectors, chunk by chunk."""
+    """The exact trace of the Jacobian, from products with all unit vectors, in chunks."""
 
     products: int  # the number d of elements of a sample
 
@@ -153,7 +154,6 @@ class DivergenceFunction(_WithoutProbes):
     products = 0
 
     def __repr__(self) -> str:
-        """Return the constructor call."""
         return f"DivergenceFunction(function={shown(self.function)}, is_random={self.is_random})"
 
     def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
 
 
 def resolve_divergence(divergence: Divergence | None, x: Tensor) -> DivergenceEstimator:
-    """Return the estimator that `divergence` selects for samples like those in x (B, *)."""
+    """Return the estimator that `divergence` selects for samples shaped like those in x (B, *)."""
     d = x[0].numel()
     if divergence is None:
         return NO_DIVERGENCE

@@ -1,10 +1,13 @@
-r"""Code shared by all likelihoods: checking arguments, forming batches and joining results.
+r"""Code that checks arguments, forms batches and joins results for all likelihoods.
 
 Failures:
-    A sample fails if its path did not reach the end, or if the end of its path is not finite in
-    the network's dtype. A sample also fails if its nll is not finite in the wider of this dtype
-    and float32, or if its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits
-    per dimension): the first-order estimate of such a large error is meaningless.
+    A sample fails under any of these conditions:
+
+    - Its path did not reach the end.
+    - The end of its path is not finite in the network's dtype.
+    - Its nll is not finite in the wider of this dtype and float32.
+    - Its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension).
+      The first-order estimate of such a large error is meaningless.
 """
 
 import math
@@ -94,7 +97,7 @@ class Job:
         """Check the arguments.
 
         `name` is the name of x in error messages. `at_start` says whether one end of the paths is
-        at t_min, and `of_prior` says whether the latents of the paths should follow the prior.
+        at t_min. `of_prior` says whether the latents of the paths should follow the prior.
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         if dequantization is None:
@@ -125,10 +128,10 @@ class Job:
     ) -> Any:
         """Solve all batches, join their results, and return `convert(joined)`.
 
-        `solve` is called with a batch and the numbers of steps that were used in the first batch;
-        for the first batch itself, the second argument is None. If a KeyboardInterrupt is raised,
-        its attribute `result` is set to the converted result of the finished batches, or to None
-        if no batch has finished.
+        `solve(batch, steps)` is called for each batch. `steps` contains the numbers of steps that
+        were used in the first batch, and is None for the first batch itself. If a
+        KeyboardInterrupt is raised, its attribute `result` is set to the converted result of the
+        finished batches, or to None if no batch has finished.
         """
         results: list[NLLResult] = []
         with self._running() as paths:
@@ -144,7 +147,7 @@ class Job:
 
     @contextmanager
     def _running(self) -> Iterator[Paths]:
-        """Yield the paths of all samples; the network's buffers are restored after the block."""
+        """Yield the paths of all samples, and restore the network's buffers afterwards."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
         draws = isinstance(self.divergence, DivergenceFunction) and self.divergence.is_random
@@ -182,7 +185,7 @@ class Job:
             )
 
     def _batches(self, paths: Paths) -> Iterator[Paths]:
-        """Yield batches of `batch_size` paths, once per draw of the dequantization noise."""
+        """For each draw of the dequantization noise, yield all paths in batches of batch_size."""
         for _ in range(self.draws):
             x, nll_offset = paths.x, None
             if self.dequantization is not None:
@@ -206,7 +209,6 @@ class Job:
 
 
 def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
-    """Raise ValueError if α or σ requires gradients, because these gradients would be wrong."""
     parts = schedule(torch.full((1,), float(schedule.t_min), device=device))
     if any(part.requires_grad for part in parts):
         expected = "α and σ without gradients of their own if enable_grad is True"
@@ -219,7 +221,10 @@ def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
-    """On the CPU, warn if α(t_min) is not near 1 or the marginal at t_max not near the prior."""
+    """Warn if α(t_min) is not near 1, or if the marginal at t_max is not near the prior.
+
+    The check is made only on the CPU.
+    """
     schedule, mean = coordinates.schedule, coordinates.mean
     if not can_read_values(mean):
         return
@@ -251,8 +256,8 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
     The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
-    finite in the wider of this dtype and float32. A cause already recorded in the result is kept;
-    otherwise, the first condition (B,) that holds determines the cause.
+    finite in the wider of this dtype and float32. A cause that is already recorded in the result
+    is kept. Otherwise, the first condition (B,) that is true for a sample determines its cause.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
@@ -267,7 +272,10 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
 
 
 def network_options(model: ScoreModel) -> dict[str, Any]:
-    """Return the dtype and device of the network's first floating-point parameter, or defaults."""
+    """Return the dtype and device of the network's first floating-point parameter.
+
+    If there is no such parameter, PyTorch's defaults are returned.
+    """
     for parameter in model.network.parameters() if isinstance(model.network, nn.Module) else ():
         if parameter.is_floating_point():
             return {"dtype": parameter.dtype, "device": parameter.device}
@@ -275,7 +283,6 @@ def network_options(model: ScoreModel) -> dict[str, Any]:
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the log-density function of a prior over samples like those in x."""
     if isinstance(prior, Distribution):
         if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"

@@ -26,38 +26,38 @@ Formula:
         y_{i+1} = ŷ_{i+1} + h γ_k ∇ᵏf_{i+1},
         γ = 1, 1/2, 5/12, 3/8, 251/720, 95/288.
     f_i is the slope dy/ds at ŷ_i. ∫ q ds is computed with the trapezoid rule and Gregory's end
-    corrections up to fourth differences; this corrected rule has order six.
+    corrections up to fourth differences. The order of this corrected rule is six.
 
 Order:
-    The order k is 4 if there are fewer than 64 steps, and 5 otherwise. Because f is evaluated at
-    ŷ, the method is stable for a decaying linear slope f = λ y only if −h λ < 0.165 at order four,
-    and only if −h λ < 0.09 at order five. Unstable solutions oscillate from node to node. A
-    sample's next step is therefore taken with order four if ∇³f and ∇⁴f both have negative scalar
-    products with their values at the previous node.
+    The order k is 4 if there are fewer than 64 steps, and 5 otherwise. Evaluating f at ŷ limits
+    the method's stability. For a decaying linear slope f = λ y, the method is stable only if −h λ
+    is below 0.165 at order four, or below 0.09 at order five. Unstable solutions oscillate from
+    node to node. A sample's next step therefore uses order four if both ∇³f and ∇⁴f reverse:
+    their scalar products with their own values at the previous node are negative.
 
     On the mesh for velocities, k is 5 if there are at least 36 steps. With k = 5 and fewer than 64
-    steps, each step is an average of the steps of orders five and four, in which the step of order
-    five has the weight 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a few
-    nodes, and wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
-    four. While the order stays the same, the errors of a path's steps nearly cancel; a sudden
-    change of order adds an error. The weight therefore varies continuously. If the factor ¾ were
-    1, the errors for two of nine mixtures (exact networks, 40 steps) would be three times as large
-    as at order four.
+    steps, each step is a weighted average of the steps of orders five and four. The weight of the
+    step of order five is 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a
+    few nodes. Wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
+    four. While the order stays the same, the errors of a path's steps nearly cancel. A sudden
+    change of order adds an error, so the weight varies continuously. If the factor ¾ were 1, the
+    errors for two of nine mixtures (exact networks, 40 steps) would be three times as large as at
+    order four.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
     - Node 1 is evaluated a second time, at the corrected state y₁.
-    - At order five, the slopes at nodes 2 to 4, whose states are predicted with lower orders, are
-      corrected without another evaluation: λ (y_i − ŷ_i) is added to f_i. Here,
-      λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, with c₁ = y₁ − ŷ₁, and Δf₁ is the change in
-      f from ŷ₁ to y₁. Without corrected slopes, the error of a path that starts outside a narrow
-      data distribution can be up to 3.6 times the error at order four.
+    - At order five, the states at nodes 2 to 4 are predicted with lower orders. The slopes at
+      these nodes are therefore corrected without another evaluation: λ (y_i − ŷ_i) is added to
+      f_i. Here, λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, where c₁ = y₁ − ŷ₁ and Δf₁ is the
+      change in f from ŷ₁ to y₁. Without corrected slopes, the error of a path that starts outside
+      a narrow data distribution can be up to 3.6 times the error at order four.
     - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45
              = y₀ + h (4 f₄ − 8 ∇f₄ + 20/3 ∇²f₄ − 8/3 ∇³f₄ + 14/45 ∇⁴f₄).
     - If σ̂ at the start of a path is close to the data's scale, the state changes noticeably
-      in the first steps. The path then begins with two steps of the classical Runge-Kutta method,
-      and the node that is evaluated twice is not node 1 but node 3, the first predicted node.
+      in the first steps. The path then begins with two steps of the classical Runge-Kutta method.
+      Node 3, the first predicted node, is then evaluated twice instead of node 1.
 
 Error of the path:
     Let g be the gradient of the answer (the log-density) with respect to y, and let
@@ -65,16 +65,16 @@ Error of the path:
         e_i = g_iᵀ γ* h ∇ᵏ⁺¹f_i + (g_i − g_{i−1})ᵀ c_i,    γ* = 3/160 or 863/60480.
     The first part of e_i comes from the next term in the corrector's series of backward
     differences, and is omitted if i ≤ k. The second part arises because f and q are evaluated at
-    ŷ_i instead of y_i, and is derived from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is estimated
-    as the largest absolute sum of the e_i over any stretch of the path,
+    ŷ_i instead of y_i. Its formula follows from dg/ds = −(∂f/∂y)ᵀ g − ∇q. The path's error is
+    estimated as the largest absolute sum of the e_i over any stretch of the path,
         p = max_{j≤m} |Σ_{i=j}^m e_i|.
 
     In this estimate, g at each node is replaced by the node's covector, which is the network's
-    score. Near the data, the error of the score is the network's error divided by σ̂, which makes
-    the second part of e_i far too large. The second parts of all e_i are therefore reduced:
+    score. The error of the score is the network's error divided by σ̂. Near the data, this error
+    makes the second part of e_i far too large. The second parts of all e_i are therefore reduced:
 
     - Let Δf and Δq be the changes in f and q from the first to the second evaluation of node 1.
-      These changes determine how large (g₁ − g₀)ᵀ c₁ should be, and therefore the factor
+      They determine how large (g₁ − g₀)ᵀ c₁ should be. The reduction factor is therefore
           ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
       where 0/0 is 1. The numerator uses g₁ from the second evaluation, and the denominator
       uses g₁ from the first.
@@ -101,9 +101,9 @@ Error of the integral:
 
 Companion:
     A companion of a path from data to a latent is a second solution with half as many steps and
-    the same probes. Let D be the difference between the two answers, where both integrals of q use
-    only the nodes that the two grids share. The path's error is then estimated as max(p, |D|/5),
-    or p if D is not finite.
+    the same probes. Let D be the difference between the two answers. For D, both integrals of q
+    use only the nodes that the two grids share. The path's error is estimated as max(p, |D|/5), or
+    as p if D is not finite.
 
 Cancellation:
     The e_i change sign along the path, so their sum over the whole path is small. This small sum
@@ -190,7 +190,7 @@ def velocity_mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, 
 
 
 def gregory_weights(steps: int) -> list[float]:
-    """Return the corrected trapezoid rule's weights for steps + 1 nodes, in units of the step."""
+    """Return the weights of the corrected trapezoid rule at steps + 1 nodes, in units of h."""
     weights = [0.5] + [1.0] * (steps - 1) + [0.5]
     for order, term in enumerate(GREGORY[:steps], 1):
         for offset in range(order + 1):
@@ -283,7 +283,8 @@ class AdamsSolver:
     def _term(self, coefficients: Mapping[int, float], power: int) -> Tensor:
         """Return c_k ∇ᵏf for k = `power`.
 
-        If orders are averaged, the result is the weighted mean of the terms for k and k − 1.
+        If `weight` is set, the result is the mean of the terms for k and k − 1, with the weights
+        `weight` and 1 − `weight`.
         """
         term = coefficients[power] * self.differences[power]
         if self.weight is None:
@@ -292,7 +293,7 @@ class AdamsSolver:
         return torch.lerp(lower, term, expand_right(self.weight, term))
 
     def _weight_of_order_five(self) -> Tensor:
-        """Return order five's weight w in each sample's next step, (B,); order four's is 1 − w."""
+        """Return the weight w (B,) of order five in the next step; order four's is 1 − w."""
         weight = (~(self._turned(3) & self._turned(4))).to(self.y.dtype)
         if not self.blends:
             return weight
@@ -306,7 +307,7 @@ class AdamsSolver:
         return sum_elements(now * (now - change), 1) < 0
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Append e_i, the effect that the error of the step to node i has on the answer."""
+        """Append e_i, the change in the answer that the error of the step to node i causes."""
         share = self.share
         if index >= 4:
             share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
@@ -332,7 +333,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The integral's variance (B,), from each node's probes or from adjacent nodes."""
+        """The variance (B,) of the integral, from each node's probes or from adjacent nodes."""
         variances = self.variances
         if not variances:  # one probe per node
             q = torch.stack(self.integrands).detach()
@@ -343,7 +344,7 @@ class AdamsSolver:
 
     @property
     def quadrature_error(self) -> Tensor:
-        """An estimate (B,) of the integral's error, which is valid only if q is free of noise."""
+        """An estimate (B,) of the integral's error, valid only if q is free of noise."""
         count, q = self.steps // 2, torch.stack(self.integrands).detach()
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
@@ -447,7 +448,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
 def companion_error(
     paths: Paths, solution: AdamsSolver, coarse: AdamsSolver, span: Span
 ) -> Tensor:
-    """Use a solution and its companion to estimate the error (B,) of a path to a latent."""
+    """Estimate the error (B,) of a path to a latent from a solution and its companion."""
     end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
     latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
     difference = solution.integral(2, coarse.steps) - coarse.integral()

@@ -2,9 +2,9 @@
 
 Purpose:
     The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
-    log-density is integrated along the same path, so the density of a sample can be computed
-    without solving the ODE a second time. If no density is wanted, the network is evaluated along
-    the path but not differentiated.
+    log-density is integrated along the same path. The density of a sample can therefore be
+    computed without solving the ODE a second time. If no density is wanted, the network is
+    evaluated along the path but not differentiated.
 
 Source:
     Song et al., arXiv 2011.13456, appendix D.2; see also `paths`.
@@ -59,34 +59,35 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), treated as points at the schedule's t_min unless `clean` is True;
-            x must be uint8 if `dequantization` is not None.
-        solver: `FixedGrid(steps)`, which usually requires steps + 2 network evaluations, plus one
-            if `clean` is True; `ToTolerance(nats)`, which doubles the number of steps until
-            `solver_error` is within this tolerance; or `Adaptive()`, which chooses the step sizes
-            of each sample separately.
-        divergence: "exact", which computes d vector-Jacobian products per node; or
-            `Hutchinson(count, distribution)`, which computes one product per probe and node.
-            "auto" means "exact" for samples of at most 16 elements, and `Hutchinson()` for larger
-            samples. On a fixed grid, each of these options yields a standard error; with
-            `Adaptive`, random probes yield a standard error only if there are at least four
-            probes. For images, the estimates often have the smallest variance with "dct" probes.
-            If you have a function that computes the network's divergence, pass this function:
+        x: data (B, *), which must be uint8 if `dequantization` is not None. Unless `clean` is
+            True, x is treated as a point at the schedule's t_min.
+        solver: `FixedGrid(steps)` usually evaluates the network steps + 2 times, and once more if
+            `clean` is True. `ToTolerance(nats)` doubles the number of steps until `solver_error`
+            is within this tolerance. `Adaptive()` chooses the step sizes of each sample
+            separately.
+        divergence: "exact" computes d vector-Jacobian products per node, and
+            `Hutchinson(count, distribution)` computes one product per probe and node. "auto" means
+            "exact" for samples of at most 16 elements, and `Hutchinson()` for larger samples. On a
+            fixed grid, each of these options yields a standard error. With `Adaptive`, random
+            probes yield a standard error only if there are at least four probes. For images,
+            "dct" probes often yield the estimates with the smallest variance. If you have a
+            function that computes the network's divergence, pass this function:
             `(x, t, **model_kwargs)` → (prediction, its divergence (B,)). It is called with the
             same arguments as the network.
-        log_prior: the log-density at t_max, as a callable that maps latents (B, *) to
-            log-densities (B,), or as a torch distribution whose event shape is the shape of a
-            sample; N(0, prior_std² I) if None. A callable receives latents in the network's dtype
-            or float32, whichever is wider, and may return log-densities in the network's dtype or
-            a wider dtype.
-        clean: whether x is data without noise. If True, noise is added once to move x to t_min.
-            The mean of the nll over this noise is then an upper bound on −log p(x), and can be
-            compared with the result of `variational_nll`. `standard_error` does not include the
-            variation of the nll with this noise, but this variation is small for a good model.
-        dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with uniform
-            u, and `bits_per_dim` then returns the bits per dimension of the integers.
-            `TruncatedNormal()` is for networks that were trained on the quantized levels
-            themselves, and None is for continuous data.
+        log_prior: the log-density at t_max; that of N(0, prior_std² I) if None. Pass a callable
+            that maps latents (B, *) to log-densities (B,), or a torch distribution whose event
+            shape is the shape of a sample. A callable receives latents in the network's dtype or
+            float32, whichever is wider. It may return log-densities in the network's dtype or a
+            wider dtype.
+        clean: whether x is data without noise. If True, noise is drawn once and added to x, to
+            obtain a point at t_min. The mean of the nll over this noise is an upper bound on
+            −log p(x), and can be compared with the result of `variational_nll`. The nll varies
+            with this noise, although only slightly if the model is good. `standard_error` does not
+            include this variation.
+        dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with u uniform
+            on [0, 1). `TruncatedNormal()`, also for uint8 images, is for networks that were
+            trained on the quantized levels themselves. With either of them, `bits_per_dim`
+            returns the bits per dimension of the integers. None is for continuous data.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether the result carries an autograd graph, so that you can backpropagate
@@ -99,10 +100,9 @@ def ode_nll(
         model_kwargs: keyword arguments for the network.
 
     Returns:
-        The result, in nats; its method `bits_per_dim` converts the nll to bits per dimension. The
-        nll of a failed sample is NaN. If a KeyboardInterrupt stops the call, the attribute
-        `result` of the exception is the result of the finished batches, or None if no batch has
-        finished.
+        The result, in nats. Its method `bits_per_dim` converts the nll to bits per dimension. The
+        nll of a failed sample is NaN. If a KeyboardInterrupt stops the call, the exception's
+        attribute `result` is the result of the finished batches, or None if no batch has finished.
 
     Raises:
         TypeError: if x or the return value of a callable has an invalid dtype, for example if
@@ -165,16 +165,16 @@ def ode_sample(
 
     This function does not switch the network to evaluation mode: call `model.eval()` first if the
     network has dropout or batch norm. To sample with guidance, wrap your network in a module that
-    applies the guidance; the densities are then densities under the guided ODE.
+    applies the guidance. The densities are then densities under the guided ODE.
 
     Args:
         model: the score model.
-        latent: a tensor (B, *) of points at t_max, in the coordinates of x, or a shape (B, *). If
-            a shape is given, latents are drawn from N(0, prior_std² I) in the dtype and on the
-            device of the network's first floating-point parameter.
+        latent: the points at t_max, as a tensor (B, *) in the coordinates of x. If you pass a
+            shape (B, *) instead, latents are drawn from N(0, prior_std² I). Their dtype and device
+            are those of the network's first floating-point parameter.
         solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. If the solver has a
             companion and `divergence` is not None, the ODE is also solved from the samples back to
-            latents, which yields a second value of the density at the samples.
+            latents. This yields a second value of the density at each sample.
         divergence: as in `ode_nll`, or None to compute neither densities nor derivatives.
         log_prior: the log-density of the distribution from which you drew the latents, as in
             `ode_nll`.
@@ -185,8 +185,8 @@ def ode_sample(
         model_kwargs: keyword arguments for the network.
 
     Returns:
-        The samples at the schedule's t_min, which contain noise with standard deviation σ(t_min).
-        If a KeyboardInterrupt stops the call, the attribute `result` of the exception contains the
+        The samples at the schedule's t_min. They contain noise with standard deviation σ(t_min).
+        If a KeyboardInterrupt stops the call, the exception's attribute `result` contains the
         samples of the finished batches, as in `ode_nll`.
 
     Raises:
@@ -256,7 +256,7 @@ def solve(
     """Solve the ODE from data to latents, or from latents to data if `backwards` is True.
 
     The `latent` of the result contains the end points of the paths. `steps` contains the numbers
-    of steps that `ToTolerance` chose for the samples of an earlier batch.
+    of steps that `ToTolerance` chose for the samples of the first batch.
     """
     _check_tolerance(solver, paths.dtype)
     if clean:
@@ -305,11 +305,11 @@ def solve(
 def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
     """Set `solver_error` to an estimate of the error in log p(x), where x is the end of a path.
 
-    The path starts at a latent z. The way back solves the ODE from x on the same grid and ends at
-    a latent z'. Let D be the difference between the values of log p(x) from these two solutions.
-    The estimate is max(|D|, solver_error of the way back), or infinity if the way back fails. If
-    the probes are random, the probe noise in the two integrals exceeds the solver's error, so
-    log p_T(z) − log p_T(z') is used for D.
+    The path starts at a latent z. On the way back, the ODE is solved from x on the same grid. This
+    second path ends at a latent z'. Let D be the difference between the values of log p(x) from
+    these two solutions. The estimate is the larger of |D| and the `solver_error` of the way back,
+    or infinity if the way back fails. If the probes are random, the probe noise in the two
+    integrals exceeds the solver's error. In that case, D is log p_T(z) − log p_T(z').
     """
     dtype = paths.x.dtype
     back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
@@ -326,7 +326,7 @@ def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid)
 
 
 def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dtype) -> None:
-    """Raise ValueError if rounding in a network of this dtype puts a tolerance out of reach."""
+    """Raise ValueError if rounding in this dtype prevents a network from meeting the tolerance."""
     if isinstance(solver, FixedGrid):
         return
     if isinstance(solver, Adaptive):
@@ -345,12 +345,13 @@ def _solve_to_tolerance(
     """Compute each path on the coarsest of `GRIDS` that brings its error within the tolerance.
 
     If the `solver_error` of a path exceeds the tolerance, the path is computed again on the next
-    grid with new probes, unless its error was not finite on two grids in a row. Later batches
-    start with the median number of steps of the first batch.
+    grid with new probes. If the error was NaN or infinite on two grids in a row, the path is not
+    computed again. Later batches start with the median number of steps that the samples of the
+    first batch needed.
 
     All processes of a group must evaluate the network the same number of times. In the first
-    batch, the processes therefore exchange their largest errors after each grid, and recompute
-    either all paths or none.
+    batch, the processes therefore exchange their largest errors after each grid. They then
+    recompute either all paths or none.
     """
     first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
     grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
@@ -392,8 +393,9 @@ def _solve_to_tolerance(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """Return how much log p would change if the diffused Gaussian replaced the prior.
+    """Return how much log p would change if the prior had the mean and variance of diffused data.
 
+    The prior would then be the distribution at t_max of data that follow N(data_mean, data_std²).
     The result is None if the caller passed a `log_prior`.
     """
     if paths.log_prior is not None:
@@ -409,8 +411,8 @@ def _from_clean(paths: Paths) -> Paths:
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], where p(x|x_tmin) is the
     decoder in `variational`. The sum of the last two terms is
     ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). This sum contains ‖ε‖² for the drawn noise instead of
-    the mean of ‖ε‖², which is d. The variation of p(x_tmin) with ε therefore cancels in the nll,
-    and the mean of exp(−nll) over draws of ε is a probability density of x.
+    the mean of ‖ε‖², which is d. The variation of p(x_tmin) with ε therefore cancels in the nll.
+    For the same reason, the mean of exp(−nll) over draws of ε is a probability density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)
@@ -421,6 +423,5 @@ def _from_clean(paths: Paths) -> Paths:
 
 
 def _draw(model: ScoreModel, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """Draw latents of the given shape from N(0, prior_std²)."""
     normal = torch.randn(tuple(shape), generator=generator, **network_options(model))
     return model.schedule.prior_std * normal

@@ -1,11 +1,11 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
 Purpose:
-    The paths of a batch are computed in coordinates in which the ODE is the same for every
-    schedule and the paths are nearly constant. The log-density of x is the log-density of its
-    latent under the prior, plus an integral of the divergence along the path. The result includes
-    the effect of any mismatch between the prior and q at t_max. In the first evaluation of a call,
-    `FirstEvaluation` checks whether the network's output is random.
+    The coordinates are chosen so that every schedule leads to the same ODE and the paths are
+    nearly constant. The log-density of x is the log-density of its latent under the prior, plus an
+    integral of the divergence along the path. If the prior differs from the distribution of the
+    noisy data at t_max, this log-density includes the effect of the difference. In the first
+    evaluation of a call, `FirstEvaluation` checks whether the network's output is random.
 
 Coordinates:
     Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
@@ -95,11 +95,11 @@ class Coordinates:
         return low if self.start is None else self.start, high
 
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
-        """Return a function that maps slices of a grid u (n,) to their noise levels.
+        """Return a function that maps a slice of a grid u (n,) to the noise levels in this slice.
 
         A slice of length one yields one level for the whole batch, and a slice of length B yields
-        one level for each sample. The schedule is evaluated once for the whole grid. The scale may
-        have as many elements as a sample, so it is computed only for the slice.
+        one level for each sample. The schedule is evaluated once for the whole grid. The scale is
+        computed only for the slice, because each level's scale may be as large as a sample.
         """
         t = self.schedule.time(log_sigma_hat)
         alpha, sigma = (expand_right(part, self.mean) for part in self.schedule(t))
@@ -146,7 +146,7 @@ class Coordinates:
         return sum_elements((level.alpha * level.scale).log(), 1)
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """The log-density (B,) of x at a noise level, for Gaussian data with this mean and std."""
+        """The log-density (B,) of x at a noise level if the data follow N(mean, std²)."""
         normalisation = x[0].numel() * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
@@ -154,7 +154,7 @@ class Coordinates:
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient of the log-density with respect to z.
 
-        The result is exact if the model's score equals the score of the ODE's density.
+        This gradient is exact if the model's score equals the score of the ODE's density.
         """
         return -(level.scale / level.sigma_hat) * noise
 
@@ -177,7 +177,7 @@ def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[No
 
 
 def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
-    """Warn if a module's training mode affects likelihoods, and return whether one does."""
+    """Warn if a module's training mode affects likelihoods; return whether one does."""
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
@@ -195,13 +195,12 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 class FirstEvaluation:
     """Checks the network once for random draws, and once for operators without a derivative.
 
-    No list of random layers can be complete, because a network's own code may randomly drop
-    labels, layers or words. However, every random draw in torch advances one of torch's
-    generators.
+    Random draws are found by comparing generator states, because every random draw in torch
+    advances one of torch's generators. A list of random layers could never be complete, because a
+    network's own code may randomly drop labels, layers or words.
 
-    Operators without a derivative are rejected only in the first evaluation with a divergence.
-    Checking for such operators in every evaluation would take a quarter of a small network's run
-    time.
+    Operators without a derivative are rejected only in the first evaluation with a divergence,
+    because checking every evaluation would slow down small networks.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -209,9 +208,10 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """Return a context manager that rejects operators without a derivative if a check is due.
+        """Return a context manager that rejects operators without a derivative.
 
-        A check is due only once, in the first evaluation that differentiates the network.
+        The context manager does so only in the first evaluation that differentiates the network.
+        In all other evaluations, it does nothing.
         """
         if not (differentiates and "constants" in self.due):
             return nullcontext()
@@ -226,7 +226,7 @@ class FirstEvaluation:
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
-        """Warn if the first evaluation, at the points x, advanced a generator."""
+        """Warn if a generator advanced during the first evaluation, which was at the points x."""
         after = self.before(x)
         self.due.discard("draws")
         if not all(map(torch.equal, before, after)):
@@ -259,7 +259,7 @@ class Paths:
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
-        """Return the paths of the given rows; x and `nll_offset` cover all samples."""
+        """Return the paths of the given rows of x and `nll_offset`, which contain all samples."""
         points, model = x[rows].to(widest_dtype(x)), self.model.rows(rows)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
@@ -291,7 +291,7 @@ class Paths:
         return self.divergence.draw(torch.empty_like(z, dtype=self.dtype), self.generator)
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Return ε̂ at points (B, *), in the precision of the points."""
+        """Return ε̂ at points (B, *), in the dtype of the points."""
         if self.evaluations.applies():
             return self.evaluations.evaluate(partial(self.noise_at, x, level), x)
         model, points = self.model_at(level), x.to(self.dtype)
@@ -329,7 +329,7 @@ class Paths:
         divergence: DivergenceEstimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f and ∇·f; check a first evaluation, and keep non-finite samples out of a graph.
+        """Return f and ∇·f, and keep non-finite samples out of the autograd graph.
 
         The first evaluation of a call is checked for random draws, and the first evaluation with a
         divergence is checked for operators without a derivative.
@@ -337,9 +337,10 @@ class Paths:
         If an autograd graph is recorded, one non-finite sample would make the gradients of all
         parameters NaN, because 0 · NaN is NaN. The network therefore receives ones in place of a
         non-finite sample, and the results for that sample are set to NaN. If a finite sample leads
-        to a non-finite result, the batch is evaluated again without that sample. On an
-        accelerator, testing the result would require synchronisation. Samples with a non-finite f
-        are found there by first evaluating f alone, without a graph.
+        to a non-finite result, the batch is evaluated again with ones in place of that sample.
+
+        On an accelerator, this test of the results would require synchronisation. There, f alone
+        is first evaluated without a graph, to find the samples with a non-finite f.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
@@ -367,7 +368,7 @@ class Paths:
         return f, None if divergences is None else divergences.masked_fill(nonfinite, math.nan)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
-        """The log-density (B,) of the prior at latents (B, *), in the precision of the latents.
+        """The log-density (B,) of the prior at latents (B, *), in the dtype of the latents.
 
         The log-density of a non-finite latent is NaN. The prior receives zeros in place of a
         non-finite latent, because a prior may reject non-finite arguments. No gradient flows

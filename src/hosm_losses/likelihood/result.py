@@ -6,8 +6,8 @@ Formula:
     uniform on [0, 1). Per element, the density of x is levels/(high − low) times the density of
     k + u.
 
-    The standard error of the mean over n samples is std(nll)/√n; the part that comes from the
-    random probes is (Σ s²)^½/n. Here s = standard_error/widening, so that s² is an unbiased
+    The standard error of the mean over n samples is std(nll)/√n. The part that comes from the
+    random probes is (Σ s²)^½/n with s = standard_error/widening. The square s² is an unbiased
     estimate of the variance that the probes cause in the nll of one sample. Student's factor
     `widening` applies to a single sample with few probes, not to a mean over many samples.
 
@@ -71,7 +71,7 @@ class NLLSummary:
         failed: the number of samples excluded because they failed or because their nll is NaN.
         nll: the mean nll in nats.
         standard_error: the standard error of `nll` as an estimate of the mean over the data
-            distribution, including the error due to the probes; None for a single sample.
+            distribution; None for a single sample. It includes the error due to the probes.
         estimator_error: the part of `standard_error` that comes from the random probes or, for
             the SDE's bound, from the random draws; None if unknown.
         solver_error: the mean solver error in nats.
@@ -168,9 +168,9 @@ class Result:
         The value for a failed sample is NaN.
 
         Args:
-            levels: the number of levels, such as 256 for 8-bit images that were dequantized and
-                scaled to [low, high]; None for continuous data, or to use the number of levels of
-                the call's `dequantization`.
+            levels: the number of levels, such as 256 for 8-bit images that you dequantized and
+                scaled to [low, high] yourself. None means the number of levels of the call's
+                `dequantization` or, if the call used none, continuous data.
             low: the value of level 0 after scaling; −1 if None.
             high: the value that the level above the last would have after scaling; 1 if None.
 
@@ -189,7 +189,7 @@ class Result:
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
     def __getitem__(self, index: slice | Tensor) -> Self:
-        """Return the result for the selected samples, as in `result[:200]` or `result[mask]`.
+        """Return the result for selected samples, for example `result[:200]` or `result[mask]`.
 
         Args:
             index: a slice, a mask (B,), or a tensor of row indices.
@@ -230,7 +230,7 @@ class Result:
         return self.solver_error
 
     def _quantization(self, options: dict[str, Any]) -> Quantization | None:
-        """Return the quantization given by the call's dequantization or the options, or None."""
+        """Return the quantization of the call or of the options; None for continuous data."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
@@ -296,7 +296,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        """Return the summary, or a shorter text if there is nothing to summarise."""
+        """Return the summary, or a shorter text if no summary can be computed."""
         count = f"{len(self.failed)} samples"
         if self.failed.is_meta or not owns_values(self.failed):
             return f"{type(self).__name__} of {count}, not on hand"
@@ -308,7 +308,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return a dict that maps the row of each failed sample to the reason and a remedy.
+        """Return the reason and a remedy for each failed sample, as a dict with rows as keys.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
@@ -393,37 +393,39 @@ class NLLResult(Result):
 
     Attributes:
         nll: −log p(x) in nats, (B,); for `variational_nll`, an unbiased estimate of an upper bound
-            on −log p(x). For integer data, the mean of `bits_per_dim` over the randomness of
-            dequantization is an upper bound on the bits per dimension of the integers.
+            on −log p(x). Dequantization makes the result for integer data random. The mean of
+            `bits_per_dim` over this randomness is an upper bound on the bits per dimension of the
+            integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
         nfe: the number of network evaluations, (B,). An evaluation that also computes the
             divergence counts as one.
         standard_error: the standard error of nll due to the random probes or, for the SDE's bound,
             due to the random draws, (B,); None if unknown. The standard error does not account for
             the randomness of dequantization or of the noise added with clean=True.
-        solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound;
-            with a companion, twice the estimate is meant to cover the errors of 95 % of samples on
-            a grid of 64 steps.
+        solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound.
+            On a grid of 64 steps with a companion, twice the estimate is meant to cover the errors
+            of 95 % of samples.
         failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
             density contains a non-finite value, if the path did not reach its end, or if
             solver_error is above max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and
             `failures` returns the reason.
-        products: the number of vector-Jacobian products, (B,), not included in nfe; None for a
-            bound.
+        products: the number of vector-Jacobian products, (B,); None for a bound. nfe does not
+            include these products.
         quantization: the number of levels and the range of dequantized data; None for continuous
             data.
         steps: the number of steps of the fixed grid, (B,); None with `Adaptive` or for a bound.
-        widening: the factor from Student's t distribution by which `Adaptive` widens
-            standard_error; 1 if standard_error is not widened.
+        widening: the factor from Student's t distribution by which `Adaptive` multiplies
+            standard_error; 1 if standard_error is not multiplied.
         kinks: whether the path seems to have kinks, (B,), as the paths of ReLU networks do; None
-            if unknown. Kinks lower the solver's order of accuracy and make the error estimate
-            unreliable, so solver_error is tripled.
+            if unknown. Only `Adaptive` looks for kinks. Kinks lower the solver's order of accuracy
+            and make the error estimate unreliable. `Adaptive` therefore triples the solver_error
+            of such a path.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
-            latent, m is the solver's data_mean, and s is its data_std. Adding `prior_error` to
-            log p(x) replaces the prior with N(α m, α² s² + σ²), which is the exact distribution of
-            the diffused data if the data follow N(m, s²). `prior_error` is None for a bound, if
-            `log_prior` is set, or if data_mean or data_std is not set.
+            latent, m is the solver's data_mean, and s is its data_std. If you add `prior_error` to
+            log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow N(m, s²),
+            the new prior is the exact distribution of the diffused data. `prior_error` is None for
+            a bound, if `log_prior` is set, or if data_mean or data_std is not set.
     """
 
     nll: Tensor
@@ -441,11 +443,11 @@ class SampleResult(Result):
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
         solver_error: an estimate of the difference between nll and the true −log p(x), in nats,
-            (B,); None if nll is None. With a companion, the ODE is also solved from x back
-            to a latent. The two solutions are compared by their densities at x or, if the probes
-            are random, by the prior densities at their latents. Without a companion, the estimate
-            is computed as if the model's score near the data were the gradient of log p, and is
-            often a hundred times too large.
+            (B,); None if nll is None. With a companion, the ODE is also solved from x back to a
+            latent. The estimate then compares the densities of the two solutions at x. If the
+            probes are random, it compares the prior densities at the two latents instead. Without
+            a companion, the model's score near the data is used in place of the gradient of log p.
+            The estimate is then often far too large.
         failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
             density contains a non-finite value, if the path did not reach its end, or if
             solver_error is too large. The nll of a failed sample is NaN, and `failures` returns

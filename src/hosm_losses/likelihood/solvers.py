@@ -57,25 +57,26 @@ class Solver:
 class FixedGrid(Solver):
     """A grid in log σ̂ that is shared by the whole batch, with fresh probes at every node.
 
-    Half of the nodes follow a logistic distribution in log σ̂ that is centred at the log of the
-    root mean square of `data_std`; the other half are spread evenly in log σ̂. If the network
-    predicts the velocity of a linear flow, a different grid is used. If the root mean square of
-    `data_std` is 1, the steps of this other grid have similar lengths in t, but are shorter at
-    both ends of the path.
+    Half of the nodes are spread evenly in log σ̂. The other half follow a logistic distribution in
+    log σ̂, centred at the log of the root mean square of `data_std`. If the network predicts the
+    velocity of a linear flow, a different grid is used. If the root mean square of `data_std`
+    is 1, the steps of this other grid have similar lengths in t, except near the two ends of the
+    path, where they are shorter.
 
     Args:
-        steps: the number of steps, at least 4. The network is evaluated steps + 2 times, or
-            steps + 8 times if σ̂ at the start of the path is between 1/20 and 20 times the data's
-            standard deviation. For a check during training, 20 steps are enough; for results that
-            you report, 40 steps are enough if the divergence is exact.
+        steps: the number of steps, at least 4. The network is usually evaluated steps + 2 times.
+            If σ̂ at the start of the path is between 1/20 and 20 times the data's standard
+            deviation, the network is evaluated steps + 8 times. For a check during training, 20
+            steps are enough. For results that you report, 40 steps are enough if the divergence is
+            exact.
         companion: whether to solve the ODE a second time. With a companion, `solver_error` also
             accounts for paths that amplify small errors. In `ode_nll`, the second solution uses
-            half as many steps and, if `steps` is 64, adds 52 % to the number of evaluations. In
-            `ode_sample`, the second solution runs from the samples back to latents on the same
-            grid, which doubles the number of evaluations. A companion requires an even number of
-            steps, at least 8.
+            half as many steps. If `steps` is 64, this usually adds 52 % to the number of
+            evaluations. In `ode_sample`, the second solution runs from the samples back to latents
+            on the same grid, which usually doubles the number of evaluations. A companion requires
+            an even number of steps, at least 8.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
-            a sample; stored as a number or as nested tuples. `None` means 0.
+            a sample. It is stored as a number or as nested tuples. `None` means 0.
         data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
             means 0.5. If both moments are set, `ode_nll` also computes `prior_error`, unless
             `log_prior` is set.
@@ -96,7 +97,6 @@ class FixedGrid(Solver):
     data_std: Moment | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         steps = check_whole(self._name("steps"), self.steps, MINIMUM_STEPS)
         least = 2 * MINIMUM_STEPS
         if self.companion and (steps % 2 or steps < least):
@@ -110,21 +110,24 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """A fixed grid that is refined until the `solver_error` of each sample is within a tolerance.
 
-    In the first batch, the number of steps is the smallest of 32, 64, …, 1024 that meets the
-    tolerance. Samples whose error exceeds the tolerance are computed again on the next finer grid.
-    If `group` is set, the first batch is computed again as a whole, and later batches are never
-    computed again. `nfe` includes the evaluations on coarser grids. Later batches start with the
-    median number of steps that the samples of the first batch needed, so some of their samples use
-    more steps than necessary.
+    In the first batch, the number of steps for each sample is the smallest of 32, 64, …, 1024 that
+    meets the tolerance. A sample whose error exceeds the tolerance is computed again on the next
+    finer grid. If `group` is set, one such sample causes all processes to compute their whole
+    first batches again. Later batches are then never computed again. `nfe` includes the
+    evaluations on coarser grids. If 1024 steps do not meet the tolerance, a warning is issued and
+    the result with 1024 steps is returned.
+
+    Later batches start with the median number of steps that the samples of the first batch needed.
+    Some samples of later batches therefore use more steps than necessary.
 
     Args:
         tolerance: the largest acceptable `solver_error` of any sample, in nats.
         group: the process group whose processes must use the same number of steps; None to choose
-            the number for each sample separately. The group's number is the smallest that suffices
-            for every sample of the first batch.
+            the number for each sample separately. The processes of a group use the smallest number
+            of steps that meets the tolerance for all samples of their first batches.
         companion: as in `FixedGrid`. Without a companion, the true error of `ode_nll` may exceed
-            the tolerance if a path amplifies small errors, and `ode_sample` may take far more
-            steps than necessary.
+            the tolerance if a path amplifies small errors. Without a companion, `ode_sample` may
+            use far more steps than necessary.
         data_mean: as in `FixedGrid`.
         data_std: as in `FixedGrid`.
 
@@ -146,16 +149,18 @@ class ToTolerance(Solver):
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
-    """Separate adaptive steps for each sample, with the same probes along a sample's whole path.
+    """A solver that chooses the steps of each sample separately.
 
-    The ODE is solved twice, and the difference between the solutions contributes to
-    `solver_error`. In `ode_sample` without a divergence, the ODE is solved only once, with a tenth
-    of `step_tolerance`.
+    Each sample keeps the same probes along its whole path. The ODE is solved twice. `solver_error`
+    is computed from the difference between the two solutions and from the estimated errors of the
+    steps. In `ode_sample` without a divergence, the ODE is solved only once, with a tenth of
+    `step_tolerance`. A sample that needs more than 10,000 network evaluations for either solution
+    is marked as failed.
 
     Args:
         step_tolerance: the acceptable error in the log-density, in nats, for each step of the
-            first solution; the second solution, which is returned, uses a tenth of this value.
-            In float32, rounding in most networks puts tolerances below about 1e-6 out of reach.
+            first solution. The second solution, which is returned, uses a tenth of this value. In
+            float32, rounding prevents most networks from meeting tolerances below about 1e-6.
         data_mean: as in `FixedGrid`.
         data_std: as in `FixedGrid`.
 

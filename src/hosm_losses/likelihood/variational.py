@@ -2,8 +2,8 @@ r"""The variational bound for a diffusion model's SDE.
 
 Purpose:
     The reverse SDE and the ODE of the same network define two different models, each with its own
-    likelihood. Integrated over all noise levels, the noise-prediction loss yields a bound on the
-    SDE's likelihood; no derivatives are needed.
+    likelihood. The integral of the noise-prediction loss over all noise levels yields a bound on
+    the SDE's likelihood. The network is not differentiated.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
@@ -13,9 +13,10 @@ Formula:
     −log p(x|x_tmin) = (d/2) log(2π σ̂²) + ½‖ε̂ − ε‖².
 
 Noise:
-    u is drawn uniformly, with two draws in each of `samples`/2 equal strata. The standard error
-    is computed from the spread within these pairs, the spread of the draws at t_min and, if
-    `log_prior` is set, the spread of `log_prior` over draws of the latent.
+    The range of u is divided into `samples`/2 equal strata, and two values of u are drawn
+    uniformly from each stratum. The standard error is computed from the spread within these pairs
+    and the spread of the draws at t_min. If `log_prior` is set, the spread of `log_prior` over
+    draws of the latent is also included.
 
     A control variate reduces the variance. If the data followed N(m, s²), the error ε̂ − ε of an
     exact network would be
@@ -63,18 +64,18 @@ def variational_nll(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> NLLResult:
-    """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
+    """Estimate an upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    The result is an unbiased estimate of the bound. The argument x is clean data, at t = 0, as in
-    `ode_nll` with clean=True. No gradient is computed. The options work as in `ode_nll`, except
-    for the following:
+    The estimate is unbiased. The argument x is clean data, at t = 0, as in `ode_nll` with
+    clean=True. No gradient is computed. The options work as in `ode_nll`, except for the
+    following:
 
     - `samples`, an even number, is the number of noise levels drawn for each x. At t_min, the
-      network is evaluated another `samples`/8 times, but at least twice.
-    - `data_mean` and `data_std` (0 and 0.5 if None) define a control variate, which affects only
-      the standard error.
-    - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
-      integrated exactly.
+      network is evaluated `samples`/8 more times, rounded down, but at least twice.
+    - `data_mean` and `data_std` (0 and 0.5 if None) define a control variate. They affect the
+      standard error, but not the expected value of the estimate.
+    - `log_prior` is averaged over draws of the latent. For the default, N(0, prior_std² I), the
+      average is computed exactly.
 
     Returns:
         The result, whose `nll` is the bound in nats. `latent` is one draw of the noisy x at
@@ -115,7 +116,6 @@ def variational_nll(
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
-    """Estimate the bound for each x of a batch from `samples` noise levels."""
     x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), paths.dimensions
     centred, variance = x - coordinates.mean, coordinates.std.square()
@@ -168,7 +168,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
+    """Return an estimate of KL(q(x_T|x) ‖ π), the variance of the estimate, and a draw of x_T."""
     x, elements, sigma = paths.x, paths.dimensions, end.sigma.reshape(())
     latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()

@@ -12,9 +12,9 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
 
     The interval for log Z extends 1.96 standard errors below the estimate and farther above it. If
     the weights are skewed and the samples miss regions of large weight, both the mean weight and
-    its standard error are underestimated.
-    For the upper end, the largest weight is counted twice. Let m be the mean of the resulting n
-    weights, s the standard error of m, γ √n the weights' skewness, and T = (m − Z)/s. Hall's
+    its standard error are underestimated. The upper end is therefore computed with the largest
+    weight counted twice. Let n be the number of weights including this copy, m their mean, s the
+    standard error of m, and γ their skewness divided by √n. With T = (m − Z)/s, Hall's
     transformation g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard normal. At the upper end
     of the interval for Z, g(T) is −1.96, so the upper end is
         m + 3 s u/(1 + c + c²),     u = 1.96 + γ/6,     c = (1 − γ u)^{1/3}
@@ -99,19 +99,20 @@ class Weights:
 
     @property
     def log_z_error(self) -> float:
-        """Estimated standard error of `log_z`, often too small (see `log_z_interval`).
+        """Estimated standard error of `log_z`; the estimate is often too small.
 
-        The standard error is NaN if one sample has all the weight.
+        `log_z_interval` allows for this. The standard error is NaN if one sample carries all the
+        weight.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
     @property
     def log_z_interval(self) -> tuple[float, float]:
-        """95 % confidence interval for log Z, in nats, which allows for skewed weights.
+        """95 % confidence interval for log Z, in nats; the interval allows for skewed weights.
 
-        The interval does not account for regions that the samples miss, such as a mode, or a tail
-        that is much heavier than the model's tail. The interval is (NaN, NaN) if one sample has
-        all the weight.
+        The interval does not account for regions that the samples miss. Such a region may be a
+        mode, or a tail that is much heavier than the model's tail. The interval is (NaN, NaN) if
+        one sample carries all the weight.
         """
         below = NORMAL * self.log_z_error
         if math.isnan(below):
@@ -138,8 +139,8 @@ class Weights:
     def effective_sample_size(self) -> float:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
-        Do not select runs by it: a run that misses regions of large weight has a larger effective
-        sample size than one that covers them.
+        Do not use this number to choose between runs. A run that misses regions of large weight
+        has a larger effective sample size than a run that covers them.
         """
         return self._effective_size(self.normalized.square())
 
@@ -152,8 +153,8 @@ class Weights:
     def effective_sample_size_without_probes(self) -> float | None:
         """Estimate of the effective sample size that weights without probe noise would have.
 
-        The value is None if the weighted mean of `variance` is above 0.25, because this effective
-        sample size cannot be estimated in that case.
+        If the weighted mean of `variance` is above 0.25, this effective sample size cannot be
+        estimated, and the value is None.
         """
         if self.probe_variance > SMALL:
             return None
@@ -200,7 +201,7 @@ class Weights:
     def resample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Resample by weight with replacement; return the draws (count, *) and their rows in x."""
+        """Draw `count` samples by weight, with replacement; return them and their indices in x."""
         rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
         return self.x[rows], rows
 
@@ -209,7 +210,7 @@ class Weights:
 
         `result` is the result of `ode_nll` for x. The lower bound is −inf if any sample has weight
         zero. The upper bound is inf if a point of x failed, and −inf if the target is zero at a
-        point that did not fail; if x contains points of both kinds, the upper bound is NaN.
+        point that did not fail. If x contains points of both kinds, the upper bound is NaN.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
@@ -307,7 +308,6 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
 
 
 def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
-    """Return log π at x in float64, (B,)."""
     values = log_target(x.detach())
     dtype = values.dtype if isinstance(values, Tensor) else x.dtype
     values = check_like("log_target(x)", values, (len(x),), dtype, x.device, "x")

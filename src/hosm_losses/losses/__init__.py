@@ -4,10 +4,10 @@
 - `objective`: the computation of a loss, from argument checks to the reduction.
 - `options`: validation of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
-- `terms`: the loss terms, as squares of residuals in which the lower orders are detached.
-- `paired`: unbiased estimates of the terms for probes="exact", from independent probes.
+- `terms`: the loss terms, which are squared residuals with the lower orders detached.
+- `paired`: unbiased estimates, from independent probes, of the terms for probes="exact".
 - `times`: a sampler of t that learns at which times a loss needs the most samples.
-- `weighting`: the weighting of noise levels, and the other ways to draw t.
+- `weighting`: the weighting of noise levels, and the other samplers of t.
 """
 
 from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM

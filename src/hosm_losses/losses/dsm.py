@@ -1,11 +1,11 @@
 """Denoising score matching as functions and as modules.
 
 Each function takes a ScoreModel and clean data, and returns the loss as a differentiable tensor,
-by default a scalar. Each module can be wrapped in DDP, FSDP2, torch.compile and activation
-checkpointing: its `forward` computes the whole loss, so the wrapper sees every use of a parameter.
-A module stores the ScoreModel as `model`, and accepts the options of the function of the same
-order. See `objective` for the formula, and `terms` for the residuals, for what is detached, and
-for the source.
+by default a scalar. Each module can be wrapped in DDP, FSDP2, torch.compile or activation
+checkpointing. Its `forward` computes the whole loss, so a wrapper sees every use of a parameter. A
+module stores the ScoreModel as `model`, and accepts the same options as the function of its order.
+`objective` documents the formula. `terms` documents the residuals and the source, and explains why
+lower orders are detached.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def first_order_dsm(
 ) -> Tensor:
     """Return the first-order loss, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
 
-    With prediction="epsilon" and data in float32 or float64, this loss equals that of a trainer
-    with the same α and σ, up to rounding error. With half-precision data, the residual is formed
-    and squared in float32. Except inside a `torch.func` transform, no operator of the network is
-    replaced by a safe primitive. The arguments are the same as for `third_order_dsm`.
+    With prediction="epsilon" and data in float32 or float64, this loss equals, up to rounding
+    error, the loss of a trainer with the same α and σ. With half-precision data, the residual is
+    formed and squared in float32. Operators of the network are replaced by safe primitives only
+    inside a `torch.func` transform. The arguments are the same as for `third_order_dsm`.
 
     Returns:
         The loss, in float32 or float64. The loss is dimensionless; with weighting="likelihood", it
@@ -103,8 +103,8 @@ def second_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one and two; order two matches the Jacobian ∂s/∂x and its trace.
 
-    The arguments are the same as for `third_order_dsm`. The `weights` are (first, second, trace);
-    a fourth weight, for order three, is ignored.
+    The arguments are the same as for `third_order_dsm`. The `weights` are (first, second, trace).
+    A fourth weight, for order three, is ignored.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace.
@@ -166,9 +166,9 @@ def third_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one to three; order three matches the gradient of tr ∂s/∂x.
 
-    Under regularity conditions, the errors in the score, in its Jacobian and in the gradient of
-    the Jacobian's trace together bound the KL divergence from the distribution of the data to that
-    of the model's probability-flow ODE.
+    The three orders train the score, its Jacobian and the gradient of the Jacobian's trace. Under
+    regularity conditions, the errors in these three together bound the KL divergence from the
+    distribution of the data to the distribution of the model's probability-flow ODE.
 
     Args:
         model: the score model.
@@ -176,58 +176,61 @@ def third_order_dsm(
         t: times (B,) in the schedule's units; if None, they are drawn as `time_sampler` specifies.
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used unchanged; drawn if None. If you pass `probe`,
-            `probes` only selects how the estimates are combined; `Paired()` needs K ≥ 2 vectors.
+            `probes` only selects how the estimates are combined. `Paired()` requires K ≥ 2
+            vectors.
         probes: the number of probes for each sample, and how the estimates from the probes are
             combined. A whole number K means `Hutchinson(K)`: the residual along each probe is
             squared, as in the paper. `Paired()` instead computes the trace and third terms as
             products of two independent estimates, each from one half of the probes. The loss then
-            has the same mean as with "exact" and almost no noise from the probes, but a step costs
-            about twice as much as with probes=1. "exact" uses all d unit vectors as probes.
-            Dropout uses one mask for all probes of a sample. The exception is order three, where
-            each probe has its own mask unless the probes are `Paired()` and reverse mode is used.
+            has the same mean as with "exact", and the probes add almost no noise to it. However, a
+            step costs about twice as much as with probes=1. "exact" uses all d unit vectors as
+            probes. At order two, all probes of a sample share one dropout mask. At order three,
+            they share one mask only with `Paired()` in reverse mode or with "exact" in the taylor
+            engine; otherwise, each probe draws its own.
         targets: the regression target; None means the drawn noise ε, as in the paper.
-            `AveragedTargets()` averages the target over all data points that may have produced x,
-            which removes the noise that the random choice of x₀ adds to the targets of every
-            order. `TargetScores(scores)` reduces the noise from the choice of x₀ without other
-            data, but requires the score ∇log p₀ of the data. At order one, a call also accepts a
-            tensor (B, *), such as a teacher's prediction. The tensor replaces ε in the residual,
-            not in x: also pass the `t` and `noise` of the x for which the tensor was computed.
-        weights: the weights (first, second, trace, third), in a list or tuple (of nonnegative
-            numbers or one-element tensors), an array or a tensor. "paper" means (1, 1, 1, 1), as
-            in the paper's code for images; "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the
-            paper's script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If the
-            weights of an order and of all higher orders are the number 0, these orders are not
-            evaluated and add no cost: to ramp up the weights, you can start at (1, 0, 0, 0), which
-            is the first-order loss. A term whose weight is a zero tensor is still computed.
+            `AveragedTargets()` averages the target over all data points that may have produced x.
+            This removes the noise that the random choice of x₀ adds to the targets of every order.
+            `TargetScores(scores)` reduces the same noise without other data, but requires the
+            score ∇log p₀ of the data. At order one, a call also accepts a tensor (B, *), such as a
+            teacher's prediction. The tensor replaces ε only in the residual, not in x. Therefore,
+            also pass the `t` and `noise` of the x for which the tensor was computed.
+        weights: the weights (first, second, trace, third), as an array, a tensor, or a list or
+            tuple of nonnegative numbers or one-element tensors. "paper" means (1, 1, 1, 1), as in
+            the paper's code for images. "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's
+            script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights
+            of an order and of all higher orders are the number 0, these orders are not evaluated
+            and add no cost. To ramp up the weights, you can therefore start at (1, 0, 0, 0), which
+            selects the first-order loss. A term whose weight is a zero tensor is still computed.
         weighting: "noise" leaves the terms unchanged. "native" turns the first term into the
             squared error of the network's own prediction. `EDMWeighting()` turns the first term
             into the loss of EDM's trainer. "likelihood" turns the first term into the
-            likelihood-weighted loss; in that case, set the `weights` of the higher orders
-            yourself. None of these options changes the mean of the higher terms. With a callable
-            t → (B,), every term is multiplied by the values that the callable returns.
+            likelihood-weighted loss. In that case, set the `weights` of the higher orders
+            yourself. None of these options changes the mean of the higher terms. If you pass a
+            callable t → (B,), every term is multiplied by the values that it returns.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
-            draws log σ̂ uniformly and reweights the terms, so every term has the same mean as with
-            "schedule". If the schedule is a table, the times are integer indices into the table.
-            `AdaptiveTimes()` learns at which times the loss needs the most samples. Times from a
-            callable (batch size, generator) → t (B,) are treated as if you had passed them as `t`.
-            None means "log_sigma_hat" if weighting="likelihood", and "schedule" otherwise.
-        antithetic: whether each sample is perturbed with both ε and −ε, at the same t. Every term
-            of a sample, even with reduction="none", is then the average over both perturbations.
-            The average has the same mean as the term of a single perturbation. Where the density
-            of the data is smooth at the scale of the noise, the average has a lower variance than
-            an average over two independent perturbations. The noisy batch has 2B rows: for the
-            same cost, pass half as many samples. If you pass `noise`, it is used as +ε. The two
-            halves of the noisy batch have the same probes and `model_kwargs`. Dropout draws a
-            separate mask for each half.
+            draws log σ̂ uniformly. It also reweights the terms, so that every term has the same
+            mean as with "schedule". If the schedule is a table, the times are integer indices into
+            the table. `AdaptiveTimes()` learns at which times the loss needs the most samples.
+            Times from a callable (batch size, generator) → t (B,) are treated as if you had passed
+            them as `t`. None means "log_sigma_hat" if weighting="likelihood", and "schedule"
+            otherwise.
+        antithetic: whether each sample is perturbed with both ε and −ε, at the same t. If so,
+            every term of a sample is the average over both perturbations, even with
+            reduction="none". The average has the same mean as the term of a single perturbation.
+            Where the density of the data is smooth at the scale of the noise, the average has a
+            lower variance than an average over two independent perturbations. The noisy batch then
+            contains 2B rows, so halve the number of samples to keep the cost of a step the same.
+            If you pass `noise`, it is used as +ε. The two halves of the noisy batch share their
+            probes and `model_kwargs`, but dropout draws a separate mask for each half.
         fraction: the fraction of the batch on which orders two and three are evaluated;
             max(1, round(fraction · B)) rows are chosen at random. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         reduction: "mean" or "sum" over the batch, or "none" for the loss of each sample, (B,).
         generator: the random generator, on the device of x0; None uses the global generator.
         model_kwargs: keyword arguments for the network. A tensor whose first dimension is B is
-            assumed to have one row per sample. When samples are repeated for the probes or
-            selected for `fraction`, so are their rows. If all samples share a tensor, wrap the
-            tensor in `Shared`.
+            assumed to contain one row per sample. When samples are repeated for the probes or
+            selected for `fraction`, their rows are repeated or selected as well. If such a tensor
+            is instead shared by all samples, wrap it in `Shared`.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace + w₃ third.
@@ -289,7 +292,7 @@ def dsm_terms(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DSMTerms:
-    """Return the unweighted terms of the loss for each sample, with their autograd graph.
+    """Return the unweighted terms of the loss for each sample, attached to the autograd graph.
 
     `order` is 1, 2 or 3; options that concern only orders above `order` are ignored. The other
     arguments are the same as for `third_order_dsm`.
@@ -350,7 +353,7 @@ class _HigherOptions(_Options, total=False):
 
 
 def _signature(loss: Callable[..., Tensor]) -> inspect.Signature:
-    """Return the signature of a loss module's constructor: the model and the loss's options."""
+    """Return the constructor's signature: the parameters of `loss` that are not call inputs."""
     in_call = {"x0", *_Inputs.__annotations__} - {"targets", "weights"}
     parameters = inspect.signature(loss).parameters.values()
     return inspect.Signature([each for each in parameters if each.name not in in_call])
@@ -411,7 +414,6 @@ class _DSM(nn.Module):
         return evaluated.loss, terms
 
     def _or_own(self, targets: Any, weights: Any) -> dict[str, Any]:
-        """Return targets and weights, with the constructor's arguments in place of None."""
         return {
             "targets": self.targets if targets is None else targets,
             "weights": self.weights if weights is None else weights,
@@ -500,8 +502,8 @@ class _HigherOrderDSM(_DSM):
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
         The inputs are the same as for `third_order_dsm`. `weights` and `targets` override the
-        constructor's arguments of the same names, so that you can, for example, ramp up the
-        weights or change the reference data.
+        constructor's arguments of the same names. Pass them, for example, to ramp up the weights
+        or to change the reference data.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}

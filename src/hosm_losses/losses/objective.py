@@ -4,7 +4,8 @@ Formula, with the terms from `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
 
 With antithetic=True, the noisy batch has 2B rows: B rows with +ε, then B rows with −ε, at the same
-times and with the same probes and conditions. Each term is the mean over a sample's two rows.
+times and with the same probes and conditions. Each term of a sample is the mean over the sample's
+two rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss and its terms, with the times of the batch and the rows that have higher terms."""
+    """A loss, its terms, the times of the batch, and the rows whose higher terms are computed."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -76,7 +77,8 @@ def dsm(
 ) -> LossAndTerms:
     """Return the loss and its terms.
 
-    Random values are drawn in the order t, ε, rows, v; those that the caller passes are not drawn.
+    Random values are drawn in the order t, ε, rows, v. Values that the caller passes are not
+    drawn.
     """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
@@ -155,8 +157,8 @@ def row_losses(
     """Return a module that maps an index i < n to the loss of sample rows[i], for `rows` (n,).
 
     `t` has the shape (B,), and the targets are computed from the whole batch. The terms are not
-    multiplied by the factor that corrects for the time sampler, and the higher terms are computed
-    for every sample in `rows`.
+    multiplied by the factor that corrects for the time sampler. `fraction` is ignored: the higher
+    terms are computed for every sample in `rows`.
     """
     kwargs, targets = check_model_kwargs(model_kwargs), check_targets(targets, tensor=False)
     batch, bound, weights, order = _prepare(
@@ -194,7 +196,6 @@ def _prepare(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> tuple[NoisyBatch, BoundModel, Weights, int]:
-    """Return the noisy batch, the model bound to it, the weights, and the order to evaluate."""
     batch = perturb(model, x0, t, _noise(x0, noise, options, generator), targets, kwargs)
     checked = _weights(weights, options, x0[0].numel())
     bound = bind_model(model, len(x0), kwargs, t)
@@ -207,7 +208,6 @@ def _prepare(
 def _check_tensor_targets(
     targets: Tensor, x0: Tensor, t: object, noise: object, options: LossOptions
 ) -> Tensor:
-    """Return the detached targets; raise ValueError if they may belong to another x."""
     targets = _like_data("targets", targets, x0).detach()
     if t is None or noise is None:
         raise ValueError(
@@ -226,7 +226,7 @@ def _check_tensor_targets(
 def _noise(
     x0: Tensor, noise: object, options: LossOptions, generator: torch.Generator | None
 ) -> Tensor:
-    """Return ε (B, *), drawn unless the caller passes it; if antithetic, +ε and −ε (2B, *)."""
+    """Return ε (B, *) or, with antithetic noise, +ε followed by −ε (2B, *)."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -244,9 +244,9 @@ def perturb(
     targets: Targets,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε and its targets minus q x (see `terms`).
+    """Return x = α(t) x₀ + σ(t) ε and its targets, from which q x is subtracted (see `terms`).
 
-    If ε has more rows than x₀ and t, then x₀ and t are tiled to match ε.
+    If ε contains more rows than x₀ and t, then x₀ and t are repeated to match ε.
     """
     data, moments = x0, None
     if len(eps) != len(x0):
@@ -266,14 +266,12 @@ def perturb(
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
-    """Return the caller's tensor, after checking that it is finite and matches the data."""
     tensor = check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
     check_finite(name, tensor)
     return tensor
 
 
 def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
-    """Return the checked weights of the terms."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', where only the "
@@ -288,7 +286,7 @@ def _both(rows: Tensor, batch: int, options: LossOptions) -> Tensor:
 
 
 def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
-    """Return the terms of each sample; if antithetic, the means over the sample's two rows."""
+    """Return the terms of each sample, averaged over its two rows if the noise is antithetic."""
     if not options.antithetic:
         return terms
     return DSMTerms._make(None if term is None else term.reshape(2, -1).mean(0) for term in terms)
@@ -302,7 +300,6 @@ def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTe
 
 
 def _first(bound: BoundModel, batch: NoisyBatch, options: LossOptions) -> Tensor:
-    """Return the first term of each sample."""
     residual = first_residual(bound, batch, bound.native(batch.x))
     return _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options).first
 
@@ -315,7 +312,7 @@ def _first_of_all(
     remaining: Tensor,
     options: LossOptions,
 ) -> Tensor:
-    """Return the first term for all samples, calling the network for the samples not in `rows`."""
+    """Return the first term of all samples, evaluating the network on the `remaining` ones."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -354,7 +351,7 @@ def _probes(
 ) -> Tensor:
     """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
 
-    With antithetic noise, the n rows are followed by a copy of them: (K, 2n, *).
+    With antithetic noise, the second half of the noisy batch reuses the same probes: (K, 2n, *).
     """
     if probe is not None:
         v = probe if rows is None else probe[:, rows]
@@ -389,7 +386,7 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Return the weighted sum of the terms of nonzero weight, reduced over the batch."""
+    """Return the weighted sum of the terms, reduced over the batch."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

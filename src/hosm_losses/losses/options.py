@@ -32,7 +32,7 @@ COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # allowed numbers of weights, by order
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Validated options of a loss; NumPy numbers become Python numbers."""
+    """Validated options of a loss, with NumPy numbers converted to Python numbers."""
 
     order: int
     probes: Any = 1  # Hutchinson, Paired or "exact"
@@ -44,7 +44,6 @@ class LossOptions:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        """Check every option."""
         order = check_whole("order", self.order, 1)
         if order not in COUNTS:
             raise ValueError(error_message("order", "1, 2 or 3", order))
@@ -73,7 +72,6 @@ class LossOptions:
 
 
 def _check_probes(probes: object) -> Any:
-    """Return the checked probes; a whole number K becomes Hutchinson(K)."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
@@ -88,9 +86,9 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    The number of weights must equal the number of terms; at order 2, a fourth weight is allowed,
-    but ignored. At least one of the weights of the terms must be nonzero. The values of tensors
-    are checked only on the CPU. `elements` is d, which determines the third-order weight if
+    The number of weights must equal the number of terms, except that a fourth weight is accepted
+    and ignored at order 2. At least one term must have a nonzero weight. The values of tensors are
+    checked only on the CPU. `elements` is d, from which the third-order weight is computed if
     `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2

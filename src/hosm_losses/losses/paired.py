@@ -1,10 +1,11 @@
 r"""Unbiased estimates, from a few paired probes, of the terms that probes="exact" computes.
 
 Purpose:
-    With random probes v, the target in the squared residual depends on v, and the mean of a square
-    is not the square of the mean. Paired probes replace the target with its mean over v, and the
-    square with the product of two estimates from independent probes. The remaining noise comes
-    almost entirely from the random choice of x₀, ε and t.
+    With random probes v, the target in a squared residual depends on v. In addition, the mean of
+    the squared residual over v differs from the square of the mean residual. With paired probes,
+    the mean over v replaces the target, and the product of two estimates from independent probes
+    replaces the square. The remaining noise comes almost entirely from the random choice of x₀, ε
+    and t.
 
 Formula:
     Let ℓ = ε + f and A = σ ∂f/∂x. The quantities detached in `terms` are detached here as well:
@@ -13,20 +14,21 @@ Formula:
         R_k = G_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
     With K > 2 probes, a₁ and R₁ are means over the first K // 2 probes, and a₂ and R₂ are means
-    over the remaining probes. Averaged over independent v_k with E[v vᵀ] = I, the numerators are
-    ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term and its gradient have the same mean as with
-    probes="exact". The product of two estimates may be negative for some samples.
+    over the remaining probes. If the v_k are independent and E[v vᵀ] = I, the means of the
+    numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖². Each term and its gradient therefore have the same
+    mean as with probes="exact". The product of two estimates may be negative for some samples.
 
     With less noisy `targets`, every sum Av + v, including Aℓ + ℓ, becomes Av + v − C₂v, and G_k
     becomes G_k + C₃(v_k, v_k, ·). C₂ and C₃ are applied to the same probes as the derivatives of
     the network. The noise from the probes therefore cancels where C₂ = A + I and C₃(v, v, ·) = −G.
 
-    One network call suffices: ℓ·(Aℓ) is computed by a backward pass from the network's output,
-    and the Aℓ in R_k is not differentiated.
+    One network call suffices. A backward pass from the network's output computes ℓ·(Aℓ), and the
+    Aℓ in R_k is not differentiated.
 
 Cost of a step with two probes:
-    A step costs as much as 12 network evaluations at order two (9 if the weight of `second` is 0)
-    and 25 at order three, compared with 3 at order one.
+    At order two, a step costs as much as 12 network evaluations, or 9 if the weight of `second` is
+    0. At order three, a step in reverse mode costs as much as 25 evaluations. For comparison, a
+    step at order one costs as much as 3.
 
 Source:
     The formulas were derived for this library. The product of two independent estimates is an

@@ -1,21 +1,21 @@
-r"""A test, based on integration by parts, of whether scores are those of the data's density.
+r"""A test, based on integration by parts, of whether scores belong to the data's density.
 
 Formula:
-    E[v·g + div v] = 0 for g = ∇log p₀ and every vector field v(x) that is tangent to the subspace
-    of the data and for which v p₀ = 0 at the edge of the support. The test uses two such fields,
+    Let g = ∇log p₀, and let v(x) be any vector field tangent to the subspace of the data. If
+    v p₀ = 0 at the edge of the support, then E[v·g + div v] = 0. The test uses two such fields,
     whose centres x̄ and ℓ̄ are means over other samples:
         v = x − x̄ in d dimensions: the mean of −(x − x̄)·g is d.
         v_i = −v_j = ½ (ℓ − ℓ̄) r for two particles in D dimensions, with r = x_i − x_j and
             ℓ = log|r|: div v = 1 + D (ℓ − ℓ̄), so the mean of −(ℓ − ℓ̄) (½ r·(g_i − g_j) + D) is 1.
 
-    In molecules, the first mean is noisy: large forces along bonds are multiplied by motions of
-    the whole molecule. For a stiff bond, the second mean has far less noise than the first.
-    Neither mean depends on the masses.
+    In molecules, the first mean is noisy, because large forces along bonds are multiplied by
+    motions of the whole molecule. For a stiff bond, the second mean has far less noise than the
+    first. Neither mean depends on the masses.
 
 Errors:
-    Consecutive frames of a simulation are correlated, so standard errors are computed from the
-    means of `RUNS` runs of consecutive samples. The centre subtracted in each run is the mean over
-    the other runs.
+    Consecutive frames of a simulation are correlated. The samples are therefore split into `RUNS`
+    runs of consecutive samples, and standard errors are computed from the means of the runs. The
+    centre that is subtracted in a run is the mean over all other runs.
 """
 
 import math
@@ -35,9 +35,9 @@ def check_scores(
 ) -> None:
     """Warn if scores g (N, d) are not those of the data x, or if N samples are too few to tell.
 
-    `matrix` says whether the information is a matrix. Information of one number per element biases
-    the targets if the data lie in a subspace that is not parallel to the axes. `rounding` is the
-    relative rounding error of x. If `particles` is given, only the mean over pairs decides whether
+    `matrix` says whether the information is a matrix. If it is not, and the data lie in a subspace
+    that is not parallel to the axes, the targets are biased, and a warning is issued. `rounding`
+    is the relative rounding error of x. With `particles`, only the mean over pairs decides whether
     N is too small.
     """
     varies, dimension = _extent(x, rounding)
@@ -75,7 +75,7 @@ def check_scores(
 
 
 def _extent(x: Tensor, rounding: float) -> tuple[Tensor, int]:
-    """Return which elements of x (N, d) vary beyond rounding, and the dimension of the data."""
+    """Return which elements of x (N, d) vary beyond rounding error, and the data's dimension."""
     x = (x - x.mean(0)) / (rounding * x.abs().amax(0))
     varies = x.square().mean(0) > 1
     count = int(varies.sum())
@@ -95,11 +95,11 @@ def _products(x: Tensor, g: Tensor) -> list[Tensor]:
 
 
 def _means_of_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """Return the mean over pairs for each run of x and g (N, n, D), near 1 for correct scores.
+    """Return the mean over pairs in each run of x and g (N, n, D), near 1 for correct scores.
 
-    The weight of a pair is 1/m², where m is the mean of the pair's squared products in the other
-    runs, so that mainly stiff pairs count. Because the weights are smooth functions of the data,
-    the standard errors stay valid.
+    The weight of a pair is proportional to 1/m², where m is the mean of the pair's squared
+    products in the other runs. Mainly stiff pairs therefore count. Because the weights are smooth
+    functions of the data, the standard errors stay valid.
     """
     means: list[Tensor] = []
     squares: list[Tensor] = []

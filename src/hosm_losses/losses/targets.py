@@ -4,8 +4,8 @@ Purpose:
     The usual targets depend on the one ε that was drawn for x = α x₀ + σ ε. However, any other
     data point x_j may have produced the same x, with the noise ε_j = (x − α x_j)/σ. Averaging the
     targets over all x_j removes the noise that the random choice of x₀ adds to the targets of
-    every order, without calling the network. If the score g = ∇log p₀ of the data is known at x₀,
-    a control variate reduces this noise without any reference data.
+    every order. It requires no call of the network. If the score g = ∇log p₀ of the data is known
+    at x₀, a control variate reduces this noise without any reference data.
 
 Formula for averaged targets:
     Let j run over the references and the sample itself (for which ε_j = ε), and define:
@@ -20,28 +20,28 @@ Formula for averaged targets:
         rt = v·(D + v − C₂v) − (ℓ·v)²
         r3 = G + C₃(v, v, ·) + (ℓ·v)² ℓ − v·(D + v − C₂v) ℓ − 2 (ℓ·v) (D + v − C₂v)
 
-    If the sample itself has all the weight, C₂ and C₃ are zero, and the averaged residuals are the
-    paper's residuals. If the reference contains every data point, the averaged residuals of the
-    true score are exactly zero, without noise. The weights are self-normalised, which biases the
-    targets by O(1/R) for R references.
+    If all the weight is on the sample itself, C₂ and C₃ are zero, and the averaged residuals are
+    the paper's residuals. If the reference contains every data point, the averaged residuals are
+    exactly zero at the true score. Because the weights are normalised by their own sum, the
+    targets have a bias of O(1/R) for R references.
 
 Formula for targets from scores:
     Let g_j = ∇log p₀(x_j) be the scores of the data, let σ̂ = σ/α, and define:
         z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
 
     The score of x₀ given x is z/σ̂, so integration by parts gives E[z h(ε) | x] = E[∇h(ε) | x] for
-    any function h. Therefore, for every symmetric C and all values of f, D and G, the following
-    residuals have the same conditional means given x as the paper's residuals. With c = C z and
-    ℓ = e + f, these residuals are:
+    any function h. Therefore, the residuals below have the same conditional means given x as the
+    paper's residuals. This is true for every symmetric C and all values of f, D and G. With
+    ℓ = e + f and c = C z, the residuals are:
         r1 = f + e
         r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
         r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
 
-    C = 0 gives the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e; for Gaussian
-    data, e then has no noise.
+    If C = 0, they are the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e. With this
+    C, e has no noise if the data are Gaussian.
 
-    Averaging these residuals with the weights w gives the averaged residuals above, after three
+    Averaging these residuals with the weights w leads to the averaged residuals above, with three
     replacements. ε̄ becomes ē, so that ℓ = ē + f and c = C z̄. C₂v becomes
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
     and C₃(v, v, ·) becomes
@@ -52,9 +52,9 @@ Formula for targets from scores:
     κ₃ are computed with the weights w; without references, they are 0.
 
 Targets of another kind:
-    Subclass `AveragedTargets` and override `posterior`. The object that it returns must have the
-    `mean`, `at` and `along` of `NoiseMoments`, and a tensor `weights` with B rows. Only the size
-    and the dtype of `weights` matter.
+    Subclass `AveragedTargets` and override `posterior`. `posterior` must return an object with the
+    `mean`, `at` and `along` of `NoiseMoments`, and with a tensor `weights` of B rows. Only the
+    size and the dtype of `weights` are used.
 
 Shapes:
     The weights have the shape (B, R + 1), and ε̄ has the shape (B, *). C₂v and C₃(v, v, ·) have
@@ -63,11 +63,11 @@ Shapes:
 Precision:
     All moments are expressed in terms of δ_j = ε_j − ε = α/σ (x₀ − x_j). δ_j is zero for the
     sample itself, so the moments are exactly zero if every reference has zero weight. A weighted
-    sum of the δ_j is computed as a difference of matrix products, which loses digits as σ/α → 0.
-    These products are therefore computed in float64, unaffected by autocast and TF32. Eight digits
-    remain at α/σ = 1e4. On devices without float64, the products are computed in float32. The
-    differences ε − c and v − C v vanish as σ̂ → 0, so they are computed in the dtype of the matrix
-    products.
+    sum of the δ_j is computed as a difference of matrix products. This difference loses digits as
+    σ/α → 0. The products are therefore computed in float64, unaffected by autocast and TF32. At
+    α/σ = 1e4, eight digits of the difference remain correct. On devices without float64, the
+    products are computed in float32. The differences ε − c and v − C v vanish as σ̂ → 0, so they
+    are computed in the dtype of the matrix products.
 
 Source:
     Averaged targets at order one: Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance
@@ -121,33 +121,33 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 class AveragedTargets:
     """Targets averaged over all data points that may have produced x, weighted by likelihood.
 
-    Averaging removes the noise that the random choice of x₀ adds to the targets, at the cost of a
-    few matrix products and without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of
-    ε, where ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2). Here j runs over the reference and the
-    sample's own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023).
-    Using the second and third moments for orders two and three is new in this library.
+    Averaging removes the noise that the random choice of x₀ adds to the targets. It requires a few
+    matrix products, but no call of the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, where
+    ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2). Here j runs over the reference and the sample's
+    own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023). Using the
+    second and third moments for orders two and three is new in this library.
 
     If the reference is dense at the scale of the noise, the targets have no noise. If the
     reference is sparse, the targets are the paper's targets. Between these extremes, the targets
     have a bias that falls as 1/R, where R is the number of references.
 
-    The targets carry no gradient.
+    No gradient flows through the targets.
 
     Args:
         reference: data (R, *), with the dtype and device of x₀. If None, the batch itself is the
-            reference; under DDP, each process uses its own batch. To average over all processes,
-            pass `dataclasses.replace(targets, reference=gathered, own=False)` as the `targets` of
-            each call.
-        own: whether the x₀ of each sample is added to the sample's reference. Use False if the
-            reference already contains every x₀ unchanged, for example because it is the whole
-            training set without flips, crops or dequantization noise: with True, each x₀ would
-            count twice. If own=False and an x₀ is missing from the reference, the targets are
-            wrong. On the CPU, a loss raises ValueError if an x₀ is missing; on an accelerator,
-            values are not checked.
-        same: a callable model_kwargs → mask (B, R) of the references that each sample may use,
-            namely those with the same condition as the sample. `same` is required if
-            `model_kwargs` contains a per-sample tensor. A sample without any allowed reference
-            uses its own x₀.
+            reference. Under DDP, each process then uses its own batch. To average over all
+            processes, pass `dataclasses.replace(targets, reference=gathered, own=False)` as the
+            `targets` of each call.
+        own: whether each sample's own x₀ is added to the references of that sample. Use False if
+            the reference already contains every x₀ unchanged, so that no x₀ counts twice. An
+            example is a reference that is the whole training set, without flips, crops or
+            dequantization noise. If own=False and an x₀ is missing from the reference, the targets
+            are wrong. A loss then raises ValueError on the CPU. On an accelerator, values are not
+            checked.
+        same: a callable model_kwargs → mask (B, R). The mask must be True where a reference has
+            the same condition as a sample, so that the sample may use this reference. `same` is
+            required if `model_kwargs` contains a per-sample tensor. A sample that may use no
+            reference uses only its own x₀.
 
     Raises:
         TypeError: if `reference` is not a floating-point tensor, if `own` is not a bool, or if
@@ -170,7 +170,6 @@ class AveragedTargets:
     same: Callable[[dict[str, Any]], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Check every argument."""
         if self.reference is not None:
             check_sample_batch("reference", self.reference)
         check_flag("own", self.own)
@@ -178,7 +177,6 @@ class AveragedTargets:
             raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
-        """Return the constructor call, with the reference shown by its shape."""
         reference, same = shown(self.reference), shown(self.same)
         return f"AveragedTargets(reference={reference}, own={self.own}, same={same})"
 
@@ -192,7 +190,8 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Return the posterior moments of the noise in x = α x₀ + σ ε.
 
-        ε (nB, *), α (nB,) and σ (nB,) contain n batches, one after another, for one x₀ (B, *).
+        x₀ (B, *) is a single batch. ε (nB, *), α (nB,) and σ (nB,) contain n perturbations of this
+        batch, one after another.
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -301,7 +300,7 @@ class ControlledMoments(NamedTuple):
         return times(self.control, self.basis, v)
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """Return what replaces C₂v and, if `third` is True, C₃(v, v, ·), for v (K, B, d)."""
+        """Return the replacements for C₂v and, if `third` is True, for C₃(v, v, ·)."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -325,7 +324,7 @@ class ControlledMoments(NamedTuple):
 
 
 def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
-    """Multiply v (*, B, d) by symmetric matrices, given by eigenvalues (B, 1 or d) and `basis`."""
+    """Multiply v (*, B, d) by matrices with eigenvalues (B, 1 or d) and eigenvectors `basis`."""
     return eigenvalues * v if basis is None else (eigenvalues * (v @ basis)) @ basis.T
 
 
@@ -352,15 +351,15 @@ def cumulants(
 class TargetScores:
     """Less noisy targets for data whose score ∇log p₀ is known at x₀.
 
-    Examples of such scores are the forces in a molecular data set, divided by kT, and gradients of
-    the log-density from a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one
-    uses e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al.,
-    arXiv 2402.08667), with ε and −σ̂ g weighted so that e has the least noise. The extension to
-    orders two and three is new in this library and needs neither Hessians nor additional network
-    calls. The expected gradient is unchanged: for every model, each residual keeps its conditional
-    mean given x. For Gaussian data, e has no noise.
+    Such scores are, for example, molecular forces divided by kT, or gradients of the log-density
+    that a simulator computes. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses
+    e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al., arXiv
+    2402.08667): e is a weighted mean of ε and −σ̂ g. C is chosen so that e has the least noise.
+    The extension to orders two and three is new in this library and needs neither Hessians nor
+    additional network calls. The expected gradient is unchanged, because each residual keeps its
+    conditional mean given x, whatever the model. For Gaussian data, e has no noise.
 
-    The density of the data must be continuous and vanish at the edge of its support: for uniform,
+    The density of the data must be continuous and vanish at the edge of its support. For uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
     data and the scores meet this condition.
 
@@ -368,19 +367,20 @@ class TargetScores:
         scores: the score g, as a callable that maps data (N, *) to their scores, or as a tensor
             with the shape of x₀. A tensor is valid for one call to a loss, so a module's
             constructor accepts only a callable. The scores are detached from any graph.
-        information: F = E g gᵀ, averaged over the data; F determines C. `information` is a number
-            from 0 to math.inf (math.inf gives the paper's targets), a tensor with the shape of a
-            sample (one number per element), or a matrix (d, d), whose eigenvectors are computed
-            once, in the constructor. A 0-dim tensor counts as a number. If `information` is None,
-            F is estimated for each sample as the elementwise mean of g² over the other samples of
-            the batch (under DDP, of the batch in the same process). If there are no other samples,
-            the targets are the paper's targets. Along directions in which the information is zero,
-            such as that of a constant coordinate, the targets are also the paper's targets. An
-            eigenvalue of a matrix counts as zero if it is below 1.2e-7 d times the largest
-            eigenvalue. This factor is larger if x₀ or the matrix is in half precision.
-        averaged: an `AveragedTargets` if the targets should also be averaged over all data that
-            may have produced x. If `averaged` has a reference, `scores` must be a callable,
-            because the scores of the reference are needed as well.
+        information: F = E g gᵀ, the mean over the data, from which C is computed. `information` is
+            a number from 0 to math.inf, a tensor with the shape of a sample (one number per
+            element), or a matrix (d, d). With math.inf, the targets are the paper's targets. The
+            eigenvectors of a matrix are computed once, in the constructor. A 0-dim tensor counts
+            as a number. If `information` is None, F is estimated for each sample as the
+            elementwise mean of g² over the other samples of the batch. Under DDP, these are the
+            other samples in the same process. If there are no other samples, the targets are the
+            paper's targets. The same is true along directions in which the information is zero,
+            such as the direction of a constant coordinate. An eigenvalue of a matrix counts as
+            zero if it is below 1.2e-7 d times the largest eigenvalue. This factor is larger if x₀
+            or the matrix is in half precision.
+        averaged: an `AveragedTargets`, to also average the targets over all data that may have
+            produced x. If `averaged` has a reference, `scores` must be a callable, because the
+            scores of the reference are needed as well.
 
     Raises:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
@@ -436,7 +436,6 @@ class TargetScores:
                 raise ValueError(error_message("information", expected, given))
 
     def __repr__(self) -> str:
-        """Return the constructor call, with tensors shown by their shapes."""
         names = ("scores", "information", "averaged")
         return f"TargetScores({', '.join(f'{n}={shown(getattr(self, n))}' for n in names)})"
 
@@ -446,20 +445,21 @@ class TargetScores:
     ) -> Tensor:
         """Return E g gᵀ for the scores g of data, as one number per element or as a matrix.
 
-        By integration by parts, the mean of −(x − x̄)·g is the dimension of the data. If the sample
-        mean differs from the dimension by more than five standard errors, the scores or the
-        density violate the conditions of `TargetScores`, and a warning is issued. Another warning
-        is issued if five standard errors exceed 10 % of the expected mean, because a relative
-        error of 10 % in the scores may then go unnoticed. The standard errors account for
-        correlation between samples if the samples are in the order in which a simulation produced
-        them, and if the simulation is at least a hundred times as long as the correlation time.
+        For correct scores, the mean of −(x − x̄)·g equals the dimension of the data, as
+        integration by parts shows. A warning is issued if the sample mean differs from the
+        dimension by more than five standard errors, because the scores or the density then violate
+        the conditions of `TargetScores`. Another warning is issued if five standard errors exceed
+        10 % of the expected mean, because a relative error of 10 % in the scores may then go
+        unnoticed. The standard errors account for the correlation between samples of a simulation
+        under two conditions. The samples must be in the order in which the simulation produced
+        them, and the simulation must be at least a hundred times as long as the correlation time.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.
             scores: ∇log p₀ at each sample, as a tensor with the shape of `data`.
             matrix: whether to return the matrix (d, d) rather than one number per element. The
-                matrix removes more noise than one number per element does. The difference in the
-                mean of ‖e‖², integrated over log σ̂, is ½ log(∏ F_ii / det F).
+                matrix removes more noise than one number per element does: it reduces the mean of
+                ‖e‖², integrated over log σ̂, by ½ log(∏ F_ii / det F).
             particles: the number n of particles if samples are positions (n, D). The scores are
                 then also checked on pairs of particles, mainly on the stiffest pairs, such as
                 bonds. For correct scores and ℓ = log|x_i − x_j|, the mean of

@@ -1,11 +1,11 @@
 r"""Residuals of high-order denoising score matching, and their squares, which are the loss terms.
 
 Purpose:
-    f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise.
-    D = ∂f/∂x (σ v) is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the
-    gradient of the quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. Suppose
-    that the model is correct at all orders below that of a residual. Given x, this residual then
-    has conditional mean zero if and only if the model is also correct at the residual's order.
+    f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise. D = ∂f/∂x (σ v)
+    is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the gradient of the
+    quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. If the model is correct
+    at all lower orders, the conditional mean of a residual given x is zero exactly when the model
+    is also correct at the order of the residual.
 
 Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
@@ -13,20 +13,20 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     rt = v·D + ‖v‖² − (ℓ·v)²
     r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v)
 
-    Shapes: f is `value` (K, B, *), or (1, B, *) if the probes share it. ε is `noise` (B, *). All
-    other vectors have the shape (K, B, *), including r2 and r3; rt is (K, B).
+    Shapes: f is (K, B, *), or (1, B, *) if all probes share one f. ε is (B, *). All other vectors,
+    including r2 and r3, are (K, B, *), and rt is (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
     ·). If targets are averaged over data, the mean of ε over these data replaces ε, D + v becomes
     D + v − C₂v, and G becomes G + C₃(v, v, ·). Here C₂ is the covariance and C₃ the third cumulant
-    of ε over these data. With targets from the score of the data, other vectors, which depend on
-    ℓ, replace C₂v and C₃(v, v, ·).
+    of ε over these data. If the targets use the score of the data, C₂v and C₃(v, v, ·) are
+    replaced by other vectors, which depend on ℓ (see `targets`).
 
 Why lower orders are detached:
-    Detaching is part of the method, not an optimisation. If the lower orders are held fixed,
-    their errors shift the targets of the higher orders only by a bounded amount: the error of the
-    minimiser at order two has a norm of exactly ‖ŝ₁ − ∇log q‖², and the error of the minimiser at
-    order three is a sum of products of lower-order errors. If gradients flowed through the lower
+    Detaching is part of the method, not an optimisation. If the lower orders are held fixed, their
+    errors shift the targets of the higher orders only by a bounded amount. At order two, the error
+    of the minimiser has a norm of exactly ‖ŝ₁ − ∇log q‖². At order three, the error of the
+    minimiser is a sum of products of lower-order errors. If gradients flowed through the lower
     orders, training could reduce the loss of the higher orders by making the lower orders worse.
 
 Terms of a sample with d elements, averaged over probes:
@@ -34,19 +34,20 @@ Terms of a sample with d elements, averaged over probes:
 
     With probes="exact", the numerators of the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where
     M₂ is the residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's
-    trace. With random probes, the second term has the same mean as with "exact"; the means of the
-    trace and third terms are larger by the variance of the residuals over probes, which is zero at
-    the true score if the targets have no noise. For an unrestricted vector field, random probes
-    give the same minimiser as "exact"; for a restricted family, the minimisers may differ.
+    trace. With random probes, the second term has the same mean as with "exact". The means of the
+    trace and third terms are larger, each by the variance of its residual over the probes. If the
+    targets have no noise, this variance is zero at the true score. For an unrestricted vector
+    field, the loss with random probes has the same minimiser as with "exact". For a restricted
+    family, the minimisers may differ.
 
 Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
     exceed the range of float16. The network and its derivatives keep the precision of x.
 
-    Here f = −(p · prediction + q x). To avoid cancellation, f + ε is computed as the sum of
-    f + q x and ε − q x. If the prediction is "x0" or "v" and α is near 0, f equals −q x except for
-    a part of order α. If f and ε were added directly, r1, which is divided by p ~ α if
-    weighting="native", would be mostly rounding error.
+    Here f = −(p · prediction + q x). To avoid cancellation, f + ε is computed as
+    (f + q x) + (ε − q x). If the prediction is "x0" or "v" and α is near 0, f equals −q x up to a
+    remainder of order α. If f and ε were added directly, r1 would be mostly rounding error. With
+    weighting="native", this error would also be divided by p, which is of order α.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -77,12 +78,14 @@ class DSMTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or with one entry per row that `fraction` selected; None
-            at order 1, and None with probes=Paired() if the weight of this term is the number 0.
+        second: ‖r2‖²/d², of shape (B,) or, if `fraction` is below 1, with one entry per selected
+            row. It is None at order 1 and, with probes=Paired(), if the weight of this term is the
+            number 0.
         trace: rt²/d², with the shape of `second`; None at order 1.
         third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
-    If every weight above some order is the number 0, the terms above that order are None.
+    If the weights of an order and of all higher orders are the number 0, the terms of these orders
+    are None.
     """
 
     first: Tensor
@@ -91,7 +94,6 @@ class DSMTerms(NamedTuple):
     third: Tensor | None = None
 
     def __repr__(self) -> str:
-        """Return the name and the shape of each term."""
         terms = (f"{name}={shown(term)}" for name, term in self._asdict().items())
         return f"{type(self).__name__}({', '.join(terms)})"
 
@@ -99,8 +101,8 @@ class DSMTerms(NamedTuple):
 class Logged:
     """Base class that attaches t and rows to logged terms, so that both survive DDP's repacking.
 
-    Wrappers such as DistributedDataParallel with static_graph=True rebuild named tuples from their
-    entries, so the first entry also carries t and rows.
+    Some wrappers, such as DistributedDataParallel with static_graph=True, rebuild named tuples
+    from their entries. The first entry therefore also carries t and rows.
     """
 
     t: Tensor
@@ -115,7 +117,7 @@ class Logged:
 
 
 class LoggedTerms(Logged, DSMTerms):
-    """Detached terms with their times and rows; like a `DSMTerms`, they unpack into four terms.
+    """Detached terms that unpack like `DSMTerms`, with their times and rows as attributes.
 
     Attributes:
         t: the times of the batch, (B,).
@@ -148,7 +150,7 @@ class NoisyBatch(NamedTuple):
     def cumulants(
         self, v: Tensor, ell: Tensor, *, third: bool = False
     ) -> tuple[Tensor, Tensor | float]:
-        """Return v − C₂v and C₃(v, v, ·) from v and ℓ; without moments, these are v and 0."""
+        """Return v − C₂v and C₃(v, v, ·) or, if there are no moments, v and 0."""
         if self.moments is None:
             return v, 0.0
         v_minus_C2v, C3v = cumulants(self.moments, v, ell, third=third)

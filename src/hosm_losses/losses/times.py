@@ -3,28 +3,29 @@ r"""`AdaptiveTimes`, a sampler of t that learns at which times a loss needs the 
 Formula:
     Let u = log σ̂ range over [u₀, u₁]. The objective weights u by the base density b(u), which is
     uniform if weighting="likelihood" and otherwise the schedule's own. `AdaptiveTimes` divides
-    the range into 32 bins of equal width. Bin k, whose mass under b is M_k, is drawn with the
-    probability
-        P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15,
-    and u is uniform within the bin. Every term is multiplied by b(u) and divided by P_k/width, the
-    density from which u is drawn. The mean of the term is therefore the same for any m, and for
-    any M that is positive where b is positive.
+    the range into 32 bins of equal width. Let M_k be the mass of bin k under b. The sampler draws
+    bin k with the probability
+        P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15.
+    Then it draws u uniformly within the bin, so the density of u is P_k/width. Every term is
+    multiplied by b(u) and divided by this density. The mean of the term is therefore the same for
+    any m, and for any M that is positive where b is positive.
 
-    If the schedule is a table, each entry belongs to the bin that contains its log σ̂. Entry i of
-    bin k is drawn from the bin with probability b_i/M_k, where b_i is the base probability of the
-    entry.
+    If the schedule is a table, each entry belongs to the bin that contains its log σ̂. Once bin k
+    is drawn, entry i of this bin is drawn with probability b_i/M_k. Here, b_i is the probability
+    of the entry under b.
 
-    The variance of the gradient is smallest if m_k² is proportional to V_k, the mean squared
-    gradient of the loss of one sample (or of one antithetic pair) at times in bin k. With Adam,
-    the squared gradient is measured in the metric of Adam's steps, as Σ_θ g_θ²/(√v̂_θ + eps).
+    The variance of the gradient is smallest if m_k² is proportional to V_k. Here, V_k is the mean,
+    over the times in bin k, of the squared gradient of the loss of one sample (or of one
+    antithetic pair). With Adam, gradients are measured in the metric of Adam's steps. The squared
+    gradient is then Σ_θ g_θ²/(√v_θ + eps), where v_θ is Adam's running mean of squared gradients.
 
 Source:
     Importance sampling of t for likelihoods is from Song et al., arXiv 2101.09258; a learned
-    version is from Zheng et al., arXiv 2305.03935, appendix. Sampling in proportion to the root of
-    a second moment is from Nichol and Dhariwal, arXiv 2102.09672, who use the second moment of the
-    loss. If the gradients and the losses are distributed differently over noise levels, only
-    sampling in proportion to the root of the second moment of the gradient minimises the variance
-    of the gradient.
+    version is from Zheng et al., arXiv 2305.03935, appendix. Nichol and Dhariwal, arXiv
+    2102.09672, sample t in proportion to the root of the second moment of the loss.
+    `AdaptiveTimes` uses the second moment of the gradient instead. Sampling in proportion to the
+    root of this moment minimises the variance of the gradient, even if losses and gradients depend
+    differently on the noise level.
 """
 
 from collections.abc import Iterable, Mapping
@@ -59,7 +60,7 @@ def ends_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def rate_of(schedule: Schedule, time: Tensor, *, indices: bool) -> Tensor:
-    """Return du/dt = g²/(2σ²) or, for a table, the width w_i of the interval around each entry."""
+    """Return du/dt = g²/(2σ²) or, for a table, the length w_i of each entry's interval of u."""
     if indices:
         above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
         return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
@@ -99,11 +100,11 @@ class Bins(NamedTuple):
         return cls(schedule, low, span / BINS, below[bounds].diff(), (below, bounds))
 
     def place(self, unit: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map uniform numbers to times; return times, inverse densities of log σ̂, and bins.
+        """Map uniform numbers to times; return the times, 1/(density of log σ̂), and the bins.
 
-        The probability of bin k is proportional to M_k ratios_k. All results are (B,). For a
-        table, the times are indices, and the density of an entry is its probability divided by
-        its width w_i.
+        Bin k is chosen with a probability proportional to M_k ratios_k. All results are (B,).
+        For a table, the times are indices, and the density at an entry is the probability of the
+        entry divided by the length w_i of its interval.
         """
         weights = self.masses * ratios
         # A product with a triangular matrix, since PyTorch's cumsum is not deterministic on CUDA.
@@ -126,18 +127,18 @@ class Bins(NamedTuple):
 class AdaptiveTimes(nn.Module):
     """A time sampler that learns at which noise levels a sample's gradient is largest.
 
-    Pass the sampler to a loss as `time_sampler`. Times are drawn more often where the gradients of
-    single samples are large. The terms are reweighted so that the loss has the same mean as with
-    its default time sampler. The gradient of the loss is less noisy than with the default sampler.
-    Logged terms are not reweighted, so times with large gradients are overrepresented in these
-    terms.
+    Pass the sampler to a loss as `time_sampler`. The sampler draws a time more often if the
+    gradients of single samples are large at this time. The terms are reweighted, so the mean of
+    the loss is the same as with the default time sampler, but the gradient of the loss is less
+    noisy. Logged terms are not reweighted. Times with large gradients are therefore
+    overrepresented in the logged terms.
 
     The buffer `m` is initially 1 in every bin. A loss reads `m` but does not change it; to update
     `m`, call `learn` about every 50 training steps.
 
     Attributes:
-        m: the root mean square of a sample's gradient in each of the 32 bins of log σ̂, up to a
-            constant factor; of shape (32,).
+        m: for each of the 32 bins of log σ̂, the root mean square of the gradient of a single
+            sample, up to a constant factor; a tensor of shape (32,).
 
     Example:
         >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
@@ -167,7 +168,8 @@ class AdaptiveTimes(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Draw times t; return t and the inverse density of log σ̂ at t, both (B,).
 
-        `uniform` says whether the base density is uniform in log σ̂ rather than the schedule's own.
+        If `uniform` is True, the base density is uniform in log σ̂. Otherwise, the base density is
+        the schedule's own.
         """
         bins = Bins.of(schedule, like, uniform=uniform)
         options = {"device": like.device, "dtype": bins.masses.dtype}
@@ -181,9 +183,9 @@ class AdaptiveTimes(nn.Module):
         return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
 
     def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the bins' midpoints in log σ̂ and the density of the drawn log σ̂, for plotting.
+        """Return, for plotting, the bins' midpoints in log σ̂ and the sampling density there.
 
-        Both are (32,), in float64, or in float32 on devices without float64.
+        Both have shape (32,). They are in float64 or, on devices without float64, in float32.
 
         Raises:
             TypeError: if `objective` is not the loss module that uses this sampler.
@@ -217,16 +219,16 @@ class AdaptiveTimes(nn.Module):
     ) -> None:
         """Update `m` from the gradients of single samples, at times spread over the bins.
 
-        The loss of each of min(rows, B) samples of x0 is differentiated separately, with targets
-        computed from the whole batch. The network's parameters, gradients, buffers and training
-        modes are left unchanged, and so is the global random state; if you pass a generator,
+        The loss is differentiated separately for each of min(rows, B) samples of x0. Their targets
+        are computed from the whole batch. The call does not change the network's parameters,
+        gradients, buffers or training modes, nor the global random state. If you pass a generator,
         its state advances. During the call, batch norm is in evaluation mode, but dropout keeps
-        its mode. A call is as much work as min(rows, B) forward and backward passes of one sample
-        each. Once `m` has settled, call `learn` less often.
+        its mode. The call is as much work as min(rows, B) forward and backward passes, each for a
+        single sample. Once `m` has settled, call `learn` less often.
 
         Under DDP, call `learn` in every process. At each forward pass, DDP broadcasts `m`, like
-        any other buffer, from the first process. With broadcast_buffers=False, pass the same x0,
-        and generators with the same seed, in every process.
+        any other buffer, from the first process. If broadcast_buffers=False, pass the same x0 in
+        every process, and generators with the same seed.
 
         Args:
             objective: the loss module that uses this sampler, possibly within DDP or
@@ -332,7 +334,7 @@ def as_times(t: Tensor, like: Tensor) -> Tensor:
 def _trained(
     loss: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """Return the trained parameters and the factors of their squared gradients; None means 1."""
+    """Return each trained parameter and the factor of its squared gradient; None means 1."""
     groups = [] if optimizer is None else optimizer.param_groups
     own = [p for p in loss.parameters() if p.requires_grad]
     eps = {p: group.get("eps", 1e-8) for group in groups for p in group["params"]}

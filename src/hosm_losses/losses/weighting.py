@@ -2,33 +2,35 @@ r"""Sampling of t for a loss, and the factors by which the terms are multiplied 
 
 Formula for the factor of the first term (the factor of the higher terms is 1):
     "noise"        1
-    "native"       1/p² for ε̂ = p · prediction + q x; the term is then the squared error of the
-                   network's own prediction, as in trainers that apply no other weighting
-    EDMWeighting   1 + (σ̂/σ_d)²; the term is then the loss of EDM's trainer, λ(σ̂) ‖x̂₀ − x₀‖²
-                   with λ(σ̂) = (σ̂² + σ_d²)/(σ̂ σ_d)²
-    "likelihood"   ½ (g²/σ²) d divided by the density of t, so that the first term is an unbiased
-                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt; times that the caller passes are
-                   treated as uniformly distributed
-    a callable     W(t), which is also the factor of the higher terms
+    "native"       1/p² for ε̂ = p · prediction + q x. The term is then the squared error of the
+                   network's own prediction, as in trainers that apply no other weighting.
+    EDMWeighting   1 + (σ̂/σ_d)². The term is then the loss of EDM's trainer, λ(σ̂) ‖x̂₀ − x₀‖²
+                   with λ(σ̂) = (σ̂² + σ_d²)/(σ̂ σ_d)².
+    "likelihood"   ½ (g²/σ²) d divided by the density of t. The first term is then an unbiased
+                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. If the caller chooses the times, they
+                   are assumed to be uniformly distributed.
+    a callable     W(t), which is also the factor of the higher terms.
 
-    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁], and every factor except
-    that for "likelihood" is multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own
-    density of t. The choice between the samplers "schedule" and "log_sigma_hat" therefore changes
-    the variance of a loss but not its mean. The default sampler for "likelihood" is
-    "log_sigma_hat", with which the factor is the constant (u₁ − u₀) d. With "likelihood", the
-    factor of the first term is d g²/(2σ² p) times the factor with "noise". Term weights that were
-    tuned with "noise" must therefore be tuned again.
+    The sampler "log_sigma_hat" draws u = log σ̂ uniformly from [u₀, u₁]. Every factor is then
+    multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own density of t. The only
+    exception is the factor of the first term with "likelihood". The choice between the samplers
+    "schedule" and "log_sigma_hat" therefore changes the variance of a loss but not its mean.
+
+    For "likelihood", the default sampler is "log_sigma_hat", and the factor of the first term is
+    then the constant (u₁ − u₀) d. With either sampler, the factor of the first term is
+    d g²/(2σ² p) times the factor with "noise". If you change from "noise" to "likelihood", you
+    must therefore tune the term weights again.
 
     If the schedule is a table, t is an index i, which "log_sigma_hat" draws with probability
-    w_i/(u₁ − u₀). Here, w_i is the length of the interval of log σ̂ in which u_i is the closest
-    entry of the table. In the formulas above, w_i replaces du/dt and 1/N replaces p, so that
-    integrals over u become trapezoidal sums.
+    w_i/(u₁ − u₀). The values of log σ̂ that are closer to u_i than to any other entry of the table
+    form an interval of length w_i. In the formulas above, w_i replaces du/dt and 1/N replaces p.
+    Integrals over u thereby become trapezoidal sums.
 
     `AdaptiveTimes` replaces 1/(u₁ − u₀) with its own density of u; see `times`.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
-    theorem 1 and appendix B. Since g²/σ² = 2 d log σ̂/dt, the importance-sampling density is
+    theorem 1 and appendix B. Since g²/σ² = 2 d log σ̂/dt, their importance-sampling density is
     uniform in log σ̂ for every schedule. λ is from Karras et al., "Elucidating the Design Space of
     Diffusion-Based Generative Models", arXiv 2206.00364, table 1.
 """
@@ -55,11 +57,11 @@ from hosm_losses.model import ScoreModel, check_time
 
 @dataclass(frozen=True)
 class EDMWeighting:
-    """Weighting that makes the first term equal the loss of EDM's trainer, averaged over elements.
+    """A weighting that turns the first term into EDM's training loss, averaged over elements.
 
     The trainer's loss is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
-    the denoiser implied by the network, whatever the network predicts, and the trainer's σ is the
-    σ̂ = σ/α of this package.
+    the denoiser implied by the network, whatever the network predicts. The trainer's σ corresponds
+    to σ̂ = σ/α in this package.
 
     Args:
         sigma_data: σ_d, the standard deviation that the trainer assumes for the data.
@@ -108,10 +110,11 @@ def draw_time(
     generator: torch.Generator | None,
     time_sampler: TimeSampler = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw a time for every sample of x0: t of shape (B,), on the device of x0.
+    """Draw times t (B,), one for every sample of x0, on the device of x0.
 
-    The second result, of shape (B,) or (), is the inverse density of log σ̂ at t, with which
-    `time_factors` reweights the terms. The result is None for a t of the schedule or a callable.
+    The second result, of shape (B,) or (), is 1 divided by the density of log σ̂ at t. The
+    result is None if t was drawn by the schedule or by a callable. `time_factors` uses the result
+    to reweight the terms.
     """
     schedule, sampler = model.schedule, time_sampler
     if sampler is None:
@@ -140,8 +143,9 @@ def time_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None means 1.
 
-    `spread` is the second result of `draw_time`. If it is None, `from_schedule` says whether t was
-    drawn from the schedule's own distribution rather than uniformly.
+    `spread` is the second result of `draw_time`. If `spread` is None, `from_schedule` says whether
+    t was drawn from the schedule's own distribution. If not, t is assumed to be uniformly
+    distributed.
     """
     if weighting == "noise" and spread is None:
         return None, None

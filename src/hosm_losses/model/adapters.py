@@ -1,21 +1,23 @@
 r"""Modules that wrap a user's network, such as one for data that lie in a linear subspace.
 
 Purpose:
-    Samples whose centre of mass has been removed, or which are padded at the same elements, lie in
-    a subspace of dimension d − k, so they have no density over all d elements. Their coordinates y
-    in an orthonormal basis of the subspace do have a density. If the network is wrapped as a
-    function of y, all losses and likelihoods are those of ordinary data with d − k elements.
+    If the centre of mass of every sample has been removed, or if all samples are padded at the
+    same elements, the samples lie in a subspace of dimension d − k. They then have no density over
+    all d elements. Their coordinates y in an orthonormal basis of the subspace do have a density.
+    If the network is wrapped as a function of y, all losses and likelihoods treat y as ordinary
+    data with d − k elements.
 
 Formula:
     Let the columns of Q (d, d − k) be an orthonormal basis of the subspace. Then P = Q Qᵀ is the
-    orthogonal projection onto the subspace, x = Q y, y = Qᵀ x, and the network as a function of y
-    is Qᵀ network(Q y, t).
+    orthogonal projection onto the subspace. A sample x has the coordinates y = Qᵀ x, and x = Q y.
+    As a function of y, the network is Qᵀ network(Q y, t).
 
-    The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is
-    diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. The weights W
-    separate directions that P treats alike, and fix the sign of each column. Therefore, Q is the
-    same on every computer. If P is a mask, the columns of Q are unit vectors in the order of the
-    elements.
+    The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is the
+    diagonal matrix diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. Without
+    W, all eigenvalues in [1, 2] would be 1, and the eigenvectors would be ambiguous. The sign of
+    each column is chosen such that the column's dot product with the diagonal of W is not
+    negative. Therefore, Q is the same on every computer. If P is a mask, the columns of Q are unit
+    vectors in the order of the elements.
 """
 
 import copy
@@ -54,13 +56,12 @@ class Wrapper(nn.Module):
 
     @property
     def _innermost(self) -> Callable[..., Any]:
-        """The network inside all wrappers."""
         return self.network._innermost if isinstance(self.network, Wrapper) else self.network
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the module; raise TypeError if the network is a function.
 
-        A copy of the function would still use the original weights.
+        A copy of the model would still call this function, which uses the original weights.
         """
         if not isinstance(self._innermost, nn.Module):
             expected = "an nn.Module in a model to copy"
@@ -84,10 +85,10 @@ class OnSubspace(Wrapper):
     """A network for samples x in a linear subspace, wrapped as a network for their coordinates y.
 
     Use the adapter for data whose centre of mass has been removed, or for data that are padded at
-    the same elements in every sample. x is Q y, where the columns of Q are an orthonormal basis of
-    the subspace. In a `ScoreModel` that contains the adapter, y replaces x everywhere: in data,
-    noise, samples, `log_prior`, targets and their scores, and in a custom divergence. The
-    `ScoreModel` arguments `output` and `call` act on y, too.
+    the same elements in every sample. A sample is x = Q y, where the columns of Q are an
+    orthonormal basis of the subspace. In a `ScoreModel` that contains the adapter, y replaces x
+    everywhere: in data, noise, samples, `log_prior`, targets and their scores, and in a custom
+    divergence. The arguments `output` and `call` of `ScoreModel` act on y, too.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
@@ -177,7 +178,7 @@ class OnSubspace(Wrapper):
     def _times_basis(
         self, name: str, value: Tensor, own: tuple[int, ...], other: tuple[int, ...]
     ) -> Tensor:
-        """Multiply x by Qᵀ, or y by Q: return a tensor (B, *other) for a `value` (B, *own)."""
+        """Multiply x by Qᵀ, or y by Q; `value` is (B, *own), and the result is (B, *other)."""
         of = "OnSubspace.reduce(x)" if name == "y" else "OnSubspace.expand(y)"
         check_like(name, value, (len(value), *own), value.dtype, value.device, of)
         Q = copy_like(self._copies, value, lambda: self._basis)

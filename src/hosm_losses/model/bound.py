@@ -1,9 +1,9 @@
 r"""A score model bound to times and conditions: the network's prediction as a function of x.
 
 Formula:
-    ε̂ is affine in the network's prediction and in x: ε̂ = p · prediction + q x. Therefore, the
-    derivatives of f = −ε̂ are D_f = −(p D + q w), G_f = −p G and C_f = −p C, where D, G and C are
-    the derivatives of the prediction.
+    ε̂ is affine in the network's prediction and in x: ε̂ = p · prediction + q x. Let D and G be the
+    derivatives of the prediction along w, as defined in `derivatives.engines`. The corresponding
+    derivatives of f = −ε̂ are D_f = −(p D + q w) and G_f = −p G.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,8 +35,8 @@ Primitives = Literal["all", "one sample", "none"]
 class BoundModel:
     """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction rather than f = −ε̂, because the term q x would connect f
-    to x in the autograd graph even if the prediction were detached.
+    Engines differentiate the prediction rather than f = −ε̂. The term q x of f would connect f to x
+    in the autograd graph, so an engine would not notice a network that detaches its prediction.
 
     Attributes:
         model: the score model.
@@ -108,7 +108,7 @@ class BoundModel:
         return -apply_affine(self(x), x, *self.affine(x))
 
     def affine(self, like: Tensor) -> Affine:
-        """Return (p, q) at the times t, expanded to the dimensions of `like`."""
+        """Return (p, q) at the times t, in a shape (B, 1, …) that broadcasts to `like`."""
         return self.model.affine(self.t, like) if self.known is None else self.known
 
     def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
@@ -141,8 +141,8 @@ class BoundModel:
     ) -> tuple[Tensor, Tensor]:
         """Return f at x, and vᵀ ∂f/∂x v (K, B) for every direction v.
 
-        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If both are summed over
-        all unit vectors v, they are (1, B), and the second result is ∇·f.
+        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If you pass the sums of
+        both over all unit vectors v, of shape (1, B), the second result is ∇·f.
         """
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()
@@ -203,7 +203,7 @@ WRAP_THE_LOSS = (
 def refuse_wrapped(network: object) -> None:
     """Raise TypeError if any part of the network is wrapped.
 
-    A part is wrapped if it is compiled, scripted or sharded, or is in DDP or DataParallel.
+    A part counts as wrapped if it is compiled, scripted or sharded, or inside DDP or DataParallel.
     """
     wrappers, kinds = set[str](), set[type]()
     for part in network.modules() if isinstance(network, nn.Module) else [network]:

@@ -1,12 +1,12 @@
 r"""Decide which tensors in a network's keyword arguments are per-sample.
 
 Purpose:
-    Losses may select some rows of a batch or repeat every row, so the conditions of a sample have
-    to be selected or repeated along with the sample. A tensor whose first dimension equals the
-    batch size is taken to be per-sample, even inside a dict, another mapping, a list, a tuple, a
-    named tuple, a dataclass or a namespace. A shared table that happens to be as long as the batch
-    must be marked as `Shared(table)`. The decision is made once, when the arguments are bound to a
-    batch: `bind` marks everything that is shared.
+    Losses may select some samples of a batch or repeat every sample. They must then select or
+    repeat the conditions of the samples in the same way. A tensor counts as per-sample if the
+    length of its first dimension is the batch size. The tensor may be inside a dict or another
+    mapping, a list, a tuple, a named tuple, a dataclass or a namespace. A shared table that
+    happens to be as long as the batch must be marked as `Shared(table)`. The decision is made only
+    once, when `bind` binds the arguments to a batch and marks everything that is shared.
 """
 
 import copy
@@ -23,7 +23,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """A mark for a value in `model_kwargs` that all samples share; networks get the value itself.
+    """Marks a value in `model_kwargs` that all samples share; the network receives it unmarked.
 
     The mark is only needed for a tensor whose first dimension may equal the batch size, such as a
     table of positions. `check_derivatives` names the tensors that need the mark.
@@ -46,7 +46,6 @@ class Shared:
         self.value = value
 
     def __repr__(self) -> str:
-        """Return the shapes of the tensors in the value."""
         tensors = ", ".join(map(shown, tensors_in(self.value)))
         return f"Shared({tensors or repr(self.value)})"
 
@@ -84,7 +83,6 @@ def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
 
 
 def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
-    """Return a container of the same kind as `value` with the given entries."""
     if isinstance(value, tuple):
         return getattr(value, "_make", type(value))(entries.values())
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
@@ -116,7 +114,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments, with everything that is not per-sample marked as Shared."""
+    """Return the arguments, after marking everything that is not per-sample as `Shared`."""
 
     def visit(_path: str, entry: Any) -> Any:
         own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch
@@ -150,7 +148,7 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Return a note for a failed call, with the number of rows and the shapes of the arguments."""
+    """Return a note on a failed call: the number of rows and the shapes of the arguments."""
     split: list[str] = []
     unchanged: list[str] = []
 

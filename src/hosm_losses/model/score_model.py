@@ -13,9 +13,10 @@ Formula:
     velocity           ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
 
     If the network's target is a x₀ + b ε, let w = α b − σ a. Then ε̂ = p · prediction + q x with
-    p = α/w and q = −a/w, and x̂₀ = p · prediction + q x with p = −σ/w and q = b/w.
+    p = α/w and q = −a/w. The formula for x̂₀ is the same, but with p = −σ/w and q = b/w.
 
-    For "x0", ε̂ is a difference divided by σ: as σ → 0, ε̂ and its derivatives lose digits.
+    For "x0", ε̂ is a difference divided by σ. Therefore, ε̂ and its derivatives lose digits as
+    σ → 0.
 
 Source:
     v is from Salimans and Ho, arXiv 2202.00512; u is from Lipman et al., arXiv 2210.02747.
@@ -70,9 +71,9 @@ CALLED = (
 class ScoreModel(Wrapper):
     """A network, its noise schedule and the quantity that the network predicts.
 
-    The model registers only the network, as the submodule `network`, unless `time`, `output` or
-    `call` is a Module. The state_dict of the model is therefore the network's state_dict with
-    "network." prepended to every key.
+    The network is registered as the submodule `network`. Unless `time`, `output` or `call` is an
+    nn.Module too, the model has no other submodule, parameter or buffer. The model's state_dict is
+    then the network's state_dict with "network." prepended to every key.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
@@ -164,7 +165,7 @@ class ScoreModel(Wrapper):
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> Affine:
-        """Return (p, q) in ε̂ = p · prediction + q x, expanded to the dimensions of `like`.
+        """Return (p, q) in ε̂ = p · prediction + q x, in a shape that broadcasts to `like`.
 
         A p of None means 1, and a q of None means 0.
         """
@@ -177,7 +178,7 @@ class ScoreModel(Wrapper):
         return alpha / wronskian, -a / wronskian
 
     def affine_of_data(self, t: Tensor, like: Tensor) -> Affine:
-        """Return (p, q) in x̂₀ = p · prediction + q x, expanded to the dimensions of `like`.
+        """Return (p, q) in x̂₀ = p · prediction + q x, in a shape that broadcasts to `like`.
 
         A p of None means 1, and a q of None means 0.
         """
@@ -188,7 +189,7 @@ class ScoreModel(Wrapper):
         return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return ε − q x at x = α x₀ + σ ε; this equals p times the network's target."""
+        """Return ε − q x at x = α x₀ + σ ε; this difference is p times the network's target."""
         if self.prediction in ("epsilon", "score"):
             return noise
         alpha, sigma, a, b = self._target(t, x0)
@@ -197,7 +198,7 @@ class ScoreModel(Wrapper):
     def _target(
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
-        """Return α, σ, a and b for the target a x₀ + b ε, expanded to the dimensions of `like`."""
+        """Return α, σ, a and b for the target a x₀ + b ε, in a shape that broadcasts to `like`."""
         alpha, sigma = self.coefficients(t, like)
         alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
@@ -228,16 +229,16 @@ class ScoreModel(Wrapper):
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) at t, both of shape (B,), in the wider of t's dtype and float32.
+        """Return (α, σ) at t, both (B,), in the dtype of t or in float32, whichever is wider.
 
-        For integer t, the dtype of `like` is used instead of the dtype of t.
+        If t contains integers, the dtype of `like` is used instead of the dtype of t.
         """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return t as the schedule expects it.
+        """Return t in a floating-point dtype, as the schedule expects it.
 
-        Integer indices are converted to the wider of the dtype of `like` and float32.
+        Integer indices are converted to the dtype of `like` or to float32, whichever is wider.
         """
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
@@ -323,7 +324,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Check that t (B,) contains times in range or indices into the table, and return t."""
+    """Return t (B,), after checking that it contains times in range or indices into the table."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

@@ -5,9 +5,10 @@
 - `continuous`: VP, VE, sub-VP, cosine, linear flow and EDM.
 - `discrete`: `DiscreteSchedule`, a table of ᾱ indexed by t.
 
-To add a schedule, write one class in `continuous`, and export the class here and, if it is public,
-from `hosm_losses`. Losses and likelihoods accept any `Schedule`. In their code, only the ODE
-solver tests for one class, `LinearFlowSchedule`, to choose the solver's grid and order.
+To add a schedule, write a class in `continuous` and export it here. If the class is public, also
+export it from `hosm_losses`. Losses and likelihoods accept any `Schedule`. In their code, only
+the ODE solver tests for one class: if the network predicts velocities for a `LinearFlowSchedule`,
+the solver uses another grid and may use another order.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

@@ -1,15 +1,15 @@
-r"""The base class of noise schedules, and the checks that every schedule has to pass.
+r"""The base class of noise schedules, and the checks that every schedule must pass.
 
 Formula:
     x_t = α(t) x₀ + σ(t) ε for t in [t_min, t_max], with the data at t_min; σ̂ is σ/α. A schedule
-    defines a diffusion dx = f x dt + g dw; with log σ̂ as the time, x/α follows the same diffusion
-    for every schedule.
+    defines a diffusion dx = f x dt + g dw. If log σ̂ is used as the time, x/α follows the same
+    diffusion for every schedule.
 
 Checks made when a ScoreModel is built:
     α and σ must be positive. log σ̂ must increase from t_min, the data end, to t_max, the noise
     end. The derivative of log σ̂ must also be positive. `time` must be the inverse of log σ̂.
-    All of this is checked at fixed fractions of [t_min, t_max], in float64 and always on the CPU,
-    so that nothing is read from an accelerator.
+    All of this is checked at fixed fractions of [t_min, t_max], in float64. The checks always run
+    on the CPU, so that no values are read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -71,16 +71,16 @@ class Schedule:
 
     t may be a tensor of any shape, a number or an array. Methods return tensors with the shape,
     device and dtype of t, except that dtypes narrower than float32 become float32. Integers are
-    converted to the default dtype, and numbers and arrays are converted to CPU tensors, regardless
-    of the default device.
+    converted to the default dtype. Numbers and arrays become CPU tensors, whatever the default
+    device is.
 
     The `alpha` and `sigma` of a subclass are called only with floating-point tensors. Both must
     use PyTorch operators, must return tensors with the shape, dtype and device of t, and must not
     use tensors on other devices. These rules are checked, on the CPU, when a ScoreModel is built.
-    Of the derivatives, only `squared_diffusion` and `rates` are checked: they must agree with each
-    other.
+    The check also tests that `squared_diffusion` and `rates` agree with each other. `drift` is not
+    checked.
 
-    The check runs in float64, but losses call `alpha` and `sigma` in float32, in which 1 − α²
+    The check runs in float64, but losses call `alpha` and `sigma` in float32. In float32, 1 − α²
     keeps few digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as
     torch.sqrt(-torch.expm1(-B)).
 
@@ -143,7 +143,7 @@ class Schedule:
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the time t, clipped to [t_min, t_max], at which log σ̂ has the given value.
 
-        The base class computes t by bisection, for which autograd returns a derivative of 0. The
+        The base class computes t by bisection, so autograd returns a derivative of 0. The
         schedules in this package compute t by formulas that can be differentiated.
         """
         target = as_time(log_sigma_hat)
@@ -236,7 +236,7 @@ def as_time(t: Tensor | float) -> Tensor:
 def check_schedule(schedule: object) -> Schedule:
     """Return `schedule` if it is valid; otherwise, raise TypeError or ValueError.
 
-    Values are not checked during tracing by `torch.compile` or under a fake tensor mode.
+    Values are not checked while `torch.compile` traces, or under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
         remedy = "For a scheduler of diffusers, use from_diffusers(network, scheduler)."

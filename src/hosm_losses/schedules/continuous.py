@@ -6,9 +6,9 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    In float32, 1 − α² loses nearly all significant digits near t_min, so σ is computed to a
-    relative error below 1e-6, with expm1 or as a product of sines. If α² + σ² = 1, σ′ is computed
-    as −(α/σ) α′, which loses no digits to cancellation.
+    In float32, 1 − α² loses nearly all significant digits near t_min. Therefore, σ is computed
+    with expm1 or as a product of sines, to a relative error below 1e-6. If α² + σ² = 1, σ′ is
+    computed as −(α/σ) α′, which loses no digits to cancellation.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -236,7 +236,8 @@ class EDMSchedule(Schedule):
     """EDM's schedule (Karras et al.): α = 1, σ = t; in training, log σ follows N(−1.2, 1.2²).
 
     The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (by default,
-    2e-5 of all draws) are spread over the range, so that the times have a density.
+    2e-5 of all draws) are not clamped to the ends but spread over the range, so that the times
+    have a density.
     """
 
     t_min: float = 0.002

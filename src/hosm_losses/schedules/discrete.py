@@ -2,7 +2,7 @@ r"""A noise schedule defined by a table, as used in DDPM training.
 
 Source:
     The linear betas are from Ho et al., "Denoising Diffusion Probabilistic Models", arXiv
-    2006.11239, section 4; the cosine table is from Nichol and Dhariwal, arXiv 2102.09672,
+    2006.11239, section 4. The cosine table is from Nichol and Dhariwal, arXiv 2102.09672,
     equation 17.
 """
 
@@ -25,7 +25,7 @@ Numbers = Sequence[float] | np.ndarray | Tensor
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    A copy is cached for each device and dtype, so that training steps need not copy the numbers.
+    A copy is cached for each device and dtype, so that training steps do not copy the numbers.
     """
 
     values: tuple[float, ...]
@@ -78,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class DiscreteSchedule(Schedule):
-    """A table of ᾱ = α² with σ² = 1 − ᾱ; t is an index from 0 to N−1, as an integer or a float.
+    """A table of ᾱ = α², with σ² = 1 − ᾱ; t is an integer or fractional index from 0 to N−1.
 
     Between the entries, log σ̂ is linear in t. If the time sampler is "schedule" or
     "log_sigma_hat", losses draw integer indices and replace integrals over log σ̂ with
@@ -129,7 +129,7 @@ class DiscreteSchedule(Schedule):
 
     @classmethod
     def from_betas(cls, betas: Numbers) -> Self:
-        """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
+        """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), a product computed in float64.
 
         The betas are a list, an array or a tensor (N,). ValueError is raised if a beta is outside
         (0, 1).
@@ -197,7 +197,7 @@ class DiscreteSchedule(Schedule):
         return -0.5 * self.squared_diffusion(t)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """Return g² = 2 σ² d log σ̂/dt, using the slope between the entries around t."""
+        """Return g² = 2 σ² d log σ̂/dt, with the slope of log σ̂ between the entries around t."""
         t = as_time(t)
         return 2 * torch.sigmoid(2 * self.log_sigma_hat(t)) * self._log_sigma_hat.slope(t)
 
@@ -212,7 +212,6 @@ class DiscreteSchedule(Schedule):
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:
-        """Return the probability of each index, 1/N."""
         return torch.full_like(t, 1 / len(self.alphas_cumprod))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
@@ -223,12 +222,13 @@ class DiscreteSchedule(Schedule):
 def step_labels(
     schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that converts indices of a respaced table to network times, factor · step.
+    """Return a function that converts indices of a respaced table to times of the network.
 
-    `respaced` lists the steps of the full table that the schedule kept. A fractional index is
-    converted to the fractional step with the same noise level, by interpolation. This assumes
-    that α falls smoothly from 1. Halfway between two respaced steps, the slope of α is the mean
-    slope between these steps. From one midpoint to the next, the slope is interpolated linearly.
+    `respaced` lists the steps of the full table that the schedule kept. The network's time at a
+    step is factor · step. A fractional index is converted to the fractional step with the same
+    noise level. This step is found by interpolation, which assumes that α falls smoothly from 1.
+    Halfway between two respaced steps, the slope of α is taken to be the mean slope between these
+    steps. From one midpoint to the next, the slope is interpolated linearly.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)
@@ -250,7 +250,7 @@ def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
-    """Return table[index]; under torch.func.vmap, plain indexing fails for a single index."""
+    """Return table[index]. Under torch.func.vmap, plain indexing fails for a single index."""
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 

@@ -9,21 +9,22 @@ The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public 
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, with a `Jet` in place of x. A Jet looks like x and carries a stack
-    (C, B, *). The stack holds the value, then the first derivative along each direction l, then,
-    if requested, the second derivative along each l or the sum of the second derivatives. PyTorch
-    passes each function called on a Jet to `Jet.__torch_function__`, which looks up a rule in the
-    `registry`. A rule computes the stack of y = f(x) from that of x by the chain rule:
+    The function is called once, with a `Jet` in place of x. A Jet behaves like x and carries a
+    stack of C components, of shape (C, B, *). The components are the value, followed by the first
+    derivative along each direction l. If requested, second derivatives follow: one along each
+    direction, or their sum. PyTorch passes each function called on a Jet to
+    `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the stack of
+    y = f(x) from that of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated separately, by `torch.func.jvp`. Calls whose
-    derivatives could be wrong, such as complex arithmetic outside rotary embeddings or calls to a
-    custom autograd.Function, raise `TaylorError`.
+    A function without a rule is differentiated separately, by `torch.func.jvp`. For some calls,
+    such as complex arithmetic outside rotary embeddings or a custom autograd.Function, the
+    derivatives could be wrong. These calls raise `TaylorError`.
 
 Kinds of rules, with an example of each:
-    linear: ∂²f is zero, so the rule applies the function itself, either to each component in
-        turn or, with adjusted axis arguments, to the whole stack.
+    linear: ∂²f is zero, so the rule applies the function itself. It is applied to one component
+        at a time or, with adjusted axis arguments, to the whole stack.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
@@ -62,11 +63,11 @@ Files, from the bottom up:
 - `registry`: the rule for each function; errors; hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments, or only their
   result, for the backward passes.
-- `primitives`: operators with a correct double backward, and the `TorchFunctionMode` that
-  replaces PyTorch's operators with these during reverse-mode differentiation.
+- `primitives`: operators whose double backward is correct, and the `TorchFunctionMode` that
+  substitutes them for PyTorch's operators in reverse mode.
 - `jets`: the class `Jet`, function calls on Jets, and the functions `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
-  the rules, which are registered on import; hand-written gradients are next to their rules.
+  the rules, which are registered on import, and their hand-written gradients.
 """
 
 from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401

@@ -129,7 +129,7 @@ of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def will_run(node: object) -> bool:
-    """Whether the current backward pass needs a node's gradient; the node may be None."""
+    """Whether the current backward pass will run an autograd node; False if the node is None."""
     if node is None:
         return False
     try:
@@ -139,7 +139,7 @@ def will_run(node: object) -> bool:
 
 
 def shell(kind: type[Tensor], stack: Tensor) -> Any:
-    """Return a subclass tensor with the metadata, but not the data, of a stack's first entry."""
+    """Return a tensor of type `kind` with the metadata, not the data, of a stack's value."""
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
@@ -162,15 +162,17 @@ def has_alias(x: Tensor) -> bool:
 def swap(a: Tensor, b: Tensor) -> None:
     """Swap two tensors in place.
 
-    Raises RuntimeError if either tensor has a weak reference, or is held by a view or an autograd
-    graph.
+    Raises RuntimeError if a weak reference, a view or an autograd graph refers to either.
     """
     with without_subclasses():
         torch.utils.swap_tensors(a, b)
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
-    """Leave torch.inference_mode, which forbids all derivatives, but keep gradients disabled."""
+    """Return a context manager that leaves torch.inference_mode but keeps gradients disabled.
+
+    Inference mode forbids all derivatives.
+    """
     # In PyTorch 2.6, torch.compile cannot trace generator-based context managers.
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
@@ -225,5 +227,5 @@ def refuse_written() -> None:
 
 
 def forward_mode() -> AbstractContextManager[object]:
-    """Return a lock for calls to torch.func.jvp, whose levels are shared by the whole process."""
+    """Return a lock for calls to torch.func.jvp, because all threads share its nesting levels."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

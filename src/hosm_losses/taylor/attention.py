@@ -11,17 +11,17 @@ w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x      w − p Σ w
     These formulas need the result but not x, so only the result is kept.
 
-Second gradients: the gradients with respect to x and x_l are themselves differentiated with
-respect to the result and its cotangents, assuming that there is no p_ll. For cotangents A and B_l
-of the gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+Second gradients: the gradients with respect to x and x_l are differentiated again, with respect
+to the result and its cotangents. It is assumed that there is no p_ll. For cotangents A and B_l of
+the gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
     in a      p Ã
     in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-In attention, softmax and the product of weights and values save the same tensor, unless rounding
-or dropout intervenes. In half precision, gradients are as accurate as PyTorch's, which are also
-computed from a rounded result.
+In attention, softmax saves the weights, and so does the product of weights and values. Both save
+the same tensor unless rounding or dropout changes it in between. In half precision, gradients are
+as accurate as PyTorch's, which are also computed from a rounded result.
 """
 
 import math
@@ -91,7 +91,7 @@ class Softmax(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the output of `pull_back` with respect to `result` and `cotangent`.
 
-        This method assumes that there are no second derivatives.
+        This method assumes that the stack has no second derivatives.
         """
         dtype = result.dtype
         result, cotangent, again = map(at_least_float32, (result, cotangent, again))
@@ -176,13 +176,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Which rows of a mask allow at least one key; PyTorch's attention is zero in other rows."""
+    """Which rows of a mask allow a key; in other rows, PyTorch's attention returns zero."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to logits, with zeros in rows that allow no key, to avoid NaN."""
+    """Return a mask to add to logits; it is zero in rows that allow no key, to avoid NaN."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)

@@ -1,18 +1,18 @@
 r"""Operators composed of a few other operators; one body serves both Jets and plain tensors.
 
 A body takes `ops` as its first argument, followed by the operator's own arguments. An attribute
-of `ops`, such as `ops.softmax`, is named after the function of torch or torch.nn.functional, or
-the method of Tensor, that it calls. For plain tensors, `ops` calls the function itself; for Jets,
-`ops` calls the function's rule. If a body called `torch.softmax(x, -1)` directly, torch.compile
-would mistake a Jet for a plain tensor.
+of `ops`, such as `ops.softmax`, calls the function or method of the same name in torch,
+torch.nn.functional or Tensor. For plain tensors, `ops` calls the function itself; for Jets, `ops`
+calls the function's rule. If a body called `torch.softmax(x, -1)` directly, torch.compile would
+mistake a Jet for a plain tensor.
 
 With `primitive=True`, the body also replaces the operator when a network is differentiated in
 reverse mode; see `primitives`.
 
 Lengths of vectors, and quantities derived from lengths (distances, angles and spreads), are
-composites because PyTorch's own forward-mode formulas cannot be differentiated again at points
-where these formulas replace an undefined quotient by zero. A length has no derivative at zero; as
-in PyTorch, it is treated as a constant there.
+composites. PyTorch's own forward-mode formulas replace an undefined quotient by zero, and cannot
+be differentiated again at such points. A length has no derivative at zero; as in PyTorch, it is
+treated as a constant there.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Wrap a function so that its rule is used if an argument is a Jet or a list with a Jet."""
+    """Wrap a function to use its rule if any argument is a Jet or a list that contains one."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -133,7 +133,7 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """Return x / d and d, the largest |x| in each row, both in at least float32.
+    """Return x / d and d, where d is the largest |x| in each row, in at least float32.
 
     A length is homogeneous in x, so d can be treated as a constant. Without the division, the
     derivatives for short vectors would contain powers outside float32's range.
@@ -256,7 +256,7 @@ def _spread(
     *,
     correction: Any = None,
 ) -> Any:
-    """The variance over some axes, or its square root if `root`; also the mean if `with_mean`."""
+    """The variance over some axes (its square root if `root`), with the mean if `with_mean`."""
     if isinstance(dim, bool):  # `unbiased` was passed in place of `dim`
         dim, unbiased = None, dim
     if correction is None:

@@ -1,9 +1,8 @@
 r"""Rules for in-place methods; a rule computes its result out of place, then calls `write_jet`.
 
 In PyTorch, a trailing underscore marks a method that changes its tensor in place. If the method
-without the underscore has a rule, that rule is used. If that method has no rule or does not exist,
-PyTorch's own in-place method is called on a copy and differentiated by torch.func.jvp; see
-`hosm_losses.taylor.jets`.
+without the underscore exists and has a rule, that rule is used. Otherwise, PyTorch's own in-place
+method is called on a copy and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
 """
 
 from functools import partial
@@ -30,7 +29,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place by means of `plain`, an out-of-place function that has a rule."""
+    """Change x in place, by the rule of the out-of-place function `plain` if there is one."""
     start = _as_jet(x, *args, *named.values())
     # If the dtypes differ, PyTorch's own method computes the result, on a copy.
     if plain is None or start.dtype != x.dtype:
@@ -54,7 +53,6 @@ def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Ten
 
 
 def _as_jet(x: Tensor, *others: Any) -> Jet:
-    """Return a Jet unchanged; convert a plain tensor to a Jet with zero derivatives."""
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 

@@ -1,11 +1,11 @@
 r"""The class `Jet`, a tensor with derivatives along directions, and functions that use it.
 
 Purpose:
-    A Jet stands in for x and carries a stack (C, B, *): the value, `firsts` first derivatives
-    (one for each direction) and, depending on `pairs`, second derivatives. PyTorch passes every
-    function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. Most
-    rules compute all components at once; for example, a linear layer is applied to the whole
-    stack.
+    A Jet stands in for x and carries a stack (C, B, *). The stack contains the value, `firsts`
+    first derivatives (one for each direction) and, depending on `pairs`, second derivatives.
+    PyTorch passes every function that is called on a Jet to `Jet.__torch_function__`, which looks
+    up a rule. Most rules compute all components at once; for example, a linear layer is applied to
+    the whole stack.
 
     Second derivatives that are zero everywhere, such as those of the input, are not stored.
 
@@ -13,12 +13,12 @@ Purpose:
 
 Without a rule:
     A function that has no rule is differentiated separately: `torch.func.jvp` evaluates it with
-    the user's arguments, using the safe primitives. This is correct but slower. Calls whose
-    derivatives could be wrong raise TaylorError. Examples are complex arithmetic outside rotary
-    embeddings, and calls under torch.no_grad or in the forward of a custom autograd.Function.
-    Operators without a forward-mode derivative in PyTorch raise TaylorError, too. Operators that
-    PyTorch does not differentiate raise ConstantError. In-place changes are handled in `memory`
-    and `in_place`.
+    the user's arguments, while the safe primitives replace some of PyTorch's operators. This is
+    correct but slower. Calls whose derivatives could be wrong raise TaylorError. Examples are
+    complex arithmetic outside rotary embeddings, and calls under torch.no_grad or in the forward
+    of a custom autograd.Function. Operators without a forward-mode derivative in PyTorch also
+    raise TaylorError. Operators that PyTorch does not differentiate raise ConstantError. In-place
+    changes are handled in `memory` and `in_place`.
 
 A rule may call other rules, and may call PyTorch functions on stacks. A rule must not call PyTorch
 functions on Jets, because torch.compile would mistake the Jets for plain tensors.
@@ -138,7 +138,7 @@ class Jet(Tensor):
 
 
 class _Opaque(Jet):
-    """A Jet without data, so that code bypassing `__torch_function__` has nothing to read."""
+    """A Jet without data, so that code that bypasses `__torch_function__` has nothing to read."""
 
     @classmethod
     def __torch_dispatch__(
@@ -167,14 +167,14 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile; the last axis of its data holds the components and a final NaN.
+    """A Jet under torch.compile; its data's last axis contains the components and a final NaN.
 
     Under torch.compile, unpacking such as `q, k, v = qkv` bypasses `__torch_function__` and
-    returns rows of the data. These rows contain all components but lack a Jet's attributes;
-    `unpack` turns the rows into Jets. torch.func.vmap inside a network also splits the data into
-    rows, but treats the components as elements; the NaN then makes the result NaN. In PyTorch 2.14
-    and 2.15, an assignment such as `x[i] = y` also bypasses `__torch_function__`, and changes the
-    data but not the stack; see `refuse_written`.
+    returns rows of the data. These rows contain all components but lack a Jet's attributes,
+    so `unpack` turns the rows into Jets. Inside a network, torch.func.vmap also splits the data
+    into rows, but treats the components as elements. The final NaN then makes the result NaN. In
+    PyTorch 2.14 and 2.15, an assignment such as `x[i] = y` also bypasses `__torch_function__`. It
+    changes the data but not the stack; see `refuse_written`.
     """
 
 
@@ -305,10 +305,10 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """Return the stacks of a function's results, from one evaluation under torch.func.jvp.
+    """Evaluate a function once under torch.func.jvp, and return the stacks of its results.
 
-    For each value, `derivatives` contains a stack: `firsts` first derivatives, then the second
-    derivatives, which are left out if they are zero everywhere or `pairs` is "none".
+    For each value, `derivatives` contains a stack of `firsts` first derivatives, followed by the
+    second derivatives. These are left out if they are zero everywhere or `pairs` is "none".
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -332,7 +332,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value of a function, and its derivatives along all directions.
 
-    For several directions, the function is evaluated under vmap with a single dropout mask.
+    Several directions are evaluated together under vmap, with the same dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -346,7 +346,7 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Overwrite x (a Jet or plain tensor) in place with a result cast to x's dtype; return x."""
+    """Cast a result to the dtype of x, write it into x (a Jet or plain tensor), and return x."""
     if result.shape != x.shape:
         raise TaylorError(
             f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
@@ -379,12 +379,13 @@ def propagate(
 ) -> Tensor:
     """Return the stack (C, B, *) of f at x (B, *).
 
-    The stack contains f, ∂f w for K directions w and, if requested, second derivatives.
+    The stack contains f, followed by ∂f w for each of K directions w and by any second
+    derivatives.
 
     `pairs` selects the second derivatives: "none", "squares" (∂²f[w, w] for every direction w) or
     "sum" (the sum of these derivatives, carried as one component). Raises TaylorError if
     derivatives cannot be propagated through the function. For a tuple of inputs, pass a tuple of
-    directions; an input whose directions are None stays a plain tensor.
+    directions. An input whose directions are None stays a plain tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -457,7 +458,7 @@ def result_type(a: Any, b: Any) -> torch.dtype:
 
 
 def define_methods() -> None:
-    """Define Jet's versions of Tensor's Python methods.
+    """Define Jet's own versions of the Tensor methods that are written in Python.
 
     All rules must be registered before this call.
     """
@@ -482,7 +483,6 @@ PAIRS = get_args(Pairs)
 
 
 def _check_floats(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a floating-point tensor."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return
     came = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -493,7 +493,6 @@ def _check_floats(name: str, value: object) -> None:
 
 
 def _check_batch(x: object, place: str = "") -> None:
-    """Raise an error unless x is a floating-point batch (B, *)."""
     _check_floats(f"x{place}", x)
     if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(
@@ -502,7 +501,7 @@ def _check_batch(x: object, place: str = "") -> None:
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise an error unless all batches (B, *) with directions (K, B, *) have the same B and K."""
+    """Raise an error unless all directions fit their inputs and share one K and one B."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -528,8 +527,8 @@ def jet(
     r"""Return f(x), its first derivatives along directions and, on request, second derivatives.
 
     The function is called once. All results are differentiable with respect to x, the directions
-    and the function's parameters. Derivatives that PyTorch 2.6, 2.13 and 2.15 get wrong, such as
-    those of norms, come from the library's own formulas.
+    and the function's parameters. PyTorch 2.6, 2.13 and 2.15 compute some derivatives
+    incorrectly, such as those of norms. For these, `jet` uses the library's own formulas.
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network
@@ -598,7 +597,7 @@ def laplacian(
     r"""Return Δf, the sum of the second derivatives ∂²f/∂x_i² over the elements of a sample.
 
     One direction is used for each of the d elements of a sample. Inside the function, a tensor
-    that depends on x therefore takes up to d + 2 times as much memory as its value alone.
+    that depends on x therefore occupies up to d + 2 times as much memory as its value alone.
     `laplacian` raises the same errors as `jet`.
 
     Args:

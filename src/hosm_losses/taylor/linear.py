@@ -1,4 +1,4 @@
-"""Rules for functions that move or sum elements in the same way in every component.
+"""Rules for functions that move or sum elements, and act on every component in the same way.
 
 Dimensions are converted to negative indices, which are the same for a value and for its stack.
 
@@ -7,9 +7,9 @@ linear functions are called on each component in turn, with the user's own argum
 
 Queries and casts:
     Queries about a Jet's autograd graph are answered as for an ordinary tensor that requires
-    gradients, so tools that monitor modules, such as PyTorch's FLOP counter, see what they expect.
-    A cast to another floating dtype casts every component. As in PyTorch, a cast to integers or to
-    bool drops the derivatives: the result is a plain tensor, and casting this tensor back does not
+    gradients. Tools that monitor modules, such as PyTorch's FLOP counter, expect such answers. A
+    cast to another floating dtype casts every component. As in PyTorch, a cast to integers or to
+    bool drops the derivatives: the result is a plain tensor. Casting this tensor back does not
     restore the derivatives. `Jet.make` rejects a cast to complex numbers.
 """
 
@@ -49,9 +49,10 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register `move` as a rule; it acts on a stack and uses only the shapes of other tensors.
+    """Register `move`, a function of a stack, as the rule for PyTorch functions.
 
-    If `view` is True, the result is recorded as possibly sharing memory with the argument.
+    If `move` receives other tensors as well, it uses only their shapes. If `view` is True, the
+    result is recorded as possibly sharing memory with the argument.
     """
 
     def register(function: Function) -> None:
@@ -161,7 +162,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function that treats samples independently; components become extra samples."""
+    """Apply a function that treats samples independently to all components, as one large batch."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -258,7 +259,6 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 @rule(torch.where, several=True, kind="linear")
 def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
-    """Select, in each component, from `a` where a mask is True and from `b` elsewhere."""
     known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
@@ -302,7 +302,6 @@ def _item(x: Jet, index: Any) -> Tensor:
 
 
 def _slices(part: Any) -> bool:
-    """Whether a part of an index is an integer, a slice, a new axis or an ellipsis."""
     if isinstance(part, bool):  # a bool makes a new axis, and acts as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
@@ -330,13 +329,13 @@ CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIss
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
-    """Return True, as in reverse mode, so that a checkpoint does not warn."""
+    """Return True, so that a checkpoint does not warn that no input requires a gradient."""
     return True
 
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """Return the stack's autograd node or, if there is none, an unconnected node; never None."""
+    """Return the stack's autograd node or, instead of None, a node that is not connected to x."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -374,6 +373,7 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
     """Cast x under torch.compile.
 
-    In eager mode, torch.as_tensor bypasses `__torch_function__`, so the cast raises TaylorError.
+    In eager mode, torch.as_tensor bypasses `__torch_function__` and hence this rule. The cast then
+    raises TaylorError.
     """
     return x.of(x.stack.to(dtype=dtype, device=device))

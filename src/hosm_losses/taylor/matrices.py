@@ -5,15 +5,16 @@ Formulas for the first and second derivatives along l, where X = A⁻¹ is compu
     det A         det A tr(X A_l)              det A (tr(X A_ll) − tr((X A_l)²) + tr(X A_l)²)
     A Y = B       Y_l = X (B_l − A_l Y)        Y_ll = X (B_ll − A_ll Y − 2 A_l Y_l)
     A = L Lᵀ      L_l = L Φ(A_l)               L_ll = L Φ(A_ll − 2 L_l L_lᵀ)
-    Φ(M), for symmetrised M, is the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, as in
-    PyTorch's gradients. The inverse of A is the solution Y if B is the identity matrix.
+    Φ(M) is the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, where M is first
+    symmetrised, as in PyTorch's gradients. The inverse of A is the solution Y if B is the identity
+    matrix.
 
 Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
 correctly at every order. In reverse mode, PyTorch also differentiates log|det A|, det A and L
-correctly. In forward mode, versions before 2.15 are wrong: under vmap, the jvp of the grad of
-slogdet is incorrect for all samples but the first.
+correctly. In forward mode, PyTorch versions before 2.15 make an error: under vmap, the jvp of the
+grad of slogdet is correct only for the first sample.
 
-Precision: if the condition number is κ, up to log10 κ digits are lost. Float32 has only seven
+Precision: if A has condition number κ, results lose up to log10 κ digits. Float32 has only seven
 digits, so use float64 for nearly singular matrices. For an exactly singular matrix, the
 derivatives of the determinant are NaN, and PyTorch raises an error for the inverse and for linear
 systems.
@@ -35,7 +36,7 @@ from hosm_losses.taylor.stacks import align, collect, components, extend
 
 
 def _components(stack: Tensor, jet: Jet) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad a stack with zeros; return its value, first derivatives and second derivatives."""
+    """Append the zero derivatives that a stack leaves out, then split it into components."""
     seconds = {"none": 0, "sum": 1}.get(jet.pairs, jet.firsts)
     return components(extend(stack, 1 + jet.firsts + seconds), jet.firsts)
 

@@ -1,17 +1,17 @@
 r"""Tensors that may share the memory of a Jet, and tensors kept for a backward pass.
 
 Changes in place:
-    A Jet that is changed in place gets a new stack, and no stack is ever written to. Autograd's
-    saved tensors therefore stay valid, and an in-place change takes as much time and memory as
-    the out-of-place function. In PyTorch, every tensor that shares the changed memory, such as a
-    view, sees the change; with Jets, no other tensor would see it. A change is therefore rejected
-    while another tensor that may share the memory (a view, the result of a reshape, or a detached
-    tensor) is in use. Under torch.compile, which does not support weak references, every tensor
-    that was ever recorded as possibly sharing a Jet's memory counts as being in use.
+    A Jet that is changed in place receives a new stack, and no stack is ever written to. Tensors
+    that autograd saved therefore stay valid. An in-place change needs as much time and memory as
+    the out-of-place function. In PyTorch, the change also appears in every tensor that shares the
+    changed memory, such as a view. With Jets, no other tensor would see the change. The
+    change is therefore rejected while a view, the result of a reshape or a detached tensor that
+    may share the memory is in use. torch.compile does not support weak references. Under it, every
+    tensor that was ever recorded as possibly sharing a Jet's memory counts as being in use.
 
-    A detached tensor shares the memory of a stack and must not be changed: a Jet made by a reshape
-    would see the change only if the reshape did not copy the stack. The versions of all detached
-    tensors are checked when the function returns.
+    A detached tensor shares the memory of a stack and must not be changed in place. Otherwise, a
+    Jet made by a reshape would see the change only if the reshape did not copy the stack. When the
+    function returns, the engine checks that no detached tensor was changed.
 
     A plain tensor that receives values depending on x, as in `out[:, :2] = x`, becomes a Jet until
     the function returns.
@@ -19,10 +19,10 @@ Changes in place:
 Recomputation:
     When a rule is composed of operators, autograd keeps every tensor that any of the operators
     needs for its gradient. An elementwise rule consists of a handful of operators on tensors as
-    large as the activations; keeping all of these tensors would take several times as much memory
-    as the network's own activations. `with_recomputation` keeps only a rule's arguments, or only
-    the rule's result, and recomputes everything else when a gradient is needed. The gradient is
-    evaluated in the same way, as a function of the kept tensors and the cotangents, and so are
+    large as the activations. All of these tensors together would occupy several times as much
+    memory as the network's own activations. `with_recomputation` keeps only the arguments or only
+    the result of a rule, and recomputes everything else when a gradient is needed. The gradient is
+    itself evaluated in this way, as a function of the kept tensors and the cotangents. So are
     derivatives of any higher order.
 
     Under torch.compile and the transforms of torch.func, which decide for themselves what to keep,
@@ -85,8 +85,6 @@ class Propagation(NamedTuple):
 
 
 class _Thread(threading.local):
-    """Thread-local state."""
-
     def __init__(self) -> None:
         self.propagations: list[Propagation] = []
         # Weak references to plain tensors that became Jets, and their former values.
@@ -107,7 +105,6 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """A weak reference to a tensor, or a strong reference under torch.compile."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
@@ -126,7 +123,7 @@ def share_value(source: Any, value: Tensor) -> None:
 
 
 def detached(source: Any, value: Tensor) -> Tensor:
-    """Return a value that was detached from a Jet, after recording its version."""
+    """Record a value that was detached from a Jet, with its version; return the value."""
     share_value(source, value)
     for propagation in THREAD.propagations[-1:]:
         propagation.detached.extend((value, version) for version in versions([value]))
@@ -148,7 +145,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn each Jet that is still alive into a plain tensor: the function may have kept the Jet.
+    """Turn each surviving Jet, which the function may have kept, into a plain tensor.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
@@ -213,7 +210,7 @@ def with_recomputation(
     again: Function | None = None,
     by_result: bool = False,
 ) -> Tensor:
-    """Evaluate a function and keep only its arguments for the backward passes.
+    """Evaluate a function; keep only its arguments or its result for the backward passes.
 
     Args:
         function: a function of the tensors, without side effects, that returns one tensor.
@@ -273,10 +270,10 @@ class _Recomputed(torch.autograd.Function):
 
 
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
-    """Tell which of `tensors` (a Function's last arguments) need gradients in this backward pass.
+    """Return, for each of `tensors`, whether this backward pass needs its gradient.
 
-    `ctx.needs_input_grad` is True for weights even if the pass differentiates with respect to x
-    only.
+    `tensors` are the Function's last arguments. `ctx.needs_input_grad` does not suffice: it is
+    True for weights even if the pass differentiates with respect to x only.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []
@@ -291,7 +288,6 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """Call a pullback, and return only the gradients that are needed."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -302,7 +298,7 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """Return the needed gradients with respect to tensors, given cotangents of some results."""
+    """Return the needed gradients of a function; `places` says which results have cotangents."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():

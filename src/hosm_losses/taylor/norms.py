@@ -3,8 +3,9 @@ r"""Norms over rows, and their gradients.
 Formulas for a row, where ⟨·⟩ is the mean over the row, c = x − ⟨x⟩ (RMS norm: c = x), and
 ρ = (⟨c c⟩ + eps)^(−1/2):
     y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
-    The first three derivatives of y are taken along rows z, w and v that are already multiplied by
-    ρ. Capitals denote the components along y, as in Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
+    The maps J, second and third are the first three derivatives of y, along rows z, w and v that
+    are already multiplied by ρ. Capitals denote the components along y, as in Z = ⟨y z⟩, and
+    {z w} = ⟨z w⟩ − 3 Z W:
     J z = z − y Z
     second(z, w) = −(Z w + W z + y {z w})
     third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
@@ -105,7 +106,7 @@ class Rows(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """A stack of rows z, and Z = ⟨y z⟩."""
+    """A stack of rows z, with Z = ⟨y z⟩ for each row."""
 
     z: Tensor
     along: Tensor
@@ -127,7 +128,7 @@ class _Derivatives:
         return _Stack(z, self.rows.mean(self.value * z))
 
     def product(self, x: _Stack, y: _Stack) -> Tensor:
-        """The {z w} of each component."""
+        """The product {z w} for each component."""
         return torch.addcmul(self.rows.mean(x.z * y.z), x.along, y.along, value=-3)
 
     def jacobian(self, x: _Stack) -> Tensor:
@@ -162,7 +163,7 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
     """Add `value` times each term to a stack in place.
 
-    If the stack has only one component, the sum of each term's components is added.
+    If the stack has only one component, each term is first summed over its components.
     """
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
@@ -170,7 +171,6 @@ def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """Reshape and cast a stack to the shape and dtype of another tensor."""
     return x.reshape(other.shape).to(other.dtype)
 
 
@@ -237,9 +237,9 @@ class Norm(NamedTuple):
         cotangent: Tensor,
         again: Tensor,
     ) -> tuple[Some, ...]:
-        """The gradients of `pull_back`'s first result with respect to `pull_back`'s tensors.
+        """The gradients of `pull_back`'s first result with respect to the tensors passed to it.
 
-        This method assumes that there are no second derivatives.
+        This method assumes that the stack has no second derivatives.
         """
         rows, sizes = self.rows, (1, self.firsts)
         scaled, rho = rows.standardize(stack)

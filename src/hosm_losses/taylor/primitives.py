@@ -214,7 +214,7 @@ def safe_primitives(
 
 
 class _Transformable(TorchFunctionMode):
-    """A mode that uses primitives for operators that torch.func transforms may not support.
+    """A mode in which primitives replace operators that torch.func may not support.
 
     Under vmap, PyTorch would evaluate such an operator for one sample at a time, and warn. The
     mode is used under every transform, because the vmap of a backward pass, as in jacrev, starts
@@ -273,7 +273,7 @@ def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """Write to a slice of length one; PyTorch's select_scatter has a wrong gradient under vmap."""
+    """Write a slice of length one, as select_scatter's gradient is wrong under PyTorch's vmap."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
