@@ -99,7 +99,7 @@ bounds = weights.sandwich(points, given)
 print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}")
 
 # %%
-# If the weights are nearly equal, the model is good near its samples. Weights far to the left
+# If the weights are nearly equal, the model is accurate near its samples. Weights far to the left
 # indicate regions with too many of the model's samples. Weights far to the right indicate regions
 # with too few.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")

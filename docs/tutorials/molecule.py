@@ -65,8 +65,8 @@ for name, atoms in backbone.items():
 
 # %%
 # Wrong units, signs or temperatures bias the training. The loss does not reveal such errors, but a
-# check on stiff bonds does. The first call below divides the forces by the kT of a temperature
-# that is 6% too high. The second call ignores that the positions lie in a subspace.
+# check on stiff bonds does. The first call below divides the forces by kT for a temperature that
+# is 6% too high. The second call ignores that the positions lie in a subspace.
 x, g = frames[:10_000], scores[:10_000]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

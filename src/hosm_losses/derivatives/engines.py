@@ -39,10 +39,10 @@ Cost:
     Costs are counted in evaluations of the network, and a backward pass counts as two evaluations.
     A training step of order one costs 3 evaluations. A step with products and K directions costs:
 
-    - at order 2 in reverse mode, 6 + 3 K evaluations;
-    - at order 2 in the taylor engine, 6 + 6 K evaluations;
-    - at order 3 in reverse mode, 7 + 9 K evaluations;
-    - at order 3 in the taylor engine, 20 K evaluations, because each direction has its own f.
+    - at order 2 in reverse mode, 6 + 3·K evaluations;
+    - at order 2 in the taylor engine, 6 + 6·K evaluations;
+    - at order 3 in reverse mode, 7 + 9·K evaluations;
+    - at order 3 in the taylor engine, 20·K evaluations, because each direction has its own f.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994). The double reverse pass is

@@ -144,7 +144,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the first module with different results but the same arguments in `row`."""
+    """Name the first module whose results differ in `row` although its arguments there do not."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ def as_times(t: Tensor, like: Tensor) -> Tensor:
 def _trained(
     loss: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """Return each trained parameter and the factor of its squared gradient; None means 1."""
+    """Return each trained parameter with a factor for its squared gradient; None means 1."""
     groups = [] if optimizer is None else optimizer.param_groups
     own = [p for p in loss.parameters() if p.requires_grad]
     eps = {p: group.get("eps", 1e-8) for group in groups for p in group["params"]}

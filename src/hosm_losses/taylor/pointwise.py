@@ -3,19 +3,19 @@ r"""Rules for elementwise functions, such as activations, and for arithmetic.
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
-To add an activation, write a generator that yields the activation's value a(x) and its first three
-derivatives, and register this generator under every name by which networks call the activation;
-see `_tanh`.
-Only the stack is kept for the backward pass, in which the generator yields the derivatives again.
-If PyTorch has operators for a(x) and for a'(x) x_l, they can be passed as `operators`; see
-`_silu`.
+To add an activation, write a generator that yields its value a(x) and its first three derivatives.
+Register the generator under every name by which networks call the activation; see `_tanh`.
+Only the stack of x is stored for the backward pass, where the generator computes the derivatives
+again. PyTorch's own operators for a(x) and a'(x) x_l, if they exist, can be passed as `operators`;
+see `_silu`.
 
 Formula for softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    A result has the dtype that PyTorch's function would return for the values. A tensor without
-    axes does not widen the dtype of a tensor with axes, even though the stacks of both have axes.
+    The dtype of a result is the one that PyTorch's function would return for the values. As in
+    PyTorch, a value without axes does not widen the dtype of a value with axes. This is so even
+    though the stacks of both values have axes.
 """
 
 import math
@@ -45,7 +45,7 @@ class Operators(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """An elementwise function on stacks, with its gradients."""
+    """An elementwise function of a stack, and the gradients of this function."""
 
     series: Series  # yields the function and its first three derivatives at x
     operators: Operators | None  # if not None, the series yields only derivatives
@@ -74,7 +74,7 @@ class Pointwise(NamedTuple):
         return torch.cat(parts).to(stack.dtype)
 
     def evaluate_by_operators(self, stack: Tensor) -> Tensor:
-        """The value and first derivatives, from PyTorch's operators for a(x) and a'(x) x_l."""
+        """Compute the value and the first derivatives with PyTorch's own operators."""
         assert self.operators is not None
         x, tangents, _ = components(at_least_float32(stack), self.firsts)
         # Expanded, because oneDNN's gelu_backward does not accept shapes that broadcast.
@@ -149,7 +149,7 @@ def pointwise(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a generator that takes x and yields a function's value and derivatives at x.
 
-    The generator and the `operators` also take the function's other arguments; see `apply`.
+    The function's other arguments are passed to the generator and the `operators`; see `apply`.
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,7 +265,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """A rule is needed: PyTorch does not implement hardsigmoid's second derivative (zero)."""
+    """This rule exists because PyTorch lacks hardsigmoid's second derivative, which is zero."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -300,7 +300,7 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
-    """x raised to a constant exponent, and the derivatives of this power."""
+    """The power of x with a constant exponent, and the derivatives of this power."""
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
@@ -353,7 +353,7 @@ for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": 
 
 # ------------------------------------------------------------ sums, products, quotients and powers
 def _operands(a: Any, b: Any) -> int:
-    """Return the number of axes of the result.
+    """Return the number of axes of the result of an operation on a and b.
 
     Raise NoRule unless a and b are tensors or real numbers.
     """
@@ -363,7 +363,7 @@ def _operands(a: Any, b: Any) -> int:
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """Return the dtype of PyTorch's result; call `result_type` only if a and b differ in dtype."""
+    """Return the dtype that PyTorch's result would have."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
@@ -428,7 +428,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """Compute the stack of y = a / b without using powers of 1/b.
 
-    Such powers may be out of range even if y is not. Instead, the derivatives follow from a = y b:
+    Such powers may overflow or underflow even if y does not. Instead, a = y b is differentiated:
     for example, y_l = (a_l − y b_l) / b.
     """
     (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (

@@ -4,23 +4,23 @@ Purpose:
     PyTorch computes wrong derivatives if layer norm, batch norm (in training) or instance norm is
     differentiated more than twice (tested with 2.6, 2.13 and 2.15). The parameter gradient of a
     loss on a directional derivative is silently wrong, by anything from several percent to more
-    than a hundred percent. At order three, the derivative itself sometimes has an error of this
-    size. In reverse mode, PyTorch 2.14 and 2.15 raise an error for batch and instance norm
-    instead; forward mode stays wrong. With the pull requests below, PyTorch raises an error for
-    all of these norms. Group norm, attention and the gated linear unit raise an error on common
-    inputs. PyTorch differentiates all these operators correctly in every mode if they are composed
-    of means, products, softmax and sigmoid.
+    than a hundred percent. In the loss of order three, the derivative itself is sometimes
+    wrong by as much. In reverse mode, PyTorch 2.14 and 2.15 instead raise an error for batch and
+    instance norm. Forward mode is still wrong. If the pull requests listed under Source are
+    applied, PyTorch raises an error for all of these norms. For group norm, attention and the
+    gated linear unit, PyTorch raises an error on common inputs. It differentiates all these
+    operators correctly in every mode if they are composed of means, products, softmax and sigmoid.
 
 The mode:
-    A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
-    loss evaluates the network, and only in the loss's thread. No PyTorch function is patched. An
-    activation checkpoint evaluates its part of the network again in the backward pass. The mode is
-    off by then; for this evaluation, `recomputable` turns the mode on.
+    A `TorchFunctionMode` replaces these operators where a network calls them. The mode is active
+    only while a loss evaluates the network, and only in the loss's thread. No PyTorch function is
+    patched. An activation checkpoint evaluates its part of the network again in the backward pass.
+    By then the mode is off, so `recomputable` turns it on for this evaluation.
 
 Refused:
-    PyTorch does not differentiate the forward-mode derivatives of a few operators correctly. These
-    operators are refused where their forward-mode derivatives are needed. Both engines also refuse
-    operators that PyTorch does not differentiate at all, such as torch.special.airy_ai.
+    For a few operators, PyTorch's forward-mode derivative is itself differentiated incorrectly.
+    These operators are refused where their forward-mode derivatives are needed. Both engines also
+    refuse operators that PyTorch cannot differentiate at all, such as torch.special.airy_ai.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
@@ -92,10 +92,10 @@ _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", 
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    """Whether a function's forward-mode derivative in PyTorch is wrong, or has a wrong gradient.
+    """Whether PyTorch's forward-mode derivative of a function, or its gradient, is wrong.
 
-    PyTorch treats the forward-mode derivative of an operator as zero if a package defines the
-    operator with `torch.library.custom_op`.
+    For an operator that a package defines with `torch.library.custom_op`, PyTorch treats the
+    forward-mode derivative as zero.
     """
     if of_a_package(function):
         return True
@@ -105,7 +105,7 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 
 
 def refuse_constant(function: Any, result: Tensor) -> None:
-    """Raise ConstantError if a result has no derivative although an argument has a derivative.
+    """Raise ConstantError if a result carries no derivative although an argument carries one.
 
     No error is raised for a result that is constant on purpose, such as a new tensor, a random
     draw or a detached tensor.
@@ -137,7 +137,7 @@ _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
-    """An operator inside torch's own checkpoint cannot be recomputed with its primitive."""
+    """Torch's checkpoint would recompute an operator without the primitive that replaces it."""
 
 
 class _Thread(threading.local):
@@ -216,9 +216,10 @@ def safe_primitives(
 class _Transformable(TorchFunctionMode):
     """A mode in which primitives replace operators that torch.func may not support.
 
-    Under vmap, PyTorch would evaluate such an operator for one sample at a time, and warn. The
-    mode is used under every transform, because the vmap of a backward pass, as in jacrev, starts
-    only after the network has been evaluated.
+    Under vmap, PyTorch would warn, and would evaluate such an operator one sample at a time. The
+    mode is active under every transform, not only under vmap. For example, jacrev applies vmap to
+    the backward pass. By then the network has been evaluated, and it is too late to replace
+    operators.
     """
 
     def __torch_function__(
@@ -244,7 +245,8 @@ def refuse_constants() -> AbstractContextManager[Any]:
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
-    The first computation also enters the mode again, after the checkpoint has set its hooks.
+    The first computation enters the mode again too, after the checkpoint has set its hooks. The
+    mode then does not refuse this checkpoint as a foreign one.
     """
     if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly
         torch._dynamo.graph_break()
@@ -273,7 +275,7 @@ def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """Write a slice of length one, as select_scatter's gradient is wrong under PyTorch's vmap."""
+    """Write a length-one slice because select_scatter's gradient is wrong under PyTorch's vmap."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 

@@ -3,27 +3,27 @@ r"""Rules for products that are linear in both factors: matrix products, layers 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
     A plain tensor has no derivatives, so a plain factor multiplies the whole stack. A linear or
-    convolutional layer is evaluated in one call on a larger batch; its bias is added only to the
-    value.
+    convolutional layer is called once, with the components of the stack as one larger batch. The
+    layer's bias is added only to the value.
 
 Gradients, for a cotangent c:
     The form ⟨c, a·b⟩ is linear in each of a, b and c. The gradient of the form with respect to one
-    argument is linear in the other two. For a cotangent p of the gradient with respect to a, the
-    product ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩ is the same form with p in place of a, and likewise for
-    b and c. Three functions therefore suffice for derivatives of every order, and only the
-    arguments of these functions are kept.
+    argument is linear in the other two. Let p be a cotangent of the gradient with respect to a.
+    Then ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩ is the same form with p in place of a. The same is true of the
+    gradients with respect to b and c. Three functions, one for each gradient, therefore suffice
+    for derivatives of every order. Only the arguments of these functions are stored.
 
 Formulas for Y = A B with matrices A_i and B_j (values or derivatives) and cotangents C_k of Y_k:
     Y_k = Σ f A_i B_j      gradient of A_i: Σ f C_k B_jᵀ      gradient of B_j: Σ f A_iᵀ C_k
     All three sums run over the same terms (i, j, k, f), where f is a factor and f A_i B_j is a
-    part of Y_k. Each sum is accumulated by the calls that compute the products. If the products
-    were computed separately and then added, the larger matrices, such as attention's weights,
-    would be read and written several times for each product.
+    part of Y_k. The call that computes a product also adds it to the sum. If the products were
+    added in separate calls, the larger matrices, such as attention's weights, would be read and
+    written several times for each product.
 
-When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as a
-convolution whose kernel is the cotangent, which is as large as the image. This is up to three
-times as expensive as the method used in a first backward pass. A `Form` always uses the cheaper
-method.
+When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as
+another convolution. The kernel of that convolution is the cotangent, which is as large as the
+image. This is up to three times as expensive as the method that PyTorch uses in a first backward
+pass. A `Form` always uses the cheaper method.
 """
 
 from collections.abc import Callable, Iterable
@@ -206,8 +206,8 @@ def _convolution(
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """Return the form of a convolution.
 
-    The weight is kept in its own dtype, but is multiplied in autocast's dtype if autocast is on
-    when the form is made.
+    The weight is stored in its own dtype. If autocast is on when the form is created, the weight
+    is cast to autocast's dtype whenever it is multiplied.
     """
     *sizes, groups = settings
     stride, padding, output_padding, dilation = (
@@ -254,7 +254,7 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
 
 
 def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """Multiply the matrices of two stacks, and sum the products for each component."""
+    """Multiply the matrices of two stacks, and sum the products that form the same component."""
     lefts, rights, sums = left.unbind(), right.unbind(), dict[int, Tensor]()
     for i, j, k, factor in terms:
         if k in sums:
@@ -265,16 +265,16 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """Return the same stack as `_sums`, but with each matrix stored column by column."""
+    """Return the same stack as `_sums`, but with each matrix stored in column-major order."""
     return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """Return the form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
-    Each factor's gradient is stored in the factor's own memory order. If the order differed,
-    operators that combine the gradient with other tensors, as in the backward pass of a softmax,
-    would take three times as long.
+    Each factor's gradient is stored in the factor's own memory order. In any other order, the
+    operators that combine the gradient with other tensors would take three times as long. Such
+    operators occur, for example, in the backward pass of a softmax.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -290,7 +290,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Return the batch, row, sum and column indices, or None if this is not a matrix product."""
+    """Return an einsum's batch, row, sum and column indices; None if not a matrix product."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -302,7 +302,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """Sum over indices with matrix products; return None if `product_rule` is needed."""
+    """Compute an einsum by matrix products; return None if `product_rule` is needed instead."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
@@ -327,7 +327,7 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
 
 
 def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
-    """Return a stack with the axes of its value in a different order."""
+    """Return a stack with the axes of its value moved from `order` to the order `wanted`."""
     return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 
@@ -356,7 +356,7 @@ rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:
-    """Replace "..." with letters.
+    """Replace "..." in an einsum equation with letters.
 
     Raise NoRule if "..." covers more axes in one factor than in another.
     """

@@ -1,18 +1,18 @@
-r"""The rules for PyTorch functions, the engine's errors, and hooks inside a network.
+r"""The table of rules for PyTorch functions, the engine's errors, and checks of hooks.
 
 Kinds of rules:
     linear      one function, applied to every component of a stack: `linear(function, name, …)`
     bilinear    a product of two factors: `product_rule(a, b, product, ndim)`
-    pointwise   an elementwise function, given by its first three derivatives; see `pointwise`
+    pointwise   an elementwise function, with its first three derivatives; see `pointwise`
     composite   a combination of other functions, written once for Jets and plain tensors
-    stack       a function of Jets that computes with their stacks
+    stack       a function that computes directly with the stacks of its Jets
     other       a property of a tensor, an in-place change, or an error
 
-A rule accepts the arguments that networks usually pass. A call with other arguments, or a call for
-which the rule raises `NoRule`, goes to PyTorch's own function with exactly the same arguments; see
-`hosm_losses.taylor.jets`.
+A rule accepts the arguments that networks usually pass. If a call
+passes other arguments, or if the rule raises `NoRule`, PyTorch's own function is called instead,
+with exactly the same arguments; see `hosm_losses.taylor.jets`.
 
-Hooks on tensors and modules inside a network may look at gradients but must not change them.
+Hooks on tensors and modules inside a network may read gradients but must not change them.
 """
 
 import inspect
@@ -30,13 +30,13 @@ from hosm_losses.taylor._torch import versions
 
 # ------------------------------------------------------------------------------------------ errors
 class DerivativeError(ValueError):
-    """A derivative cannot be computed, or would be wrong; the message gives the remedy."""
+    """A derivative cannot be computed, or would be wrong; the message says what to do instead."""
 
 
 class ConstantError(DerivativeError):
     """PyTorch cannot differentiate an operator.
 
-    Both engines would treat the operator's result as constant.
+    Without this error, both engines would treat the operator's result as constant.
     """
 
 
@@ -108,7 +108,7 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """Return the functions in `names`, with each string replaced by the functions it names."""
+    """Return the functions in `names`; each string stands for all the functions that it names."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
@@ -125,7 +125,7 @@ def rule(
     """Register a rule for PyTorch functions; the rule takes the same arguments as the functions.
 
     Only the first argument may be a Jet, unless `several` is true; then any argument may be a Jet.
-    If `with_function` is true, the rule takes the called function as an extra first argument.
+    If `with_function` is true, the rule receives the called function as an extra first argument.
     """
 
     def register(function: Function) -> Function:
@@ -155,14 +155,14 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """Convert a dimension of a value to a negative index, which is valid for the stack too."""
+    """Convert an axis of a value to its negative index, which means the same axis in the stack."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
 
 
 def axes(dim: Any, ndim: int) -> tuple[int, ...]:
-    """Apply `axis` to one or more dimensions of a value, or to all of them if `dim` is None."""
+    """Apply `axis` to one or more axes of a value, or to all of them if `dim` is None."""
     if dim is None:
         dim = tuple(range(ndim))
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
@@ -179,11 +179,11 @@ CHANGING_HOOK = (
 
 
 class ChangedGradientError(DerivativeError):
-    """A hook modifies a gradient, which would make the loss depend on the engine."""
+    """A hook changes a gradient, so the loss would depend on the engine."""
 
 
 class ScriptedError(DerivativeError):
-    """A network contains a torch.jit part, and no engine can see the norms inside that part."""
+    """Part of the network is compiled by torch.jit, so neither engine can see norms inside it."""
 
 
 GIVE_THE_SOURCE = (

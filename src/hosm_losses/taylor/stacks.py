@@ -1,4 +1,4 @@
-"""Stacks (C, B, *) of a value, its first derivatives and, if any, its second derivatives."""
+"""Operations on stacks (C, B, *): a value, its first derivatives and any second derivatives."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ Pairs = Literal["none", "squares", "sum"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Cast a tensor in half precision to float32; return any other tensor unchanged."""
+    """Cast a float16 or bfloat16 tensor to float32; return any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -28,7 +28,7 @@ def collect(squares: Tensor, pairs: Pairs) -> Tensor:
 
 
 def extend(stack: Tensor, count: int) -> Tensor:
-    """Append zero derivatives to a stack, so that the result has `count` components."""
+    """Append zero derivatives to a stack until it has `count` components."""
     missing = count - stack.shape[0]
     return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
@@ -50,9 +50,9 @@ def total(stack: Tensor) -> Tensor:
 def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
     """Add the products of two stacks to `whole` in place.
 
-    If `whole` has one component, the sum of the products is added. If `right` has a single
-    component, it multiplies every component of `left`. If `whole` has several components, a single
-    component of `left` likewise multiplies every component of `right`.
+    If `whole` has one component, the sum of the products is added. A single component
+    of `right` multiplies every component of `left`. A single component of `left` multiplies every
+    component of `right` only if `whole` has several components.
     """
     if len(whole) > 1 or len(left) == len(right) == 1:
         whole.addcmul_(left, right, value=value)
