@@ -13,7 +13,7 @@ In the examples below, the data are standard normal, so the optimal network is k
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` tests on data whether the `ScoreModel` matches how the network was trained:
+`check_wrapping` uses data to check that the `ScoreModel` matches the network's training:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
@@ -23,8 +23,8 @@ available as a module, such as `FirstOrderDSM`:
 
     >>> loss = hosm.first_order_dsm(model, x0)
 
-In low dimensions, three options reduce gradient noise: targets averaged over reference data, pairs
-of opposite noises, and times from a distribution that `AdaptiveTimes.learn` updates:
+In low dimensions, three options reduce gradient noise: targets averaged over reference data,
+antithetic pairs of noise, and times from a distribution that `AdaptiveTimes.learn` updates:
 
     >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
     >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))

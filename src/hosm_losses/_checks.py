@@ -70,7 +70,7 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return an argument's repr, but only the shape of a tensor and the name of a function."""
+    """Return a tensor's shape, a function's name, or any other argument's repr."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
@@ -108,7 +108,7 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def copy_like(copies: dict[Any, Tensor], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the constant that `make` creates on the CPU, with the dtype and device of `like`.
+    """Return the constant from `make`, converted to the dtype and device of `like`.
 
     `copies` stores one copy for each device and dtype, so that later training steps copy nothing.
     """
@@ -263,7 +263,7 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 
 
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
-    """Reshape a tensor (B,) to (B, 1, …), so that it can multiply the samples of `like` (B, *)."""
+    """Reshape a tensor (B,) to (B, 1, …), so that it broadcasts against `like` (B, *)."""
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 

@@ -250,9 +250,9 @@ def pass_back(
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
     """Return the K gradients (K, B, *) that a backward pass computes for K cotangents.
 
-    `back` must have a single point. It is called once, under vmap. If `in_turn` is True, or if
-    vmap cannot be used or fails, `back` is called K times instead. For example, vmap may fail in
-    the backward of a custom autograd.Function.
+    `back` must return a single gradient. It is called once, under vmap. If `in_turn` is True, or
+    if vmap cannot be used or fails, `back` is called K times instead. For example, vmap may fail
+    in the backward of a custom autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
