@@ -3,8 +3,8 @@ Train a better density
 ======================
 
 Train small networks on a checkerboard with score matching of order one, two and three. All orders
-use equally many network evaluations. Compare the density and score of each network's ODE with the
-true ones.
+use the same number of network evaluations. Compare the density and score of each network's ODE
+with the true ones.
 """
 
 import matplotlib.pyplot as plt

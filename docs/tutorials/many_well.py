@@ -2,8 +2,8 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on data from an energy's distribution in eight dimensions. Draw samples from the
-model with their densities, and reweight the samples to the energy's distribution. The weights also
+Train a model on data from an energy's distribution in eight dimensions. Draw samples with
+densities from the model, and reweight the samples to the energy's distribution. The weights also
 yield the effective sample size and log Z.
 """
 
@@ -29,7 +29,8 @@ torch.set_num_threads(1)
 
 # %%
 # Each of four pairs (a, b) of coordinates adds a double well in a and a parabola in b to the
-# energy. Each double well creates two modes, so the distribution has sixteen. Quadrature yields Z.
+# energy. Each of the four double wells doubles the number of modes, so the distribution has
+# sixteen. Quadrature yields Z.
 axis = torch.linspace(-4, 4, 4001, dtype=torch.float64)
 well = 6 * axis**2 + axis / 2 - axis**4
 log_z = 4 * (float(well.logsumexp(0)) + math.log(8 / 4000) + math.log(2 * math.pi) / 2)
@@ -92,7 +93,7 @@ print(f"log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.
 
 # %%
 # The weights do not reveal a mode that no sample reaches. Points from the target do: the mean of
-# log π − log q over these points is an upper bound on log Z, which a missed mode raises.
+# log π − log q over these points is an upper bound on log Z, and a missed mode raises this bound.
 points = draw(500)
 given = ode_nll(model, points, solver=solver, divergence="exact")
 bounds = weights.sandwich(points, given)

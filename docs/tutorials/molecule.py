@@ -65,8 +65,8 @@ for name, atoms in backbone.items():
 
 # %%
 # Wrong units, signs or temperatures bias the training. The loss does not reveal such errors, but a
-# check on stiff bonds does. The first call below divides the forces by kT for a temperature that
-# is 6% too high. The second call ignores that the positions lie in a subspace.
+# check on stiff bonds does. The first call below divides the forces by a kT that is 6% too high.
+# The second call ignores the subspace in which the positions lie.
 x, g = frames[:10_000], scores[:10_000]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -272,8 +272,8 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 #
 # .. image:: /images/molecule_noise.svg
 #
-# Alanine needs a better network than this one: most of the samples' energies are beyond the range
-# of the picture. Also, too many samples have φ > 0: the network sees only distances, from which
+# Alanine needs a better network than this one: most of the samples' energies lie outside
+# the plotted range. Also, too many samples have φ > 0: the network sees only distances, from which
 # the sign of φ relative to the handedness at Cα is hard to infer. If log weights are normally
 # distributed with a standard deviation of s nats, the effective sample size is a fraction exp(−s²)
 # of the number of samples. A fraction of 2% requires s = 2. To reach 2%, train a larger network

@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 
 # %%
 # The simulator is the two-moons problem of `Greenberg et al. (2019)
-# <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent whose place
-# depends on θ. The prior of θ is uniform on [−1, 1]². An absolute value hides the sign of θ₁ + θ₂,
-# so the posterior of θ has two moons.
+# <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent whose
+# position depends on θ. The prior on θ is uniform on [−1, 1]². An absolute value hides the sign of
+# θ₁ + θ₂, so the posterior of θ has two moons.
 
 
 def rotated(theta):
@@ -104,7 +104,7 @@ with torch.no_grad():
 # the posterior is right, the true parameter is like one more sample from it. The parameter's rank
 # among the 99 samples is then uniformly distributed from 0 to 99, and so is the rank of its
 # density. The number of samples with a higher density determines the smallest region of highest
-# density that contains the true parameter. Regions of 90% should contain 90% of the true
+# density that contains the true parameter. 90% regions should contain 90% of the true
 # parameters. If they contain fewer, the regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
@@ -129,7 +129,7 @@ figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the bino
 # %%
 # Now compute the exact posterior. The likelihood is the density of the point on the crescent. Its
 # integral over the prior's box is computed as a mean over a grid of radii and angles. Each radius
-# and angle map y back to two values of θ. The values inside the box are counted.
+# and angle map y back to two values of θ. Only values inside the box are counted.
 
 
 def log_posterior(theta, y):
