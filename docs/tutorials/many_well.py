@@ -2,9 +2,9 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on data from an energy's distribution in eight dimensions. Draw samples with
-densities from the model, and reweight the samples to the energy's distribution. The weights also
-yield the effective sample size and log Z.
+Train a model on samples of the distribution exp(−energy)/Z in eight dimensions. Draw samples with
+densities from the model, and reweight these samples to that distribution. The weights also yield
+the effective sample size and log Z.
 """
 
 import math
@@ -110,5 +110,5 @@ ax.set(xlabel="log weight, nats", ylabel="samples")
 ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
-# ``weights.expectation`` returns means under the energy's distribution, with standard errors.
+# ``weights.expectation`` returns means under the target distribution, with standard errors.
 # ``weights.resample`` returns samples of this distribution: see :doc:`/energies`.

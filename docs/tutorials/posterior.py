@@ -128,8 +128,8 @@ figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the bino
 
 # %%
 # Now compute the exact posterior. The likelihood is the density of the point on the crescent. Its
-# integral over the prior's box is computed as a mean over a grid of radii and angles. Each radius
-# and angle map y back to two values of θ. Only values inside the box are counted.
+# integral over the prior's box is computed as a mean over a grid of radii and angles. Each pair
+# of a radius and an angle maps y back to two values of θ. Only values inside the box are counted.
 
 
 def log_posterior(theta, y):

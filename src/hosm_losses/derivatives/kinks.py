@@ -170,7 +170,7 @@ class _Watch(TorchFunctionMode):
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
         """Yield (name, order) for each recorded operator whose node is in `nodes`.
 
-        `order` is the order of the first derivative that jumps, or 0 if no derivative jumps.
+        `order` is the lowest order of derivative that jumps, or 0 if no derivative jumps.
         """
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:

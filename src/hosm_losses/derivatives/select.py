@@ -8,7 +8,7 @@ Purpose:
     that reverse mode takes over for a network, the user is warned.
 
     If an engine refuses a call, the refusal is remembered immediately for all calls of the same
-    kind. Any other error may be due to a bad batch, so the engine is given up only if the next
+    kind. Any other error may be due to a bad batch, so the engine is abandoned only if the next
     call of the same kind fails too. Once a call has succeeded with an engine, errors in later
     calls of the same kind reach the user, and the other engine is not tried. `check_derivatives`
     finds errors that only a backward pass would raise.
@@ -173,7 +173,7 @@ def derive_with_products(
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    The products are (∂f/∂x)ᵀ c and, if `push` is True, ∂f/∂x c. Products are cheaper in reverse
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, (∂f/∂x) c. Products are cheaper in reverse
     mode, so "auto" tries reverse mode first. If that attempt fails, "auto" proceeds as in
     `derive`.
     """

@@ -100,7 +100,7 @@ class DerivativeReport:
         orders: the loss orders for which the network's values and derivatives are correct:
             (1, 2) or (1, 2, 3).
         engine: the engine used by a loss of the highest of these orders, "taylor" or "reverse".
-        advice: sentences that point out missing checks, slow derivatives and rounding errors.
+        advice: sentences that point out skipped checks, slow derivatives and rounding errors.
     """
 
     orders: tuple[int, ...]
@@ -242,7 +242,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """If the check finds a fault, raise an error that names the innermost module with a fault.
 
     Return False if no fault is found. Return True if the network has a fault in float32 but its
-    float64 copy has none. Such a fault counts as rounding, so no error is raised.
+    float64 copy has none. Such a fault is due to rounding, so no error is raised.
     """
     # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound

@@ -17,7 +17,7 @@ Formula:
     If the integral differs from p(b) − p(a), the search bisects the line repeatedly. Each time, it
     keeps the half on which the trapezoidal rule has the larger error. On an interval of length h,
     this error does not depend on h if p jumps. The error is proportional to h if p′ jumps, and to
-    h³ if neither p nor p′ has a kink.
+    h³ if both p and p′ are smooth.
 
     The search therefore converges to a jump, and each halving evaluates the functions at only one
     new point. Let m be the midpoint of a and b. At a jump, the bend |p(m) − (p(a) + p(b))/2|

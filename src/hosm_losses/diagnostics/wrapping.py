@@ -25,14 +25,14 @@ Formula:
     verdict, every level still counts equally.
 
     A candidate that fits better is not always the wrapping used in training. A network that is
-    hardly trained fits best under the wrapping in which its output contributes least to the
+    barely trained fits best under the wrapping in which its output contributes least to the
     predicted ε. That wrapping predicts v: if the data have unit variance, q x alone is then the
     best linear predictor. A candidate is therefore not reported if the linear predictor's loss is
     smaller than the candidate's by more than the fraction CLOSE. To be reported, a candidate must
     also have a significantly smaller loss than the linear predictor, either on average or at some
-    level. This second condition does not apply to a candidate that keeps the units of the data,
-    provided that the number of its changes (of kind and of sign) is at most BELIEVED. The reason
-    is that on nearly Gaussian data, even a trained network can hardly beat the linear predictor.
+    level. This second condition does not apply to a candidate that keeps the units of the data and
+    makes at most BELIEVED changes (of kind and of sign). The reason is that on nearly Gaussian
+    data, even a trained network can hardly beat the linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the model's
 schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length.

@@ -362,7 +362,7 @@ def _probes(
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
-    """Return the caller's checked probe, as (K, B, *)."""
+    """Check the caller's probe, and return it with shape (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
     probes = options.probes
