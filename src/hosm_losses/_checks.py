@@ -70,7 +70,7 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a tensor's shape, a function's name, or any other argument's repr."""
+    """Return a tensor's shape (a scalar's value), a function's name, or any other repr."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
