@@ -88,7 +88,7 @@ RECIPES = [
     ("mixed_precision.py", "", falls),
     ("latents_and_text.py", "diffusers", lambda text: ", n = 4; " in text),
     ("fine_tune_unet.py --steps 20 --tuning 4 --held-out 8", "diffusers", nats_fall),
-    ("gap_1d.py --steps 150 --nodes 4", "matplotlib tqdm", fisher_falls),
+    ("gap_1d.py --steps 100 --nodes 3", "matplotlib tqdm", fisher_falls),
     ("digits.py --seconds 1 --held-out 8", "matplotlib sklearn tqdm", takes_few_bits),
     ("many_well.py --steps 40 --samples 40", "matplotlib tqdm", has_two_kl),
     ("inverse_problem.py --seconds 0.5", "matplotlib tqdm", has_two_kl),

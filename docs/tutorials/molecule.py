@@ -142,7 +142,7 @@ def log_target(y):
     return molecule.log_target(x) - math.log(2)
 
 
-drawn = alanine.sample(40 if quick else 256)
+drawn = alanine.sample(16 if quick else 256)
 weights = importance_weights(drawn, log_target)
 samples = molecule.left_handed(alanine.space.expand(drawn.x))
 share = weights.effective_sample_size / len(samples)
