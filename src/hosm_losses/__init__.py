@@ -13,7 +13,7 @@ In the examples below, the data are standard normal, so the optimal network is k
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` uses data to check that the `ScoreModel` matches the network's training:
+`check_wrapping` uses data to check that the model's settings match those used in training:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
@@ -24,7 +24,7 @@ available as a module, such as `FirstOrderDSM`:
     >>> loss = hosm.first_order_dsm(model, x0)
 
 In low dimensions, three options reduce gradient noise: targets averaged over reference data,
-antithetic pairs of noise, and times from a distribution that `AdaptiveTimes.learn` updates:
+antithetic noise, and times from a distribution that `AdaptiveTimes.learn` updates:
 
     >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
     >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))
@@ -36,7 +36,7 @@ antithetic pairs of noise, and times from a distribution that `AdaptiveTimes.lea
     2.87 ± 0.08 nats
 
 `Weighting`, `TermWeights`, `TimeSampler`, `Targets`, `Probes`, `Prediction` and `Divergence` are
-the argument types that appear in signatures.
+type aliases that appear in signatures.
 """
 
 from hosm_losses import taylor

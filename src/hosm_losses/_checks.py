@@ -70,7 +70,7 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a tensor's shape (a scalar's value), a function's name, or any other repr."""
+    """Return a tensor's shape, a function's name or, for most other values, the repr."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
@@ -268,7 +268,7 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return α x₀ + σ ε for x₀ and ε (B, *).
+    """Return α x₀ + σ ε, where x₀ and ε have the shape (B, *).
 
     The shape of α and σ is (B,) or broadcasts to the shape of x₀.
     """
@@ -281,7 +281,7 @@ def widest_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
-    """Return the sum of each sample's elements, of shape (K, B) for a tensor (K, B, *).
+    """Sum the elements of each sample; for a tensor (K, B, *), the result has shape (K, B).
 
     The sums are computed in at least float32. `leading` is the number of dimensions that precede
     the dimensions of a sample, for example 1 for a tensor (B, *).
@@ -291,7 +291,7 @@ def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the keyword arguments that pass a generator, or an empty dict for None.
+    """Return the keyword arguments that pass `generator`, or an empty dict if it is None.
 
     None is not passed on, because torch.compile rejects generator=None if tensor sizes may vary
     between calls.
@@ -300,7 +300,7 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context manager that, on exit, restores the CPU's and `device`'s random states."""
+    """Return a context manager that restores the random states of the CPU and `device` on exit."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)

@@ -49,7 +49,7 @@ _autograd: Any = torch.autograd
 
 
 def differentiated() -> bool:
-    """Return whether this call is in torch.func.grad, vjp or jacrev, with gradients enabled."""
+    """Return whether this code runs in torch.func.grad, vjp or jacrev, with gradients enabled."""
     return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
 
 

@@ -61,19 +61,19 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) is
     converted to a DiscreteSchedule. With such a schedule, t is the timestep, which is an integer
     in training and may be fractional when a likelihood is computed. A HunyuanDiT receives t in the
-    dtype of x. The argument x is the model's input. With an Euler scheduler, this input is the
-    sample scaled by `scheduler.scale_model_input`.
+    dtype of x. The ScoreModel passes x to the model without scaling it. With an Euler scheduler, x
+    is therefore the sample after scaling by `scheduler.scale_model_input`.
 
-    A flow-matching scheduler is converted to a LinearFlowSchedule. So is a scheduler such as UniPC
-    if it is configured with `use_flow_sigmas` and "flow_prediction". With such a schedule, t is
-    the scheduler's sigma, and the model receives t · num_train_timesteps. Flux, QwenImage,
-    AuraFlow and others receive t itself, as in their pipelines. A scheduler's shift is ignored,
-    because it affects only which times are drawn. To use a shift, draw the times yourself and pass
-    them as t.
+    A flow-matching scheduler is converted to a LinearFlowSchedule. A scheduler such as UniPC is
+    converted in the same way if it is configured with `use_flow_sigmas` and "flow_prediction".
+    With such a schedule, t is the scheduler's sigma, and the model receives
+    t · num_train_timesteps. Flux, QwenImage, AuraFlow and others receive t itself, as in their
+    pipelines. A scheduler's shift is ignored, because it affects only which times are drawn. To
+    apply a shift, draw shifted times yourself and pass them as t.
 
     If the scheduler has a table and is configured with timestep_type="continuous" and
     prediction_type="v_prediction", the model receives ¼ log(σ/α) as its timestep. Pass class
-    labels, text embeddings and so on in `model_kwargs`.
+    labels, text embeddings and other inputs in `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -167,12 +167,13 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
     t is an index into the table. x has to be in the range that the network expects: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. With the default weighting, the
-    first term of each loss equals the project's own loss. To reproduce min_snr_loss_weight, pass
-    the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is. The ScoreModel uses
-    `diffusion.model` itself, not a copy, so the project's Trainer, optimizer and EMA work on the
-    same parameters. In training mode, a network from the project's `classifier_free_guidance`
-    drops classes at random in every call, as in the project's loss. After `.eval()`, the network
-    drops none. The variance of a LearnedGaussianDiffusion is not used.
+    first term of this package's losses equals the project's own loss. To reproduce
+    min_snr_loss_weight, pass the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is.
+    The ScoreModel uses `diffusion.model` itself, not a copy, so the project's Trainer, optimizer
+    and EMA work on the same parameters. In training mode, a network from the project's
+    `classifier_free_guidance` drops classes at random in every call, as in the project's loss.
+    After `.eval()`, the network drops no classes. The variance that a LearnedGaussianDiffusion
+    predicts is not used.
 
     Raises:
         TypeError: if `diffusion` is not a GaussianDiffusion.
@@ -216,8 +217,8 @@ def from_edm(net: Any) -> ScoreModel:
     σ ranges from the network's sigma_min to its sigma_max, with both limits clipped to
     [0.002, 80], the range of EDM's sampler. Pass one-hot labels in `model_kwargs` as class_labels.
 
-    The first term of the following objective equals the loss of EDM's trainer, averaged over
-    elements:
+    The first term of the following objective equals the loss of EDM's trainer if that loss is
+    averaged over elements:
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
@@ -260,8 +261,8 @@ def from_flow_matching(
         data_at: the value of s at which the data are clean. Pass 1 for a network from torchcfm,
             flow_matching or RectifiedFlow, and 0 for a network that predicts noise minus data, as
             Stable Diffusion 3 does.
-        time: the factor by which s is multiplied before it is passed to the network, such as 999
-            for RectifiedFlow. The velocity is not rescaled.
+        time: the factor by which s is multiplied to obtain the network's time, such as 999 for
+            RectifiedFlow. The velocity is not rescaled.
         time_first: whether the time is the network's first argument, before x, as in torchcfm.
 
     Raises:
@@ -297,15 +298,15 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return a ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index into the diffusion's own table. As in the project, the model receives the number
-    that the step had before respacing. If t lies between two indices, the model receives the
-    fractional step number that has the same noise level as t. If `rescale_timesteps` is set, this
-    number is multiplied by 1000 and divided by the original number of steps. Pass class labels in
-    `model_kwargs` as y. If the model learns its variance, only the first half of its output
-    channels is used.
+    of the step in the original table, before respacing. If t lies between two indices, the model
+    receives the fractional step number that corresponds to the noise level at t. If
+    `rescale_timesteps` is set, this number is multiplied by 1000 and divided by the original
+    number of steps. Pass class labels in `model_kwargs` as y. If the model learns its variance,
+    only the first half of its output channels is used.
 
-    The project's own checkpoint function drops the graph in its backward pass. The attention
-    blocks call this function even if `use_checkpoint` is False. For orders above one, replace the
-    function with one that calls `hosm_losses.checkpoint`.
+    The project's own checkpoint function does not record a graph in its backward pass. The
+    attention blocks call this function even if `use_checkpoint` is False. For orders two and
+    three, replace this function with a function that calls `hosm_losses.checkpoint`.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -431,7 +432,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
     """Return this package's name for another project's prediction type.
 
-    `where` names the attribute that holds the prediction type. The error mentions this name.
+    `where` names the attribute that holds the prediction type, for use in the error.
     """
     if isinstance(value, str) and value in names:
         return names[value]

@@ -6,7 +6,7 @@ Estimates:
 
 Formula:
     Let S = (A + Aᵀ)/2. Depending on the distribution of v, the variance of vᵀ A v is
-        Rademacher   4 Σ_{i<j} S_ij²          zero for a diagonal A, hence the default
+        Rademacher   4 Σ_{i<j} S_ij²          zero if A is diagonal; this is the default
         Gaussian     2 ‖S‖²_F
         sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)      radius √d
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
@@ -153,9 +153,10 @@ class Hutchinson(_Random):
 class Paired(_Random):
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
-    On average, the square of a noisy estimate is too large by the variance of the estimate. The
-    product of two independent estimates is unbiased. The terms of the loss therefore have the same
-    mean as with `probes="exact"`, but may be negative for individual samples.
+    On average, the square of an unbiased estimate exceeds the square of the true value by the
+    variance of the estimate. The product of two independent estimates is unbiased. The terms of
+    the loss therefore have the same mean as with `probes="exact"`, but may be negative for
+    individual samples.
 
     Args:
         count: K, the number of independent probes per sample, at least 2. The mean of the

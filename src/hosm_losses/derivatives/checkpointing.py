@@ -17,15 +17,15 @@ ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing inside a network that is trained with a loss of order two or three.
 
-    This function calls torch's non-reentrant `torch.utils.checkpoint.checkpoint`, and works with
-    both engines. The reverse engine replaces some of PyTorch's operators with safe primitives. If
-    the first computation used these primitives, the recomputation uses them too. Torch's own
-    checkpoint does not ensure this, so the reverse engine raises an error if the checkpointed part
-    contains an operator that the primitives replace.
+    This function calls `torch.utils.checkpoint.checkpoint` with use_reentrant=False, and works
+    with both engines. The reverse engine replaces some of PyTorch's operators with safe
+    primitives, whose double backward is correct. If the first computation used these primitives,
+    the recomputation uses them too. Torch's own checkpoint does not ensure this, so the reverse
+    engine raises an error if that checkpoint wraps an operator that the primitives replace.
 
     Args:
         function: a part of the network.
-        args: the arguments of `function`.
+        args: the positional arguments of `function`.
         kwargs: the keyword arguments of `function`. In addition, `preserve_rng_state`,
             `determinism_check`, `debug` and `early_stop` are passed on to torch's checkpoint, and
             `use_reentrant` is accepted but has no effect.

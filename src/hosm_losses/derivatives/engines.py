@@ -37,7 +37,8 @@ Lost graphs:
 
 Cost:
     Costs are counted in evaluations of the network, and a backward pass counts as two evaluations.
-    A training step of order one costs 3 evaluations. A step with products and K directions costs:
+    A training step of order one costs 3 evaluations. A training step with Jacobian products and K
+    directions costs:
 
     - at order 2 in reverse mode, 6 + 3·K evaluations;
     - at order 2 in the taylor engine, 6 + 6·K evaluations;
@@ -141,7 +142,7 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
     `point`. If `wanted` is False, no node is checked.
 
     Returns whether any of the checked nodes belongs to a custom Function. If so, the caller must
-    avoid vmap, because this check cannot see what a Function does under vmap.
+    avoid vmap, because this check cannot inspect a Function's gradients under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():

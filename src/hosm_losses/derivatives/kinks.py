@@ -47,7 +47,7 @@ class NetworkMemory:
 
     Attributes:
         refused: for each (engine, kind), why the engine refuses this kind of call.
-        failed: for each (engine, kind), why a call first failed. The next call may succeed.
+        failed: for each (engine, kind), why the first call failed. The next call may succeed.
         served: each (engine, kind, surroundings) with which a call has succeeded. The surroundings
             include the transforms and modes that were active.
         warned: whether the user has been warned that reverse mode takes over.
@@ -74,7 +74,7 @@ def refusal(owner: object, order: int) -> str | None:
 
 
 def memory_of(owner: object) -> NetworkMemory:
-    """Return the memory of `owner`.
+    """Return the `NetworkMemory` of `owner`.
 
     If `owner` cannot be hashed or weakly referenced, every call returns a new memory.
     """
@@ -87,7 +87,7 @@ def memory_of(owner: object) -> NetworkMemory:
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
     """Return `field`, wrapped in a check that warns about discontinuous derivatives.
 
-    `field` itself is returned if this order needs no more checks, if no gradients are wanted, and
+    `field` itself is returned if this order needs no more checks, if no gradients are needed, or
     under torch.compile.
     """
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
@@ -122,7 +122,7 @@ def find_jumps(
 
 
 def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Return the order of an operator's first discontinuous derivative (1 or 2), or 0 for none."""
+    """Return the order (1 or 2) of an operator's first discontinuous derivative, or 0 if none."""
     if name == "elu":
         return 2 if named.get("alpha", args[1] if len(args) > 1 else 1.0) == 1 else 1
     if name == "smooth_l1_loss" and named.get("beta") == 0:

@@ -173,9 +173,9 @@ def derive_with_products(
 ) -> Products:
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
-    The products are (∂f/∂x)ᵀ c and, if `push` is True, (∂f/∂x) c. Products are cheaper in reverse
-    mode, so "auto" tries reverse mode first. If that attempt fails, "auto" proceeds as in
-    `derive`.
+    The products are (∂f/∂x)ᵀ c and, if `push` is True, (∂f/∂x) c. In eager mode, "auto" tries
+    reverse mode first, because it computes products at a lower cost than the taylor engine. If
+    that attempt fails, "auto" proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`

@@ -239,7 +239,7 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
 
 
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """If the check finds a fault, raise an error that names the innermost module with a fault.
+    """If the check finds a fault, raise an error that names the innermost faulty module.
 
     Return False if no fault is found. Return True if the network has a fault in float32 but its
     float64 copy has none. Such a fault is due to rounding, so no error is raised.

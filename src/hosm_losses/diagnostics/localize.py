@@ -3,8 +3,8 @@ r"""Search for the faulty part of a network: the innermost module with a fault o
 Formula:
     A module is evaluated with the arguments that it received in the network. Let y_k be the
     tensors that the module returns, and let r_k and u be fixed random tensors. Then the map
-    x → (Σ_k y_k · r_k) u is a field with the shape of x. The derivatives D and G of this field
-    depend on all first and second derivatives of the module with respect to x.
+    x → (Σ_k y_k · r_k) u is a field whose values have the shape of x. The derivatives D and G of
+    this field depend on all first and second derivatives of the module with respect to x.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,7 +36,7 @@ class Call:
 
     @property
     def where(self) -> str:
-        """A phrase with the name and class of the module."""
+        """The name and class of the module, as a phrase for error messages."""
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
@@ -106,7 +106,7 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one argument; the others stay as the network passed them."""
+    """A module as a function of one argument; the network's call supplies the other arguments."""
 
     call: Call
     place: int | str
@@ -148,10 +148,10 @@ class Part:
 def find_culprit(
     check: Check, calls: Iterable[Call], primitives: bool, opaque: bool
 ) -> tuple[Part, str] | None:
-    """Return the innermost module that has a fault of its own, and the fault.
+    """Return the innermost module that has a fault of its own, and describe the fault.
 
     `opaque` means that the network as a whole shows no fault. In this case, only modules that
-    contain a custom Function are tried. A module that cannot be differentiated on its own is then
+    contain a custom Function are checked, and a module that cannot be differentiated on its own is
     not reported.
     """
     parts = _parts(calls, primitives)
@@ -163,9 +163,10 @@ def find_culprit(
 
 
 def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
-    """Yield a part for the first call of each module, starting with the innermost module.
+    """Yield a part for the first call of each module, the most deeply nested modules first.
 
-    A module is skipped if this call received no floating-point tensor, or only scalars.
+    A module is skipped if no argument of this call is a floating-point tensor with at least one
+    dimension.
     """
     first: dict[str, Call] = {}
     for call in calls:
@@ -178,7 +179,7 @@ def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
 
 
 def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
-    """Yield the innermost modules whose graph contains a custom Function."""
+    """Yield the innermost modules whose graphs contain a custom Function."""
     seen: set[nn.Module] = set()
     for part in parts:
         with suppress(Exception):  # some modules cannot be called on their own

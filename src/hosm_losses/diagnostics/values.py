@@ -2,14 +2,15 @@
 
 - The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, together with their
-  times, and compares the output of the remaining sample. The batch size and any dropout mask stay
-  the same.
+  times, and checks that the output of the remaining sample does not change. The batch size and any
+  dropout mask stay the same.
 - If a sample is moved to another row of the batch, its output moves to the same row. The test
-  permutes the samples, or fills the batch with copies of one sample. All tensors that are assumed
-  to belong to the samples are rearranged in the same way. Such a tensor may in fact hold an
-  unordered set that all samples share. Permuting the rows of this set changes no output, so only
-  the copies reveal that the rows do not belong to the samples. The test is skipped if the network
-  draws random numbers, because these depend on a sample's position in the batch.
+  permutes the samples and, separately, fills the batch with copies of one sample. All tensors that
+  are assumed to belong to the samples are rearranged in the same way. Such a tensor may in fact
+  hold an unordered set that all samples share. Permuting the rows of this set does not change any
+  output, so only the test with copies shows that the rows do not belong to the samples. The test
+  is skipped if the network draws random numbers, because these depend on a sample's position in
+  the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -99,7 +100,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return the least precise dtype of the tensors that depend on x or a trained parameter."""
+    """Return the least precise dtype of the tensors that depend on x or a trainable parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -144,7 +145,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the first module whose results differ in `row` although its arguments there do not."""
+    """Name the first module whose results in `row` differ while its arguments there agree."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether outputs move with their samples if the tensors in `shared` stay put."""
+        """Return whether outputs move with their samples if tensors in `shared` are not moved."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

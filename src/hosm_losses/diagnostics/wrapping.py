@@ -1,45 +1,45 @@
 r"""Check that a network's schedule, time, prediction and data units match those used in training.
 
 Formula:
-    Suppose that a wrapping uses another schedule, and data c x₀ + b in other units. The noised
-    data are then x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε in other units. The
-    best prediction of ε from x is then also the best prediction of ε from x₀ + σ̂ ε. The losses of
-    different wrappings are therefore comparable if ε and u = log σ̂ are the same for all of them.
-    Here, σ̂ is the noise level in the units of x₀.
+    Suppose that a wrapping uses another schedule and rescales the data to c x₀ + b. The noised
+    data are then x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε, scaled and shifted.
+    The best prediction of ε from x is then also the best prediction of ε from x₀ + σ̂ ε. The
+    losses of different wrappings are therefore comparable if ε and u = log σ̂ are the same for all
+    wrappings. Here, σ̂ is the noise level in the units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
     ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
     the eigenvalues of C.
 
     Losses are divided by ℓ(u) before they are compared, so that every level counts equally. The
-    predicted ε is p · output + q x. A single network call therefore yields the losses for all
-    kinds of prediction and for both signs.
+    predicted ε is p · output + q x, where only p and q depend on the kind and sign of the
+    prediction. A single network call therefore yields the losses for all kinds and both signs.
 
-    To rank the candidates, the loss of each is measured with one draw of noise per sample. The
+    The candidates are ranked by their losses, measured with one draw of noise per sample. The
     model's own wrapping and the three best candidates are then measured again, with eight fresh
     draws per sample. The verdict is based on these measurements. One draw would not be enough: a
     wrong schedule that shifts a log-likelihood by a third of a nat may change the loss by only two
-    per cent. Half of the fresh draws are spread evenly over the levels. The other half favour
-    levels at which the losses of these candidates differ from the loss under the model's own
-    wrapping: the number of these draws at a level is proportional to the difference. In the
-    verdict, every level still counts equally.
+    per cent. Half of the fresh draws are spread evenly over the levels. The number of the other
+    draws at a level is proportional to the differences, at this level, between the losses of these
+    candidates and the loss under the model's own wrapping.
 
     A candidate that fits better is not always the wrapping used in training. A network that is
     barely trained fits best under the wrapping in which its output contributes least to the
-    predicted ε. That wrapping predicts v: if the data have unit variance, q x alone is then the
-    best linear predictor. A candidate is therefore not reported if the linear predictor's loss is
-    smaller than the candidate's by more than the fraction CLOSE. To be reported, a candidate must
-    also have a significantly smaller loss than the linear predictor, either on average or at some
-    level. This second condition does not apply to a candidate that keeps the units of the data and
-    makes at most BELIEVED changes (of kind and of sign). The reason is that on nearly Gaussian
-    data, even a trained network can hardly beat the linear predictor.
+    predicted ε. In that wrapping, the prediction is v: if the data have unit variance, q x alone
+    is already the best linear predictor of ε. A candidate is therefore not reported if its loss
+    exceeds the linear predictor's loss by more than the fraction CLOSE of its own loss. To be
+    reported, a candidate must also have a significantly smaller loss than the linear predictor,
+    either on average or at one or more levels. This second condition does not apply to a candidate
+    that keeps the units of the data and makes no more changes of kind and sign than BELIEVED
+    allows. The reason is that on nearly Gaussian data, even a trained network is hardly better
+    than the linear predictor.
 
-The candidates are the wrappings with which networks are commonly trained. If the model's
-schedule is a table of at least LEAST_STEPS entries, the candidates' tables have the same length.
-Otherwise, their tables have 1000 entries. With a table, the network receives either the index, or
-the index divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or
-log σ under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching,
-time runs from data to noise or from noise to data. In diffusers, time runs up to 1000.
+The candidates are the wrappings with which networks are commonly trained. If the model's schedule
+is a table of at least LEAST_STEPS entries, the candidates' tables have the same length. Otherwise,
+their tables have 1000 entries. With a table, the network receives either the index or the index
+divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or log σ
+under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs
+from data to noise or from noise to data; its maximum is 1 or, in diffusers, 1000.
 """
 
 import copy
@@ -105,7 +105,7 @@ class WrappingCandidate:
         time: the argument `time`, as code; "" if there is none, "yours" for the model's own.
         negated: whether the output has to be negated.
         units: the data to pass, as an expression in x0; "x0" for unchanged data.
-        loss: the squared error of the noise predicted under this wrapping, averaged over elements.
+        loss: the mean squared error of the predicted noise under this wrapping.
         own_loss: the same error under your own wrapping, at the same noise levels.
     """
 
@@ -133,29 +133,30 @@ class WrappingReport:
     measurement, with one draw of noise per sample. One loss is clearly larger than another if
     their difference, minus twice its standard error, is more than 10 % of the larger loss. In the
     table, "worse" marks the levels at which the network's loss is clearly larger than the linear
-    predictor's. The verdict counts these levels.
+    predictor's.
 
     Attributes:
         ok: whether your wrapping passes the check. The check fails if `best` is not None. It also
             fails if the network's loss is clearly larger than the best linear predictor's, either
             on average or at a quarter or more of the levels.
         best: the highest-ranked candidate that fits better than your wrapping, or None. Its loss
-            is smaller than the loss under your wrapping by more than half a per cent and by more
-            than four standard errors. A candidate is left out if an untrained network, which is at
-            best as good as a linear predictor, could reach the candidate's loss.
+            is smaller than the loss under your wrapping, by more than half a per cent and by more
+            than four standard errors of the difference. A candidate is excluded if an untrained
+            network, which is at best as good as a linear predictor, could achieve the candidate's
+            loss.
         undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
             clearly smaller.
         gain: the loss under your wrapping minus the loss of `best`, as a fraction of the loss
             under your wrapping. To compute this fraction, each loss is first divided by the linear
             predictor's expected loss at the same level, then averaged over the levels. The gain is
             0 if `best` is None.
-        detectable_gain: the true gain above which the check finds, with a probability of 0.97,
-            that a candidate fits better than your wrapping. This applies to the three
+        detectable_gain: the smallest true gain at which the check finds, with a probability of
+            0.97, that a candidate fits better than your wrapping. This applies only to the three
             highest-ranked candidates. The number is at least half a per cent. It depends on the
             standard errors of the differences in loss, which fall as the number of samples grows.
-            The number is also large enough that a candidate with this gain has a loss at least
-            four standard errors below the linear predictor's.
-        log_sigma_hat: the noise levels, log σ/α in the units of the data.
+            The number is also large enough that the loss of a candidate with this gain is at least
+            four standard errors below the linear predictor's loss.
+        log_sigma_hat: the noise levels log(σ/α), where σ/α is in the units of the data.
         losses: the mean squared error of the predicted noise at each level, under your wrapping.
         linear: the mean squared error of the best linear predictor at each level.
         best_losses: the mean squared error of the predicted noise at each level, under `best`. NaN
@@ -228,7 +229,7 @@ AS_THEY_ARE = Units()
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The inputs of a network: noised data and a time, with the code for both.
+    """The schedule, time and data units that determine the inputs of a network, also as code.
 
     Instances are compared by identity, because a user's schedule may not be hashable.
     """
@@ -284,12 +285,12 @@ def check_wrapping(
 
     Returns:
         The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
-        is `best`. Wrap the network as in `best` unless `undecided` is True. In that case, `best`
-        is not clearly better than your wrapping: the difference in loss, minus twice its standard
-        error, is at most 10 % of the loss under your wrapping. `ok` is also False if the network
-        is clearly worse than a linear predictor. Then the network is untrained, or no candidate
-        fits. If `ok` is True, the verdict states `detectable_gain`, the gain that the check would
-        have detected.
+        is `best`. Wrap the network as `best` describes, unless `undecided` is True. In that case,
+        `best` is not clearly better than your wrapping: the difference in loss, minus twice its
+        standard error, is at most 10 % of the loss under your wrapping. `ok` is also False if the
+        network is clearly worse than a linear predictor. In that case, the network is untrained,
+        or no candidate fits. If `ok` is True, the verdict states `detectable_gain`, the smallest
+        gain that the check would probably have detected.
 
     Raises:
         DerivativeError: if the first dimension of a tensor in `model_kwargs` equals the batch
@@ -356,7 +357,7 @@ class _Linear:
         return _mean_square(error / (self.variances + sigma.square()))
 
     def levels(self, schedule: Schedule, count: int) -> Tensor:
-        """Return levels (count,) of the schedule with ℓ(u) between SMALLEST and LARGEST."""
+        """Return levels (count,) of the schedule where ℓ(u) is between SMALLEST and LARGEST."""
         low, high = schedule.log_sigma_hat_range
         grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
         expected = self.expected(grid)
@@ -374,8 +375,8 @@ class _Linear:
 class _Search:
     """The losses (draws, B) of the candidates on one batch of data.
 
-    In each draw, the noise level varies from sample to sample. Over all draws, the samples get
-    similar sets of levels.
+    In each draw, the noise level varies from sample to sample. Over all draws, every sample is
+    measured at a similar set of levels.
     """
 
     def __init__(
@@ -409,8 +410,8 @@ class _Search:
 
         The number of draws at each level is proportional to the level's entry in `shares`. Draw n
         of sample i uses the level at the quantile (n + (iφ mod 1))/count of the shares, where φ is
-        the golden ratio. Because multiples of φ are spread evenly modulo 1, all samples get
-        similar sets of levels, and all levels get similar sets of samples.
+        the golden ratio. Because multiples of φ are spread evenly modulo 1, the sets of levels are
+        similar for all samples, and the sets of samples are similar for all levels.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -441,13 +442,13 @@ class _Search:
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
-        """Call the network once per draw, and record the loss for every kind and sign."""
+        """Call the network once per draw; record the loss for each kind and sign of prediction."""
         draws = [self._call(inputs, *each) for each in zip(self.noise, self.place, strict=True)]
         for read in draws[0]:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
     def _call(self, inputs: Inputs, noise: Tensor, place: Tensor) -> dict[Read, Tensor]:
-        """Return the losses (B,) for every kind and sign, from one call of the network.
+        """Call the network once, and return the losses (B,) for every kind and sign of prediction.
 
         The losses are NaN at levels outside the schedule. The new wrapping is not validated,
         because any fault in it shows up in the loss.
@@ -489,7 +490,7 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """Return how far each candidate's loss exceeds the lowest one, averaged over the levels.
+        """Return by how much each loss exceeds the lowest loss, averaged over the levels.
 
         The score is infinite for a candidate whose schedule covers less than half of the levels.
         """
@@ -501,10 +502,10 @@ class _Search:
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float]:
-        """Return how far the losses exceed `reference`, and the standard error of this excess.
+        """Return by how much losses exceed `reference`, and the standard error of this excess.
 
-        Both numbers are fractions of the mean of the losses. All levels count equally, unless
-        `place` is given: then only the level with that index counts. The draws of one sample are
+        Both numbers are fractions of the mean of the losses. If `place` is given, only the level
+        with that index counts; otherwise, all levels count equally. The draws of one sample are
         not independent. The standard error is therefore computed from one number for each sample,
         the sum of its differences over all draws.
         """
@@ -527,7 +528,7 @@ class _Search:
     def _first(self) -> list[Read]:
         """Return the best-fitting candidates.
 
-        Of the candidates that fit about as well as the best one, the candidate with the fewest
+        Among the candidates that fit about as well as the best one, the candidate with the fewest
         differences from the model's own wrapping comes first.
         """
         scores = self._scores()
@@ -554,11 +555,7 @@ class _Search:
         return any(self._is_better(losses, self.linear, place) for place in places)
 
     def _detectable_gain(self) -> float:
-        """Return the gain above which a candidate is detected with a probability of 0.97.
-
-        With this probability, `_is_better` finds such a candidate better than the model's own
-        wrapping.
-        """
+        """Return the gain above which a candidate is detected with a probability of 0.97."""
         own = self.losses[self.own]
         excess, error = self._excess(own, self.linear)
         limits = [excess + FINE_ERRORS * error]
@@ -597,7 +594,7 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """Copy a model and set attributes of the copy, which hide any modules of the same name."""
+    """Copy a model and set attributes on the copy; they hide any modules of the same names."""
     changed = copy.copy(model)
     vars(changed).update(changes)
     return changed

@@ -6,8 +6,8 @@
 - `solvers`: the solver options `FixedGrid`, `ToTolerance` and `Adaptive`.
 - `multistep`: the solver that uses one fixed grid for the whole batch.
 - `adaptive`: the solver that chooses the step sizes of each sample separately.
-- `paths`: defines the coordinates in which the ODE is solved, and evaluates the slope, the
-  divergence and the prior. It also checks, for example, whether the network's output is random.
+- `paths`: the coordinates in which the ODE is solved; evaluations of the slope, the divergence and
+  the prior; and checks of the network's first evaluation.
 - `divergence`: estimators of the divergence.
 - `job`: code that checks a call's arguments, splits the samples into batches, and joins the
   results of the batches.

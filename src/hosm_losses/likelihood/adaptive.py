@@ -1,8 +1,8 @@
 r"""A Runge-Kutta solver with a separate step size for each sample, used by `Adaptive`.
 
 Purpose:
-    The solver integrates dy/ds = f(s, y). The method needs a smooth integrand, so each sample
-    keeps the same probes along its whole path.
+    The solver integrates dy/ds = f(s, y). The method needs a smooth integrand, so the probes for a
+    sample are the same along its whole path.
 
 Formula:
     The method is the Runge-Kutta pair 5(4) of Tsitouras. The last stage of a step is also the
@@ -12,20 +12,20 @@ Formula:
     Samples that have reached the end of the span are no longer evaluated.
 
 Rounding:
-    Suppose that the network's outputs are rounded with a relative spacing of ε. The estimated
-    error of a step then includes a rounding error of about 0.2 ε · I, where I is the integral of
-    |integrand| over the step. The factor 0.2 is the product of 1/√12 and 0.75: the root mean
-    square of the relative rounding error is ε/√12, and the norm of ERROR is 0.75.
+    Suppose that the network's outputs are rounded to numbers with a relative spacing of ε. The
+    estimated error of a step then includes a rounding error of about 0.2 ε · I, where I is the
+    integral of |integrand| over the step. The factor 0.2 is the product of 1/√12 and 0.75: the
+    root mean square of the relative rounding error is ε/√12, and the norm of ERROR is 0.75.
 
     `MAX_EVALUATIONS` allows 1666 steps. Even if the data are one-dimensional, the integral of
     |integrand| over the whole path is about 8 nats. The second solution therefore cannot meet a
     tolerance below 0.001 ε. Its tolerance is a tenth of the first solution's, so the first
     solution's tolerance has to be at least 0.01 ε, which is 1.2e-9 in float32. Only networks with
-    outputs near zero meet tolerances below this bound. The ε of a dtype narrower than float32 is
-    too large to be used in the bound. For such dtypes, the bound for float32 is used instead.
+    outputs near zero can meet tolerances below this bound. The ε of a dtype narrower than float32
+    is too large to be used in the bound. For such dtypes, the bound for float32 is used instead.
 
-    In measurements in float32, the smallest tolerance that could be met was between 2e-9 and 3e-8
-    for linear networks, and between 3e-8 and 3e-6 for other networks. Moreover, `solver_error` is
+    In float32 measurements, the smallest tolerance that could be met was between 2e-9 and 3e-8 for
+    linear networks, and between 3e-8 and 3e-6 for other networks. Moreover, `solver_error` is
     never below 1e-6 in float32.
 
 Source:
@@ -102,9 +102,9 @@ def adaptive(
     """Solve dy/ds = f for increasing s, from y (B, m) at the start of a span to its end.
 
     `slope(s, y, rows)` returns three tensors: the slope dy/ds, the covector that is passed to
-    `judge`, and the cause of a non-finite value (0 if all values are finite). `rows` (n,) are the
-    rows of the batch that have neither reached the end nor failed. The shape of s is (n,), and s
-    never leaves the span. The shape of y is (n, m).
+    `judge`, and the cause of a non-finite value (0 if all values are finite). `rows` (n,) holds
+    the indices of the samples that have neither reached the end nor failed. The shape of s is
+    (n,), and s never leaves the span. The shape of y is (n, m).
 
     `judge(errors, covector)` receives the errors (n, m) of a step and the covector at the end of
     the step. It returns two numbers per row: the error relative to the tolerance, and the error in
@@ -167,8 +167,8 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     The ODE is solved twice, the second time with a tenth of the tolerance, and the second solution
     is returned. `solver_error` is the larger of two estimates: the difference between the two
     solutions, and the sum of the second solution's step errors. If a path seems to have kinks, its
-    step errors are unreliable, so its `solver_error` is tripled. Without a divergence, only the
-    second solution is computed, and `solver_error` is 0.
+    step errors are unreliable, so its `solver_error` is tripled. If no divergence is computed,
+    only the second solution is computed, and `solver_error` is 0.
     """
     size, probes = z[0].numel(), paths.draw_probes(z)
     if paths.divergence.is_random and probes is None:

@@ -1,10 +1,10 @@
-"""Evaluations of a network that are repeated in the backward pass.
+"""Network evaluations that are repeated in the backward pass.
 
 Purpose:
-    If torch's checkpoint is applied to a function that itself computes a gradient, every tensor
-    that this gradient did not use stays in memory. This module keeps no activations after an
-    evaluation, unless the network uses `torch.func`. Instead, the backward pass recomputes the
-    activations of one evaluation at a time. Values and gradients are unchanged.
+    If `torch.utils.checkpoint` is applied to a function that itself computes a gradient, every
+    saved tensor that this gradient does not use stays in memory. This module keeps no activations
+    after an evaluation, unless the network uses `torch.func`. Instead, the backward pass
+    recomputes the activations of one evaluation at a time. Values and gradients are unchanged.
 """
 
 import weakref
@@ -23,7 +23,7 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call; only the one that was recomputed last keeps activations."""
+    """The evaluations in one `Job`; only the most recently recomputed one keeps activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
@@ -87,7 +87,7 @@ class RecomputedEvaluation:
             self.evaluations.is_inside = False
 
     def recompute(self, index: int) -> Tensor:
-        """Return a saved tensor and forget it: the backward pass needs each tensor only once."""
+        """Return a saved tensor and remove it from `recomputed`; it is needed only once."""
         if index not in self.recomputed:
             latest = self.evaluations.latest()
             if latest is not None:

@@ -1,16 +1,16 @@
-r"""Dequantization of integer images, and the averaging of densities over several draws.
+r"""Dequantization of integer images, and averaging of densities over draws of the noise.
 
 Formula:
     Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of u,
     x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
     Here p is the density of x. `bits_per_dim` accounts for the width of a cell.
 
-    Suppose that a network was trained on the levels themselves, y = first + w k. At small noise,
-    its density consists of normal peaks with standard deviation σ̂ around the levels. Let t be the
-    time at which w/2, half the width of a cell, equals τ = 3 standard deviations. At this time,
-    noise spreads each level over its cell. The noise u is drawn from the standard normal
-    distribution truncated to [−τ, τ]. Before truncation, the probability of this interval is
-    Z = erf(τ/√2). The noisy point and the bound are:
+    Suppose that a network was trained on the levels themselves, y = first + w k. At low noise, its
+    density consists of normal peaks with standard deviation σ̂ around the levels. Let t be the
+    time at which half the width of a cell, w/2, equals τ σ̂, where τ = 3. At this time, the noise
+    spreads each level over its cell. The noise u is drawn from the standard normal distribution
+    truncated to [−τ, τ]. Before truncation, the probability of this interval is Z = erf(τ/√2). The
+    noisy point and the bound are:
     x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)].
     For normal peaks, the bound exceeds −log P(k) by −log Z, which is 0.0027 nats per element. For
     a density that is smooth over a cell, the bound exceeds −log P(k) by 0.39 nats per element,
@@ -47,9 +47,9 @@ class Uniform:
     """Uniform dequantization of uint8 images: x = −1 + 2 (k + u)/256 with u uniform on [0, 1).
 
     Args:
-        draws: the number K of draws of u and, if `clean` is True, also of the noise. The densities
-            of the draws are averaged, which tightens the bound at K times the cost. More than one
-            draw requires divergence="exact".
+        draws: the number K of draws of u and, if `clean` is True, of the diffusion noise. The
+            densities of the draws are averaged, which tightens the bound at K times the cost of
+            one draw. More than one draw requires divergence="exact".
 
     Example:
         >>> Uniform()
@@ -77,20 +77,19 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images by the kind of noise that the network saw in training.
+    """Dequantization of uint8 images with the kind of noise that the network was trained on.
 
     `TruncatedNormal` is meant for networks trained on the levels themselves,
     x = first + (last − first) k/255, without added uniform noise. The paths start at the time t at
-    which half the width of a cell equals three times σ̂. The noise at this time, truncated to
-    the cell, spreads each level over its cell. A network trained on the levels themselves has
-    never seen the noise that `Uniform` adds. For a network trained with uniform noise, the bound
-    from `Uniform` is tighter than the bound from `TruncatedNormal` by 0.56 bits per dimension.
-    Only `ode_nll` with clean=False accepts `TruncatedNormal`.
+    which half the width of a cell equals three times σ̂. The noise at this time, truncated at
+    three standard deviations, spreads each level over its cell. For a network trained with uniform
+    noise, the bound from `Uniform` is tighter than the bound from `TruncatedNormal` by 0.56 bits
+    per dimension. Only `ode_nll` with clean=False accepts `TruncatedNormal`.
 
     Args:
         draws: the number K of draws of the noise, as in `Uniform`.
         first: the value of level 0 in training.
-        last: the value of level 255 in training, above `first`.
+        last: the value of level 255 in training, which must be greater than `first`.
 
     Example:
         >>> TruncatedNormal()
@@ -129,7 +128,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return random points x_t in the cells, where paths start, and nll corrections (B,)."""
+        """Return random starting points x_t in the cells, and corrections (B,) to the nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -155,9 +154,9 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: DivergenceEstimator) -> None:
     """Raise ValueError if several draws of u are combined with random probes.
 
-    Averaging densities turns noise in log p into an apparent gain. For example, suppose that
-    Hutchinson's estimator causes noise in log p with a standard deviation of 7 nats. Averaging the
-    density over 20 draws then appears to raise log p by 11 nats.
+    Averaging densities turns noise in log p into an apparent increase in log p. For example,
+    suppose that Hutchinson's estimator causes noise in log p with a standard deviation of 7 nats.
+    Averaging the density over 20 draws then appears to raise log p by 11 nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -183,8 +182,8 @@ def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
     """Combine the results of K draws of u by averaging their densities.
 
-    `nll` is the negative log of the average. `latent` comes from the first draw, `nfe` is summed
-    over draws, and solver errors are averaged with the densities as weights.
+    `nll` is the negative log of the average density. `latent` comes from the first draw, `nfe` is
+    summed over draws, and solver errors are averaged with the densities as weights.
     """
     first = replace(draws[0], quantization=quantization)
     if len(draws) == 1:

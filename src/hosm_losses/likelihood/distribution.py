@@ -31,8 +31,8 @@ class ODEDistribution(Distribution):
     """The distribution of points at t_min under a model's probability-flow ODE.
 
     `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
-    checks its arguments. The results of `log_prob`, `rsample` and `rsample_and_log_prob` carry an
-    autograd graph if gradients are enabled. These methods raise a ValueError if a path fails.
+    checks its arguments. The results of `log_prob`, `rsample` and `rsample_and_log_prob` are
+    differentiable if gradients are enabled. These methods raise a ValueError if a path fails.
 
     Args:
         model: the score model.
@@ -49,7 +49,7 @@ class ODEDistribution(Distribution):
         batch_size: as in `ode_nll`; None to process all samples in one batch.
 
     Raises:
-        TypeError: if `model` is not a `ScoreModel`, or if `divergence` is of an invalid type.
+        TypeError: if `model` is not a `ScoreModel`, or if `divergence` has an invalid type.
         ValueError: if `divergence` is an unknown string, or if the shape of a tensor in
             `model_kwargs` does not begin with `batch_shape`.
 

@@ -116,12 +116,12 @@ NO_DIVERGENCE = NoDivergence()
 
 @dataclass(frozen=True)
 class Exact(_WithoutProbes):
-    """The exact trace of the Jacobian, from products with all unit vectors, in chunks."""
+    """The exact trace of the Jacobian, computed in chunks from products with all unit vectors."""
 
     products: int  # the number d of elements of a sample
 
     def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, Tensor]:
-        """Return f and ∇·f, (1, B)."""
+        """Return f, (B, *), and ∇·f, (1, B)."""
         prediction, forms = model.quadratic_forms(x, unit_vector_chunks(x))
         trace = forms.sum(0, keepdim=True)
         return model.f_and_divergence(x, prediction, trace, torch.full_like(trace, self.products))
@@ -157,7 +157,7 @@ class DivergenceFunction(_WithoutProbes):
         return f"DivergenceFunction(function={shown(self.function)}, is_random={self.is_random})"
 
     def estimate(self, model: BoundModel, x: Tensor, _: None, /) -> tuple[Tensor, Tensor]:
-        """Return f and ∇·f, (1, B)."""
+        """Return f, (B, *), and ∇·f, (1, B)."""
         *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
         prediction, divergence = self.function(*arguments, **kwargs)
         check_prediction(prediction, x)

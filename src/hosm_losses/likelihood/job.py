@@ -1,4 +1,4 @@
-r"""Code that checks arguments, forms batches and joins results for all likelihoods.
+r"""Code shared by all likelihood functions to check arguments, form batches and join results.
 
 Failures:
     A sample fails under any of these conditions:
@@ -96,8 +96,8 @@ class Job:
     ) -> None:
         """Check the arguments.
 
-        `name` is the name of x in error messages. `at_start` says whether one end of the paths is
-        at t_min. `of_prior` says whether the latents of the paths should follow the prior.
+        `name` is the name of x in error messages. `at_start` is True if x or the drawn samples are
+        points at t_min. `of_prior` is True if the latents are expected to follow the prior.
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         if dequantization is None:
@@ -128,9 +128,9 @@ class Job:
     ) -> Any:
         """Solve all batches, join their results, and return `convert(joined)`.
 
-        `solve(batch, steps)` is called for each batch. `steps` contains the numbers of steps that
-        were used in the first batch, and is None for the first batch itself. If a
-        KeyboardInterrupt is raised, its attribute `result` is set to the converted result of the
+        `solve(batch, steps)` is called for each batch. `steps` is None for the first batch; for
+        later batches, it contains the number of steps used for each sample of the first batch. If
+        a KeyboardInterrupt is raised, its attribute `result` is set to the converted result of the
         finished batches, or to None if no batch has finished.
         """
         results: list[NLLResult] = []
@@ -223,7 +223,7 @@ def _refuse_learnt(schedule: Schedule, device: torch.device) -> None:
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
     """Warn if α(t_min) is not near 1, or if the marginal at t_max is not near the prior.
 
-    The check is made only on the CPU.
+    Both checks are made only if x is on the CPU.
     """
     schedule, mean = coordinates.schedule, coordinates.mean
     if not can_read_values(mean):

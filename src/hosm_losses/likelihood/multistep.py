@@ -16,8 +16,8 @@ Grid:
     σ̂/(1 + σ̂). For such a network, the nodes are evenly spaced in r, which is defined by
         σ̂/(c + σ̂) = r² (2 − r²),    c/(c + σ̂) = (1 − r²)²,
     where c is the root mean square of data_std. At the data end, the steps in the flow's time are
-    short because a likelihood starts there with methods of low order. At the noise end, they are
-    short because the network may depend on log σ̂, which changes fast there.
+    short because the solver of `ode_nll` starts there with methods of low order. At the noise end,
+    they are short because the network may depend on log σ̂, which changes fast there.
 
 Formula:
     The Adams-Bashforth predictor of order k computes ŷ, and the Adams-Moulton corrector computes
@@ -32,36 +32,37 @@ Order:
     The order k is 4 if there are fewer than 64 steps, and 5 otherwise. Evaluating f at ŷ limits
     the method's stability. For a decaying linear slope f = λ y, the method is stable only if −h λ
     is below 0.165 at order four, or below 0.09 at order five. Unstable solutions oscillate from
-    node to node. A sample's next step therefore uses order four if both ∇³f and ∇⁴f reverse:
-    their scalar products with their own values at the previous node are negative.
+    node to node. A sample's next step therefore uses order four if both ∇³f and ∇⁴f reverse
+    direction, that is, if the scalar product of each with its value at the previous node is
+    negative.
 
     On the mesh for velocities, k is 5 if there are at least 36 steps. With k = 5 and fewer than 64
     steps, each step is a weighted average of the steps of orders five and four. The weight of the
     step of order five is 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a
     few nodes. Wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
     four. While the order stays the same, the errors of a path's steps nearly cancel. A sudden
-    change of order adds an error, so the weight varies continuously. If the factor ¾ were 1, the
-    errors for two of nine mixtures (exact networks, 40 steps) would be three times as large as at
-    order four.
+    change of order adds an error, so the weight varies continuously. If the factor ¾ were replaced
+    by 1, the errors for two of nine mixtures (exact networks, 40 steps) would be three times as
+    large as at order four.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.
     - Node 1 is evaluated a second time, at the corrected state y₁.
-    - At order five, the states at nodes 2 to 4 are predicted with lower orders. The slopes at
-      these nodes are therefore corrected without another evaluation: λ (y_i − ŷ_i) is added to
-      f_i. Here, λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, where c₁ = y₁ − ŷ₁ and Δf₁ is the
-      change in f from ŷ₁ to y₁. Without corrected slopes, the error of a path that starts outside
-      a narrow data distribution can be up to 3.6 times the error at order four.
+    - At order five, the states at nodes 2 to 4 are predicted with methods of lower order. The
+      slopes at these nodes are therefore corrected without another evaluation: λ (y_i − ŷ_i) is
+      added to f_i. Here, λ = c₁ᵀ Δf₁/‖c₁‖² is the secant slope at node 1, where c₁ = y₁ − ŷ₁ and
+      Δf₁ is the change in f from ŷ₁ to y₁. Without these corrections, the error of a path that
+      starts outside a narrow data distribution can reach 3.6 times the error at order four.
     - y₄ is recomputed with Boole's rule, which has order six:
           y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45
              = y₀ + h (4 f₄ − 8 ∇f₄ + 20/3 ∇²f₄ − 8/3 ∇³f₄ + 14/45 ∇⁴f₄).
     - If σ̂ at the start of a path is close to the data's scale, the state changes noticeably
       in the first steps. The path then begins with two steps of the classical Runge-Kutta method.
-      Node 3, the first predicted node, is then evaluated twice instead of node 1.
+      Node 3, the first predicted node, is then evaluated twice, and node 1 only once.
 
 Error of the path:
-    Let g be the gradient of the answer (the log-density) with respect to y, and let
-    c_i = y_i − ŷ_i be the correction. The error of the step to node i changes the answer by
+    Let g be the gradient of the log-density with respect to y, and let c_i = y_i − ŷ_i be the
+    correction. The error of the step to node i changes the log-density by
         e_i = g_iᵀ γ* h ∇ᵏ⁺¹f_i + (g_i − g_{i−1})ᵀ c_i,    γ* = 3/160 or 863/60480.
     The first part of e_i comes from the next term in the corrector's series of backward
     differences, and is omitted if i ≤ k. The second part arises because f and q are evaluated at
@@ -100,14 +101,14 @@ Error of the integral:
     as (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Companion:
-    A companion of a path from data to a latent is a second solution with half as many steps and
-    the same probes. Let D be the difference between the two answers. For D, both integrals of q
-    use only the nodes that the two grids share. The path's error is estimated as max(p, |D|/5), or
-    as p if D is not finite.
+    A companion of a path from data to a latent is a second solution of the ODE, with the same
+    probes but half as many steps as the first solution. Let D be the difference between the two
+    log-densities. For D, both integrals of q use only the nodes that the two grids share. The
+    path's error is estimated as max(p, |D|/5), or as p if D is not finite.
 
 Cancellation:
     The e_i change sign along the path, so their sum over the whole path is small. This small sum
-    would be a reliable estimate only if g_i were the true gradient of the answer, which would
+    would be a reliable estimate only if g_i were the true gradient of the log-density, which would
     require an exact network. If the path amplifies an error a hundredfold, no sum of local errors
     reveals the amplification, but a companion does.
 
@@ -152,7 +153,7 @@ class NodeValue(NamedTuple):
     slope: Tensor  # dy/ds, in the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
     variance: Tensor | None  # variance of the estimate q, (B,), from several probes
-    covector: Tensor  # estimate of the answer's gradient with respect to y
+    covector: Tensor  # estimate of the log-density's gradient with respect to y
 
 
 def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
@@ -293,7 +294,7 @@ class AdamsSolver:
         return torch.lerp(lower, term, expand_right(self.weight, term))
 
     def _weight_of_order_five(self) -> Tensor:
-        """Return the weight w (B,) of order five in the next step; order four's is 1 − w."""
+        """Return the weight w (B,) of order five in the next step; order four has weight 1 − w."""
         weight = (~(self._turned(3) & self._turned(4))).to(self.y.dtype)
         if not self.blends:
             return weight
@@ -307,7 +308,7 @@ class AdamsSolver:
         return sum_elements(now * (now - change), 1) < 0
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Append e_i, the change in the answer that the error of the step to node i causes."""
+        """Append e_i, the change in the log-density caused by the error of the step to node i."""
         share = self.share
         if index >= 4:
             share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
@@ -333,7 +334,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """The variance (B,) of the integral, from each node's probes or from adjacent nodes."""
+        """The integral's variance (B,), estimated from the probes or from adjacent nodes."""
         variances = self.variances
         if not variances:  # one probe per node
             q = torch.stack(self.integrands).detach()
@@ -448,7 +449,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
 def companion_error(
     paths: Paths, solution: AdamsSolver, coarse: AdamsSolver, span: Span
 ) -> Tensor:
-    """Estimate the error (B,) of a path to a latent from a solution and its companion."""
+    """Use a solution and its companion to estimate the error (B,) of a path to a latent."""
     end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
     latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
     difference = solution.integral(2, coarse.steps) - coarse.integral()

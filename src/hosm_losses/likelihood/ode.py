@@ -61,14 +61,14 @@ def ode_nll(
         model: the score model.
         x: data (B, *), which must be uint8 if `dequantization` is not None. Unless `clean` is
             True, x is treated as a point at the schedule's t_min.
-        solver: `FixedGrid(steps)` usually evaluates the network steps + 2 times, and once more if
-            `clean` is True. `ToTolerance(nats)` doubles the number of steps until `solver_error`
-            is within this tolerance. `Adaptive()` chooses the step sizes of each sample
-            separately.
-        divergence: "exact" computes d vector-Jacobian products per node, and
-            `Hutchinson(count, distribution)` computes one product per probe and node. "auto" means
-            "exact" for samples of at most 16 elements, and `Hutchinson()` for larger samples. On a
-            fixed grid, each of these options yields a standard error. With `Adaptive`, random
+        solver: `FixedGrid(steps)` usually evaluates the network `steps + 2` times, and once more
+            if `clean` is True. `ToTolerance(nats)` doubles the number of steps until
+            `solver_error` is within this tolerance. `Adaptive()` chooses the step sizes of each
+            sample separately.
+        divergence: "exact" computes d vector-Jacobian products per node for samples of d elements,
+            and `Hutchinson(count, distribution)` computes one product per probe and node. "auto"
+            means "exact" for samples of at most 16 elements and `Hutchinson()` for larger samples.
+            On a fixed grid, each of these options yields a standard error. With `Adaptive`, random
             probes yield a standard error only if there are at least four probes. For images,
             "dct" probes often yield the estimates with the smallest variance. If you have a
             function that computes the network's divergence, pass this function:
@@ -86,15 +86,15 @@ def ode_nll(
             include this variation.
         dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with u uniform
             on [0, 1). `TruncatedNormal()`, also for uint8 images, is for networks that were
-            trained on the quantized levels themselves. With either of them, `bits_per_dim`
+            trained on the quantized levels themselves. With either dequantization, `bits_per_dim`
             returns the bits per dimension of the integers. None is for continuous data.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
-        enable_grad: whether the result carries an autograd graph, so that you can backpropagate
-            through the result. The graph stores only the states; the backward pass evaluates the
-            network again. A failed sample contributes no gradient and does not affect the
-            gradients of other samples. On an accelerator, every evaluation calls the network once
-            more, without a graph, to detect failing samples.
+        enable_grad: whether to record an autograd graph, so that you can backpropagate through the
+            result. The graph stores only the states; the backward pass evaluates the network
+            again. A failed sample contributes no gradient and does not affect the gradients of
+            other samples. On an accelerator, every evaluation calls the network once more, without
+            a graph, to detect failing samples.
         generator: the random generator, which must be on the device of x; the global generator if
             None.
         model_kwargs: keyword arguments for the network.
@@ -172,15 +172,15 @@ def ode_sample(
         latent: the points at t_max, as a tensor (B, *) in the coordinates of x. If you pass a
             shape (B, *) instead, latents are drawn from N(0, prior_std² I). Their dtype and device
             are those of the network's first floating-point parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. If the solver has a
-            companion and `divergence` is not None, the ODE is also solved from the samples back to
-            latents. This yields a second value of the density at each sample.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. If the solver's
+            `companion` is True and `divergence` is not None, the ODE is also solved from the
+            samples back to latents. This yields a second value of the density at each sample.
         divergence: as in `ode_nll`, or None to compute neither densities nor derivatives.
         log_prior: the log-density of the distribution from which you drew the latents, as in
             `ode_nll`.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
-        enable_grad: whether the result carries an autograd graph, as in `ode_nll`.
+        enable_grad: whether to record an autograd graph, as in `ode_nll`.
         generator: the random generator for latents and probes; the global generator if None.
         model_kwargs: keyword arguments for the network.
 
@@ -342,10 +342,10 @@ def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dt
 def _solve_to_tolerance(
     paths: Paths, solver: ToTolerance, steps: Tensor | None, *, backwards: bool
 ) -> NLLResult:
-    """Compute each path on the coarsest of `GRIDS` that brings its error within the tolerance.
+    """Compute each path on successively finer grids until its error is within the tolerance.
 
     If the `solver_error` of a path exceeds the tolerance, the path is computed again on the next
-    grid with new probes. If the error was NaN or infinite on two grids in a row, the path is not
+    grid with new probes. If the error is NaN or infinite on two grids in a row, the path is not
     computed again. Later batches start with the median number of steps that the samples of the
     first batch needed.
 
@@ -395,7 +395,7 @@ def _solve_to_tolerance(
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
     """Return how much log p would change if the prior had the mean and variance of diffused data.
 
-    The prior would then be the distribution at t_max of data that follow N(data_mean, data_std²).
+    This prior is the marginal distribution at t_max for data that follow N(data_mean, data_std²).
     The result is None if the caller passed a `log_prior`.
     """
     if paths.log_prior is not None:

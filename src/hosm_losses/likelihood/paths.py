@@ -1,11 +1,11 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
 Purpose:
-    The coordinates are chosen so that every schedule leads to the same ODE and the paths are
-    nearly constant. The log-density of x is the log-density of its latent under the prior, plus an
-    integral of the divergence along the path. If the prior differs from the distribution of the
-    noisy data at t_max, this log-density includes the effect of the difference. In the first
-    evaluation of a call, `FirstEvaluation` checks whether the network's output is random.
+    The coordinates are chosen so that the ODE is the same for every schedule and its solutions are
+    nearly constant. The log-density of x is the log-density of its latent under the prior, plus
+    the integral of the ODE's divergence along the path. If the prior differs from the distribution
+    of the noisy data at t_max, this log-density includes the effect of the difference. In a call's
+    first network evaluation, `FirstEvaluation` checks whether the network's output is random.
 
 Coordinates:
     Let σ̂ = σ/α and u = log σ̂. Then y = x/α obeys dy/du = σ̂ ε̂ under every schedule. The state is
@@ -121,7 +121,7 @@ class Coordinates:
         return self.levels(log_sigma_hat)(slice(None))
 
     def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
-        """The noise levels at both ends of a span of u, for a whole batch."""
+        """The noise levels at the two ends of a span of u, shared by the whole batch."""
         level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
         return level(slice(0, 1)), level(slice(1, 2))
 
@@ -166,7 +166,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 @contextmanager
 def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
-    """Return a context manager that, on exit, restores buffers such as running statistics."""
+    """Return a context manager that restores buffers (e.g. running statistics) on exit."""
     may_change = any(part.training and part._buffers for part in modules.values())
     before = NetworkState(modules[""], x) if may_change and not is_traced() else None
     try:
@@ -177,7 +177,7 @@ def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[No
 
 
 def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
-    """Warn if a module's training mode affects likelihoods; return whether one does."""
+    """Warn and return True if a module in training mode affects likelihoods; else return False."""
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
@@ -195,12 +195,12 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 class FirstEvaluation:
     """Checks the network once for random draws, and once for operators without a derivative.
 
-    Random draws are found by comparing generator states, because every random draw in torch
+    Random draws are detected by comparing generator states, because every random draw in torch
     advances one of torch's generators. A list of random layers could never be complete, because a
     network's own code may randomly drop labels, layers or words.
 
-    Operators without a derivative are rejected only in the first evaluation with a divergence,
-    because checking every evaluation would slow down small networks.
+    Operators without a derivative are rejected only in the first evaluation that computes a
+    divergence, because checking every evaluation would slow down small networks.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -210,8 +210,8 @@ class FirstEvaluation:
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
         """Return a context manager that rejects operators without a derivative.
 
-        The context manager does so only in the first evaluation that differentiates the network.
-        In all other evaluations, it does nothing.
+        Such operators are rejected only in the first evaluation that differentiates the network.
+        In all other evaluations, the context manager does nothing.
         """
         if not (differentiates and "constants" in self.due):
             return nullcontext()
@@ -226,7 +226,7 @@ class FirstEvaluation:
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
-        """Warn if a generator advanced during the first evaluation, which was at the points x."""
+        """Warn if the first evaluation, at the points x, advanced a random generator."""
         after = self.before(x)
         self.due.discard("draws")
         if not all(map(torch.equal, before, after)):
@@ -259,7 +259,7 @@ class Paths:
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
-        """Return the paths of the given rows of x and `nll_offset`, which contain all samples."""
+        """Return the paths of the samples in `rows`; x and `nll_offset` contain all samples."""
         points, model = x[rows].to(widest_dtype(x)), self.model.rows(rows)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
@@ -275,7 +275,7 @@ class Paths:
         return self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Draw noise ε, and return the pair (α x + σ ε, ε) at a noise level."""
+        """Draw noise ε and return (α x + σ ε, ε), with α and σ of the given noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
         return noised(x, noise, level.alpha, level.sigma), noise
@@ -287,7 +287,7 @@ class Paths:
         return model.at(t, level.affine)
 
     def draw_probes(self, z: Tensor) -> Tensor | None:
-        """Draw the probes for an evaluation at states z (B, *), in the network's dtype."""
+        """Draw probes, in the network's dtype, for an evaluation at states z (B, *)."""
         return self.divergence.draw(torch.empty_like(z, dtype=self.dtype), self.generator)
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
@@ -331,16 +331,16 @@ class Paths:
     ) -> tuple[Tensor, Tensor | None]:
         """Return f and ∇·f, and keep non-finite samples out of the autograd graph.
 
-        The first evaluation of a call is checked for random draws, and the first evaluation with a
-        divergence is checked for operators without a derivative.
+        A call's first network evaluation is checked for random draws, and its first evaluation of
+        a divergence is checked for operators without a derivative.
 
-        If an autograd graph is recorded, one non-finite sample would make the gradients of all
-        parameters NaN, because 0 · NaN is NaN. The network therefore receives ones in place of a
-        non-finite sample, and the results for that sample are set to NaN. If a finite sample leads
-        to a non-finite result, the batch is evaluated again with ones in place of that sample.
+        In an autograd graph, one non-finite sample would make the gradients of all parameters NaN,
+        because 0 · NaN is NaN. The network therefore receives ones in place of a non-finite
+        sample, and the results for that sample are set to NaN. If a finite sample leads to a
+        non-finite result, the batch is evaluated again with ones in place of that sample.
 
-        On an accelerator, this test of the results would require synchronisation. There, f alone
-        is first evaluated without a graph, to find the samples with a non-finite f.
+        On an accelerator, testing the results would require synchronisation. On such a device,
+        f alone is first evaluated without a graph, to find the samples with a non-finite f.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():

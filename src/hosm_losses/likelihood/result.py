@@ -34,7 +34,7 @@ SHOWN = 0.01  # prior errors below this limit, in nats, are not printed
 class Cause(IntEnum):
     """The cause of a sample's failure.
 
-    In a result, 0 means that the sample did not fail or that no cause was recorded.
+    In a result's `cause`, 0 means that the sample did not fail or that no cause was recorded.
     """
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
@@ -126,7 +126,7 @@ class NLLSummary:
 
 
 class Quantization(NamedTuple):
-    """The number of levels of quantized data, and the range that the cells of the levels cover."""
+    """The number of levels of quantized data, and the range of values that their cells cover."""
 
     levels: int
     low: float
@@ -169,14 +169,15 @@ class Result:
 
         Args:
             levels: the number of levels, such as 256 for 8-bit images that you dequantized and
-                scaled to [low, high] yourself. None means the number of levels of the call's
-                `dequantization` or, if the call used none, continuous data.
+                scaled to [low, high] yourself. If None, the call's `dequantization` determines the
+                number; without `dequantization`, the data are treated as continuous.
             low: the value of level 0 after scaling; −1 if None.
-            high: the value that the level above the last would have after scaling; 1 if None.
+            high: the value that an additional level above the last would have after scaling; 1 if
+                None.
 
         Raises:
-            ValueError: if the range is empty or given without levels, if an argument contradicts
-                the call's `dequantization`, or if the samples have no density.
+            ValueError: if the range is empty or is given without `levels`, if an argument
+                contradicts the call's `dequantization`, or if no densities were computed.
 
         Example:
             >>> one = torch.ones(1)
@@ -230,7 +231,7 @@ class Result:
         return self.solver_error
 
     def _quantization(self, options: dict[str, Any]) -> Quantization | None:
-        """Return the quantization of the call or of the options; None for continuous data."""
+        """Return the quantization from the call or `options`; None for continuous data."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
@@ -308,7 +309,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return the reason and a remedy for each failed sample, as a dict with rows as keys.
+        """Return the reason and a remedy for each failed sample, in a dict keyed by row.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
@@ -363,8 +364,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict of detached tensors and plain Python values.
 
-        `torch.save` can write this dict, and `torch.load` can read it with `weights_only=True`,
-        which refuses arbitrary objects. `from_dict` restores the result.
+        `torch.save` can write this dict, and `torch.load` can read it with `weights_only=True`.
+        `from_dict` restores the result.
 
         Example:
             >>> import io
@@ -398,16 +399,16 @@ class NLLResult(Result):
             integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
         nfe: the number of network evaluations, (B,). An evaluation that also computes the
-            divergence counts as one.
+            divergence is counted once.
         standard_error: the standard error of nll due to the random probes or, for the SDE's bound,
             due to the random draws, (B,); None if unknown. The standard error does not account for
             the randomness of dequantization or of the noise added with clean=True.
         solver_error: an estimate of the solver's error in nats, (B,). The estimate is not a bound.
-            On a grid of 64 steps with a companion, twice the estimate is meant to cover the errors
-            of 95 % of samples.
-        failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
-            density contains a non-finite value, if the path did not reach its end, or if
-            solver_error is above max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and
+            On a grid of 64 steps with a companion, twice the estimate is meant to exceed the true
+            error for 95 % of samples.
+        failed: whether the sample is unusable, (B,). A sample is unusable if its path contains a
+            non-finite value, if its density is not finite, if the path did not reach its end, or
+            if solver_error is above max(1000, 0.1 d) nats. The nll of a failed sample is NaN, and
             `failures` returns the reason.
         products: the number of vector-Jacobian products, (B,); None for a bound. nfe does not
             include these products.
@@ -416,16 +417,16 @@ class NLLResult(Result):
         steps: the number of steps of the fixed grid, (B,); None with `Adaptive` or for a bound.
         widening: the factor from Student's t distribution by which `Adaptive` multiplies
             standard_error; 1 if standard_error is not multiplied.
-        kinks: whether the path seems to have kinks, (B,), as the paths of ReLU networks do; None
-            if unknown. Only `Adaptive` looks for kinks. Kinks lower the solver's order of accuracy
+        kinks: whether the path seems to have kinks, (B,); None if unknown. Paths of ReLU networks
+            have kinks. Only `Adaptive` looks for kinks. Kinks lower the solver's order of accuracy
             and make the error estimate unreliable. `Adaptive` therefore triples the solver_error
-            of such a path.
+            of a path that seems to have kinks.
         cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
-            latent, m is the solver's data_mean, and s is its data_std. If you add `prior_error` to
-            log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow N(m, s²),
-            the new prior is the exact distribution of the diffused data. `prior_error` is None for
-            a bound, if `log_prior` is set, or if data_mean or data_std is not set.
+            latent, and m and s are the solver's data_mean and data_std. If you add `prior_error`
+            to log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow
+            N(m, s²), the new prior is the exact distribution of the diffused data. `prior_error`
+            is None for a bound, if `log_prior` is set, or if data_mean or data_std is not set.
     """
 
     nll: Tensor
@@ -442,16 +443,13 @@ class SampleResult(Result):
         nll: −log p(x) in nats, (B,); None if no divergence was computed.
         nfe: the number of network evaluations, (B,).
         standard_error: the standard error of nll due to the random probes, (B,); None if unknown.
-        solver_error: an estimate of the difference between nll and the true −log p(x), in nats,
-            (B,); None if nll is None. With a companion, the ODE is also solved from x back to a
-            latent. The estimate then compares the densities of the two solutions at x. If the
-            probes are random, it compares the prior densities at the two latents instead. Without
-            a companion, the model's score near the data is used in place of the gradient of log p.
-            The estimate is then often far too large.
-        failed: whether the sample is unusable, (B,). A sample is unusable if its path or its
-            density contains a non-finite value, if the path did not reach its end, or if
-            solver_error is too large. The nll of a failed sample is NaN, and `failures` returns
-            the reason.
+        solver_error: an estimate of the solver's error in −log p(x), in nats, (B,); None if nll is
+            None. With a companion, the ODE is also solved from x back to a second latent. The
+            estimate is then based on the difference between the two values of log p(x) or, if the
+            probes are random, between the prior log-densities of the two latents. Without a
+            companion, the estimate is computed with the model's score near the data in place of
+            the gradient of log p, and is often far larger than the true error.
+        failed: as in `NLLResult`.
         products: as in `NLLResult`.
         quantization: always None.
         steps: as in `NLLResult`.

@@ -59,9 +59,9 @@ class FixedGrid(Solver):
 
     Half of the nodes are spread evenly in log σ̂. The other half follow a logistic distribution in
     log σ̂, centred at the log of the root mean square of `data_std`. If the network predicts the
-    velocity of a linear flow, a different grid is used. If the root mean square of `data_std`
-    is 1, the steps of this other grid have similar lengths in t, except near the two ends of the
-    path, where they are shorter.
+    velocity of a linear flow, a grid for velocities is used instead. If the root mean square of
+    `data_std` is 1, the steps of the grid for velocities are shortest in t near the two ends of
+    the path, and have similar lengths in between.
 
     Args:
         steps: the number of steps, at least 4. The network is usually evaluated steps + 2 times.
@@ -69,12 +69,12 @@ class FixedGrid(Solver):
             deviation, the network is evaluated steps + 8 times. For a check during training, 20
             steps are enough. For results that you report, 40 steps are enough if the divergence is
             exact.
-        companion: whether to solve the ODE a second time. With a companion, `solver_error` also
-            accounts for paths that amplify small errors. In `ode_nll`, the second solution uses
-            half as many steps. If `steps` is 64, this usually adds 52 % to the number of
-            evaluations. In `ode_sample`, the second solution runs from the samples back to latents
-            on the same grid, which usually doubles the number of evaluations. A companion requires
-            an even number of steps, at least 8.
+        companion: whether to compute a second solution, the companion. With a companion,
+            `solver_error` also accounts for paths that amplify small errors. In `ode_nll`, the
+            companion uses half as many steps as the first solution. If `steps` is 64, the
+            companion usually adds 52 % to the number of evaluations. In `ode_sample`, the
+            companion runs from the samples back to latents on the same grid, and usually doubles
+            the number of evaluations. A companion requires an even number of steps, at least 8.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
             a sample. It is stored as a number or as nested tuples. `None` means 0.
         data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
@@ -112,16 +112,16 @@ class ToTolerance(Solver):
 
     In the first batch, the number of steps for each sample is the smallest of 32, 64, …, 1024 that
     meets the tolerance. A sample whose error exceeds the tolerance is computed again on the next
-    finer grid. If `group` is set, one such sample causes all processes to compute their whole
-    first batches again. Later batches are then never computed again. `nfe` includes the
-    evaluations on coarser grids. If 1024 steps do not meet the tolerance, a warning is issued and
-    the result with 1024 steps is returned.
+    finer grid. If `group` is set, a single sample whose error exceeds the tolerance causes all
+    processes to compute their whole first batches again, but later batches are never computed
+    again. `nfe` includes the evaluations on coarser grids. If 1024 steps do not meet the
+    tolerance, a warning is issued and the result with 1024 steps is returned.
 
     Later batches start with the median number of steps that the samples of the first batch needed.
     Some samples of later batches therefore use more steps than necessary.
 
     Args:
-        tolerance: the largest acceptable `solver_error` of any sample, in nats.
+        tolerance: the largest acceptable `solver_error` for a sample, in nats.
         group: the process group whose processes must use the same number of steps; None to choose
             the number for each sample separately. The processes of a group use the smallest number
             of steps that meets the tolerance for all samples of their first batches.
@@ -153,7 +153,7 @@ class Adaptive(Solver):
 
     Each sample keeps the same probes along its whole path. The ODE is solved twice. `solver_error`
     is computed from the difference between the two solutions and from the estimated errors of the
-    steps. In `ode_sample` without a divergence, the ODE is solved only once, with a tenth of
+    steps. In `ode_sample` with divergence=None, the ODE is solved only once, with a tenth of
     `step_tolerance`. A sample that needs more than 10,000 network evaluations for either solution
     is marked as failed.
 

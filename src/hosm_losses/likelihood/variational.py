@@ -1,4 +1,4 @@
-r"""The variational bound for a diffusion model's SDE.
+r"""The variational bound on the likelihood under a diffusion model's reverse SDE.
 
 Purpose:
     The reverse SDE and the ODE of the same network define two different models, each with its own
@@ -20,8 +20,8 @@ Noise:
 
     A control variate reduces the variance. If the data followed N(m, s²), the error ε̂ − ε of an
     exact network would be
-        r = (σ̂ (x − m) − s² ε)/c² with c² = s² + σ̂²,
-    and the integral of E‖r‖² is known in closed form:
+        r = (σ̂ (x − m) − s² ε)/c² with c² = s² + σ̂².
+    The integral of E‖r‖² is known in closed form:
         ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁² + F(σ̂₁²) − F(σ̂₀²)],
         F(w) = log(w/(s² + w)) + s²/(s² + w).
     In the integral and in the last term of the bound, random draws are therefore needed only for
@@ -71,15 +71,15 @@ def variational_nll(
     following:
 
     - `samples`, an even number, is the number of noise levels drawn for each x. At t_min, the
-      network is evaluated `samples`/8 more times, rounded down, but at least twice.
+      network is evaluated an additional `samples`/8 times (rounded down), but at least twice.
     - `data_mean` and `data_std` (0 and 0.5 if None) define a control variate. They affect the
       standard error, but not the expected value of the estimate.
     - `log_prior` is averaged over draws of the latent. For the default, N(0, prior_std² I), the
       average is computed exactly.
 
     Returns:
-        The result, whose `nll` is the bound in nats. `latent` is one draw of the noisy x at
-        t_max, and `solver_error` is zero.
+        The result, whose `nll` is the estimated bound in nats. `latent` is one draw of the noisy x
+        at t_max, and `solver_error` is zero.
 
     Raises:
         TypeError: as in `ode_nll`.

@@ -8,13 +8,14 @@ Formula, for an unnormalised target π and samples x_i drawn from the density q 
     mean of its exponential is e^{v/2}. The term −v_i/2 corrects for this factor, with v_i
     estimated from the probes.
 
-    Standard errors come from a jackknife that leaves out one sample at a time, with its probes.
+    Standard errors are computed with a jackknife that leaves out one sample at a time, together
+    with its probes.
 
-    The interval for log Z extends 1.96 standard errors below the estimate and farther above it. If
-    the weights are skewed and the samples miss regions of large weight, both the mean weight and
-    its standard error are underestimated. The upper end is therefore computed with the largest
-    weight counted twice. Let n be the number of weights including this copy, m their mean, s the
-    standard error of m, and γ their skewness divided by √n. With T = (m − Z)/s, Hall's
+    The interval for log Z extends 1.96 standard errors below the estimate, and usually farther
+    above it. If the weights are skewed and the samples miss regions of large weight, both the mean
+    weight and its standard error are underestimated. The upper end is therefore computed with the
+    largest weight counted twice. Let n be the number of weights including this copy, m their mean,
+    s the standard error of m, and γ their skewness divided by √n. With T = (m − Z)/s, Hall's
     transformation g(T) = T + γ T²/3 + γ² T³/27 + γ/6 is nearly standard normal. At the upper end
     of the interval for Z, g(T) is −1.96, so the upper end is
         m + 3 s u/(1 + c + c²),     u = 1.96 + γ/6,     c = (1 − γ u)^{1/3}
@@ -76,7 +77,7 @@ class Weights:
         log_weights: log w, (B,); −inf for failed samples and for samples at which log π is −inf.
         variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
         solver_error: the solver error in the nll of each sample, in nats, (B,).
-        log_target: the callable that returns log π; `sandwich` evaluates log π at other points.
+        log_target: the callable that returns log π; `sandwich` applies it to points other than x.
         failed_share: the fraction of samples that failed; failed samples have weight zero.
     """
 
@@ -101,8 +102,8 @@ class Weights:
     def log_z_error(self) -> float:
         """Estimated standard error of `log_z`; the estimate is often too small.
 
-        `log_z_interval` allows for this. The standard error is NaN if one sample carries all the
-        weight.
+        `log_z_interval` allows for such underestimates. The standard error is NaN if one sample
+        carries all the weight.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
@@ -140,7 +141,7 @@ class Weights:
         """Effective sample size (Σ w)²/Σ w², which is at most the number of samples.
 
         Do not use this number to choose between runs. A run that misses regions of large weight
-        has a larger effective sample size than a run that covers them.
+        can have a larger effective sample size than a run that covers them.
         """
         return self._effective_size(self.normalized.square())
 
@@ -213,8 +214,7 @@ class Weights:
         point that did not fail. If x contains points of both kinds, the upper bound is NaN.
 
         Returns:
-            A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
-            upper bound accounts for modes that the samples miss.
+            A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats.
         """
         log_target = _log_target(self.log_target, x)
         above = log_target + result.nll.detach().double()

@@ -5,7 +5,7 @@
 - `options`: validation of options and weights.
 - `targets`: targets that use other data or the data's scores to make the residuals less noisy.
 - `terms`: the loss terms, which are squared residuals with the lower orders detached.
-- `paired`: unbiased estimates, from independent probes, of the terms for probes="exact".
+- `paired`: unbiased estimates, from independent probes, of the terms that probes="exact" computes.
 - `times`: a sampler of t that learns at which times a loss needs the most samples.
 - `weighting`: the weighting of noise levels, and the other samplers of t.
 """

@@ -2,10 +2,10 @@
 
 Each function takes a ScoreModel and clean data, and returns the loss as a differentiable tensor,
 by default a scalar. Each module can be wrapped in DDP, FSDP2, torch.compile or activation
-checkpointing. Its `forward` computes the whole loss, so a wrapper sees every use of a parameter. A
-module stores the ScoreModel as `model`, and accepts the same options as the function of its order.
-`objective` documents the formula. `terms` documents the residuals and the source, and explains why
-lower orders are detached.
+checkpointing. Its `forward` computes the whole loss, so every use of a parameter is inside the
+wrapped call. A module stores the ScoreModel as `model`, and accepts the same options as the
+function of its order. `objective` documents the formula. `terms` documents the residuals, cites
+their source, and explains why lower orders are detached.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the first-order loss, ‖ε̂ − ε‖²/d, which is the usual loss of diffusion trainers.
+    """Return the first-order loss, ‖ε̂ − ε‖²/d, the usual training loss of diffusion models.
 
     With prediction="epsilon" and data in float32 or float64, this loss equals, up to rounding
-    error, the loss of a trainer with the same α and σ. With half-precision data, the residual is
-    formed and squared in float32. Operators of the network are replaced by safe primitives only
-    inside a `torch.func` transform. The arguments are the same as for `third_order_dsm`.
+    error, the noise-prediction loss of any trainer with the same α and σ. With half-precision
+    data, the residual is formed and squared in float32. The network's operators are replaced by
+    safe primitives only inside a `torch.func` transform. See `third_order_dsm` for the arguments.
 
     Returns:
         The loss, in float32 or float64. The loss is dimensionless; with weighting="likelihood", it
-        is in nats, up to a constant.
+        is in nats and includes a constant that does not depend on the model.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -101,10 +101,10 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two; order two matches the Jacobian ∂s/∂x and its trace.
+    """Return the loss of orders one and two; order two fits the Jacobian ∂s/∂x and its trace.
 
-    The arguments are the same as for `third_order_dsm`. The `weights` are (first, second, trace).
-    A fourth weight, for order three, is ignored.
+    See `third_order_dsm` for the arguments. The `weights` are (first, second, trace). A fourth
+    weight, for order three, is ignored.
 
     Returns:
         The loss, which is w₁ first + w₂ second + w_t trace.
@@ -164,11 +164,11 @@ def third_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one to three; order three matches the gradient of tr ∂s/∂x.
+    """Return the loss of orders one to three; order three fits the gradient of tr ∂s/∂x.
 
-    The three orders train the score, its Jacobian and the gradient of the Jacobian's trace. Under
+    The three orders fit the score, its Jacobian and the gradient of the Jacobian's trace. Under
     regularity conditions, the errors in these three together bound the KL divergence from the
-    distribution of the data to the distribution of the model's probability-flow ODE.
+    distribution of the data to the distribution defined by the model's probability-flow ODE.
 
     Args:
         model: the score model.
@@ -185,22 +185,23 @@ def third_order_dsm(
             has the same mean as with "exact", and the probes add almost no noise to it. However, a
             step costs about twice as much as with probes=1. "exact" uses all d unit vectors as
             probes. At order two, all probes of a sample share one dropout mask. At order three,
-            they share one mask only with `Paired()` in reverse mode or with "exact" in the taylor
-            engine; otherwise, each probe draws its own.
+            they share one mask only with `Paired()` in the reverse engine or with "exact" in the
+            taylor engine; otherwise, each probe has its own mask.
         targets: the regression target; None means the drawn noise ε, as in the paper.
             `AveragedTargets()` averages the target over all data points that may have produced x.
             This removes the noise that the random choice of x₀ adds to the targets of every order.
-            `TargetScores(scores)` reduces the same noise without other data, but requires the
+            `TargetScores(scores)` reduces the same noise without reference data, but requires the
             score ∇log p₀ of the data. At order one, a call also accepts a tensor (B, *), such as a
             teacher's prediction. The tensor replaces ε only in the residual, not in x. Therefore,
             also pass the `t` and `noise` of the x for which the tensor was computed.
         weights: the weights (first, second, trace, third), as an array, a tensor, or a list or
             tuple of nonnegative numbers or one-element tensors. "paper" means (1, 1, 1, 1), as in
             the paper's code for images. "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's
-            script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If the weights
-            of an order and of all higher orders are the number 0, these orders are not evaluated
-            and add no cost. To ramp up the weights, you can therefore start at (1, 0, 0, 0), which
-            selects the first-order loss. A term whose weight is a zero tensor is still computed.
+            script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If every
+            weight of an order and of all higher orders is the number 0, these orders are not
+            evaluated and add no cost. You can therefore ramp up the weights from (1, 0, 0, 0),
+            which selects the first-order loss. A term whose weight is a zero tensor is still
+            computed.
         weighting: "noise" leaves the terms unchanged. "native" turns the first term into the
             squared error of the network's own prediction. `EDMWeighting()` turns the first term
             into the loss of EDM's trainer. "likelihood" turns the first term into the
@@ -294,8 +295,8 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the unweighted terms of the loss for each sample, attached to the autograd graph.
 
-    `order` is 1, 2 or 3; options that concern only orders above `order` are ignored. The other
-    arguments are the same as for `third_order_dsm`.
+    `order` is 1, 2 or 3; options that concern only orders above `order` are ignored. See
+    `third_order_dsm` for the other arguments.
 
     Returns:
         The terms, each of shape (B,), in float32 or float64. The terms of orders above `order`
@@ -422,7 +423,7 @@ class _DSM(nn.Module):
     def _row_losses(
         self, x0: Tensor, t: Tensor, rows: Tensor, *, targets: Any, weights: Any, **inputs: Any
     ) -> nn.Module:
-        """Return a module that computes losses of single samples, for use by `AdaptiveTimes`."""
+        """Return a module that computes per-sample losses, for use by `AdaptiveTimes`."""
         own = self._or_own(targets, weights)
         return row_losses(self.model, x0, self.options, t, rows, **inputs, **own)
 

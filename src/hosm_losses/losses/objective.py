@@ -54,7 +54,7 @@ from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss, its terms, the times of the batch, and the rows whose higher terms are computed."""
+    """A loss, its terms, the times of the batch, and the rows with higher terms."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -281,7 +281,7 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 
 
 def _both(rows: Tensor, batch: int, options: LossOptions) -> Tensor:
-    """Return the indices of the rows of the noisy batch that belong to the given samples."""
+    """Return the indices of the given samples' rows in the noisy batch."""
     return torch.cat([rows, batch + rows]) if options.antithetic else rows
 
 
@@ -312,7 +312,7 @@ def _first_of_all(
     remaining: Tensor,
     options: LossOptions,
 ) -> Tensor:
-    """Return the first term of all samples, evaluating the network on the `remaining` ones."""
+    """Return the first term of all samples; call the network only on the `remaining` samples."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -334,7 +334,7 @@ def _first_of_all(
 def _select_rows(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the rows for the higher terms and the other rows; (None, None) means all rows."""
+    """Return the selected and the other rows; (None, None) if the higher terms use all rows."""
     if options.fraction == 1:
         return None, None
     shuffled = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))

@@ -87,9 +87,9 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
     The number of weights must equal the number of terms, except that a fourth weight is accepted
-    and ignored at order 2. At least one term must have a nonzero weight. The values of tensors are
-    checked only on the CPU. `elements` is d, from which the third-order weight is computed if
-    `weights` is None or "paper-toy".
+    and ignored at order 2. The weights of the terms must not all be the number 0. The values of
+    tensors are checked only on the CPU. `elements` is d, from which the third-order weight is
+    computed if `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:

@@ -18,7 +18,7 @@ Formula:
     numerators are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖². Each term and its gradient therefore have the same
     mean as with probes="exact". The product of two estimates may be negative for some samples.
 
-    With less noisy `targets`, every sum Av + v, including Aℓ + ℓ, becomes Av + v − C₂v, and G_k
+    If `targets` is not None, every sum Av + v, including Aℓ + ℓ, becomes Av + v − C₂v, and G_k
     becomes G_k + C₃(v_k, v_k, ·). C₂ and C₃ are applied to the same probes as the derivatives of
     the network. The noise from the probes therefore cancels where C₂ = A + I and C₃(v, v, ·) = −G.
 
@@ -28,7 +28,7 @@ Formula:
 Cost of a step with two probes:
     At order two, a step costs as much as 12 network evaluations, or 9 if the weight of `second` is
     0. At order three, a step in reverse mode costs as much as 25 evaluations. For comparison, a
-    step at order one costs as much as 3.
+    step at order one costs as much as 3 evaluations.
 
 Source:
     The formulas were derived for this library. The product of two independent estimates is an

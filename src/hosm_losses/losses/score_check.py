@@ -35,10 +35,10 @@ def check_scores(
 ) -> None:
     """Warn if scores g (N, d) are not those of the data x, or if N samples are too few to tell.
 
-    `matrix` says whether the information is a matrix. If it is not, and the data lie in a subspace
-    that is not parallel to the axes, the targets are biased, and a warning is issued. `rounding`
-    is the relative rounding error of x. With `particles`, only the mean over pairs decides whether
-    N is too small.
+    `matrix` is True if the information is a matrix. If `matrix` is False and the data lie in a
+    subspace that is not parallel to the axes, the targets are biased, and a warning is issued.
+    `rounding` is the relative rounding error of x. If `particles` is given, the check of whether N
+    is too small uses only the mean over pairs.
     """
     varies, dimension = _extent(x, rounding)
     elements = int(varies.sum())
@@ -95,11 +95,11 @@ def _products(x: Tensor, g: Tensor) -> list[Tensor]:
 
 
 def _means_of_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """Return the mean over pairs in each run of x and g (N, n, D), near 1 for correct scores.
+    """Return a mean over pairs, near 1 for correct scores, for each run of x and g (N, n, D).
 
     The weight of a pair is proportional to 1/m², where m is the mean of the pair's squared
-    products in the other runs. Mainly stiff pairs therefore count. Because the weights are smooth
-    functions of the data, the standard errors stay valid.
+    products in the other runs. Stiff pairs therefore dominate the mean. Because the weights are
+    smooth functions of the data, the standard errors stay valid.
     """
     means: list[Tensor] = []
     squares: list[Tensor] = []

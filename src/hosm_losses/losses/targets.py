@@ -41,10 +41,11 @@ Formula for targets from scores:
     If C = 0, they are the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e. With this
     C, e has no noise if the data are Gaussian.
 
-    Averaging these residuals with the weights w leads to the averaged residuals above, with three
-    replacements. ε̄ becomes ē, so that ℓ = ē + f and c = C z̄. C₂v becomes
+    The averages of these residuals, weighted by w, follow from the formulas for averaged targets
+    by three replacements. The first replaces ε̄ with ē, so ℓ = ē + f. With c = C z̄, the other two
+    replace C₂v with
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
-    and C₃(v, v, ·) becomes
+    and C₃(v, v, ·) with
         [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
             + κ₃(ε·v, ε·v, e)
 
@@ -52,9 +53,9 @@ Formula for targets from scores:
     κ₃ are computed with the weights w; without references, they are 0.
 
 Targets of another kind:
-    Subclass `AveragedTargets` and override `posterior`. `posterior` must return an object with the
-    `mean`, `at` and `along` of `NoiseMoments`, and with a tensor `weights` of B rows. Only the
-    size and the dtype of `weights` are used.
+    Subclass `AveragedTargets` and override `posterior`. `posterior` must return an object that has
+    `mean`, `at` and `along`, as `NoiseMoments` does, and a tensor `weights` with one row per noisy
+    sample. Only the size and the dtype of `weights` are used.
 
 Shapes:
     The weights have the shape (B, R + 1), and ε̄ has the shape (B, *). C₂v and C₃(v, v, ·) have
@@ -139,15 +140,14 @@ class AveragedTargets:
             processes, pass `dataclasses.replace(targets, reference=gathered, own=False)` as the
             `targets` of each call.
         own: whether each sample's own x₀ is added to the references of that sample. Use False if
-            the reference already contains every x₀ unchanged, so that no x₀ counts twice. An
-            example is a reference that is the whole training set, without flips, crops or
-            dequantization noise. If own=False and an x₀ is missing from the reference, the targets
-            are wrong. A loss then raises ValueError on the CPU. On an accelerator, values are not
-            checked.
+            the reference already contains every x₀ unchanged, so that no x₀ counts twice. One such
+            reference is the whole training set, if no flips, crops or dequantization noise are
+            applied. If own=False and an x₀ is missing from the reference, the targets are wrong. A
+            loss then raises ValueError on the CPU. On an accelerator, this is not checked.
         same: a callable model_kwargs → mask (B, R). The mask must be True where a reference has
             the same condition as a sample, so that the sample may use this reference. `same` is
-            required if `model_kwargs` contains a per-sample tensor. A sample that may use no
-            reference uses only its own x₀.
+            required if `model_kwargs` contains a per-sample tensor. If the mask excludes all
+            references for a sample, only its own x₀ is used.
 
     Raises:
         TypeError: if `reference` is not a floating-point tensor, if `own` is not a bool, or if
@@ -190,8 +190,8 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Return the posterior moments of the noise in x = α x₀ + σ ε.
 
-        x₀ (B, *) is a single batch. ε (nB, *), α (nB,) and σ (nB,) contain n perturbations of this
-        batch, one after another.
+        x₀ (B, *) is a single batch. ε (nB, *), α (nB,) and σ (nB,) describe n perturbations of
+        this batch, one after another.
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -349,15 +349,15 @@ def cumulants(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetScores:
-    """Less noisy targets for data whose score ∇log p₀ is known at x₀.
+    """Targets with less noise than ε, for data whose score ∇log p₀ is known at x₀.
 
-    Such scores are, for example, molecular forces divided by kT, or gradients of the log-density
-    that a simulator computes. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses
-    e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al., arXiv
-    2402.08667): e is a weighted mean of ε and −σ̂ g. C is chosen so that e has the least noise.
-    The extension to orders two and three is new in this library and needs neither Hessians nor
-    additional network calls. The expected gradient is unchanged, because each residual keeps its
-    conditional mean given x, whatever the model. For Gaussian data, e has no noise.
+    Examples of such scores are molecular forces divided by kT, and log-density gradients computed
+    by a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses
+    e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al.,
+    arXiv 2402.08667): e is a weighted mean of ε and −σ̂ g. C is chosen so that e has the least
+    noise. The extension to orders two and three is new in this library and needs neither Hessians
+    nor additional network calls. The expected gradient is unchanged, because each residual keeps
+    its conditional mean given x, whatever the model. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support. For uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
@@ -367,17 +367,17 @@ class TargetScores:
         scores: the score g, as a callable that maps data (N, *) to their scores, or as a tensor
             with the shape of x₀. A tensor is valid for one call to a loss, so a module's
             constructor accepts only a callable. The scores are detached from any graph.
-        information: F = E g gᵀ, the mean over the data, from which C is computed. `information` is
-            a number from 0 to math.inf, a tensor with the shape of a sample (one number per
-            element), or a matrix (d, d). With math.inf, the targets are the paper's targets. The
-            eigenvectors of a matrix are computed once, in the constructor. A 0-dim tensor counts
-            as a number. If `information` is None, F is estimated for each sample as the
-            elementwise mean of g² over the other samples of the batch. Under DDP, these are the
-            other samples in the same process. If there are no other samples, the targets are the
-            paper's targets. The same is true along directions in which the information is zero,
-            such as the direction of a constant coordinate. An eigenvalue of a matrix counts as
-            zero if it is below 1.2e-7 d times the largest eigenvalue. This factor is larger if x₀
-            or the matrix is in half precision.
+        information: F = E g gᵀ, where the mean is over the data. C is computed from F.
+            `information` is a number from 0 to math.inf, a tensor with the shape of a sample (one
+            number per element), or a matrix (d, d). With math.inf, the targets are the paper's
+            targets. The eigenvectors of a matrix are computed once, in the constructor. A 0-dim
+            tensor counts as a number. If `information` is None, F is estimated for each sample as
+            the elementwise mean of g² over the other samples of the batch. Under DDP, these are
+            the other samples in the same process. If there are no other samples, the targets are
+            the paper's targets. The same is true along directions in which the information is
+            zero, such as the direction of a constant coordinate. An eigenvalue of a matrix counts
+            as zero if it is below 1.2e-7 d times the largest eigenvalue. The factor 1.2e-7 is
+            replaced by a larger one if x₀ or the matrix is in half precision.
         averaged: an `AveragedTargets`, to also average the targets over all data that may have
             produced x. If `averaged` has a reference, `scores` must be a callable, because the
             scores of the reference are needed as well.
@@ -450,16 +450,16 @@ class TargetScores:
         dimension by more than five standard errors, because the scores or the density then violate
         the conditions of `TargetScores`. Another warning is issued if five standard errors exceed
         10 % of the expected mean, because a relative error of 10 % in the scores may then go
-        unnoticed. The standard errors account for the correlation between samples of a simulation
-        under two conditions. The samples must be in the order in which the simulation produced
-        them, and the simulation must be at least a hundred times as long as the correlation time.
+        unnoticed. The standard errors account for the correlation between samples of a simulation,
+        provided that the samples are in the order in which the simulation produced them and that
+        the simulation is at least a hundred times as long as the correlation time.
 
         Args:
             data: samples x (N, *), from the whole data set rather than from a batch.
             scores: ∇log p₀ at each sample, as a tensor with the shape of `data`.
-            matrix: whether to return the matrix (d, d) rather than one number per element. The
-                matrix removes more noise than one number per element does: it reduces the mean of
-                ‖e‖², integrated over log σ̂, by ½ log(∏ F_ii / det F).
+            matrix: whether to return the matrix (d, d) rather than one number per element.
+                Compared with one number per element, the matrix reduces the mean of ‖e‖²,
+                integrated over log σ̂, by ½ log(∏ F_ii / det F).
             particles: the number n of particles if samples are positions (n, D). The scores are
                 then also checked on pairs of particles, mainly on the stiffest pairs, such as
                 bonds. For correct scores and ℓ = log|x_i − x_j|, the mean of

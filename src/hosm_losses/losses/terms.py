@@ -1,11 +1,11 @@
 r"""Residuals of high-order denoising score matching, and their squares, which are the loss terms.
 
 Purpose:
-    f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise. D = ∂f/∂x (σ v)
-    is the derivative of f along a probe v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is the gradient of the
-    quadratic form of the Jacobian. Let ε be the noise in x = α x₀ + σ ε. If the model is correct
-    at all lower orders, the conditional mean of a residual given x is zero exactly when the model
-    is also correct at the order of the residual.
+    f(x, t) = σ_t s(x, t), the dimensionless score, is minus the predicted noise. For a probe v,
+    D = ∂f/∂x (σ v) is the derivative of f along σ v, and G = σ² ∇_x (vᵀ ∂f/∂x v) is σ² times the
+    gradient of the Jacobian's quadratic form. Let ε be the noise in x = α x₀ + σ ε. If the model
+    is correct at all orders below that of a residual, the residual's conditional mean given x is
+    zero exactly when the model is also correct at the residual's own order.
 
 Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r3:
     r1 = f + ε
@@ -23,26 +23,27 @@ Formula, with ℓ = ε + f held fixed (detached), and D also held fixed inside r
     replaced by other vectors, which depend on ℓ (see `targets`).
 
 Why lower orders are detached:
-    Detaching is part of the method, not an optimisation. If the lower orders are held fixed, their
-    errors shift the targets of the higher orders only by a bounded amount. At order two, the error
-    of the minimiser has a norm of exactly ‖ŝ₁ − ∇log q‖². At order three, the error of the
-    minimiser is a sum of products of lower-order errors. If gradients flowed through the lower
-    orders, training could reduce the loss of the higher orders by making the lower orders worse.
+    Detaching is part of the method, not a performance optimisation. If the lower orders are held
+    fixed, their errors shift the targets of the higher orders only by a bounded amount. At order
+    two, the norm of the minimiser's error is exactly ‖ŝ₁ − ∇log q‖². At order three, the
+    minimiser's error is a sum of products of lower-order errors. If gradients flowed through the
+    lower orders, training could reduce the loss of the higher orders by making the lower orders
+    worse.
 
 Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
     With probes="exact", the numerators of the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where
     M₂ is the residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's
-    trace. With random probes, the second term has the same mean as with "exact". The means of the
-    trace and third terms are larger, each by the variance of its residual over the probes. If the
-    targets have no noise, this variance is zero at the true score. For an unrestricted vector
-    field, the loss with random probes has the same minimiser as with "exact". For a restricted
-    family, the minimisers may differ.
+    trace. With random probes, the second term has the same mean as with "exact". On average, the
+    numerators of the trace and third terms exceed those with "exact" by the variances of rt and r3
+    over the probes. If the targets have no noise, these variances are zero at the true score. For
+    an unrestricted vector field, the loss with random probes has the same minimiser as with
+    "exact". For a restricted family of fields, the minimisers may differ.
 
 Precision:
     Residuals and terms are in float32 or float64, because a sum of a few thousand squares may
-    exceed the range of float16. The network and its derivatives keep the precision of x.
+    exceed the range of float16. The network and its derivatives are computed in the dtype of x.
 
     Here f = −(p · prediction + q x). To avoid cancellation, f + ε is computed as
     (f + q x) + (ε − q x). If the prediction is "x0" or "v" and α is near 0, f equals −q x up to a
@@ -84,8 +85,8 @@ class DSMTerms(NamedTuple):
         trace: rt²/d², with the shape of `second`; None at order 1.
         third: ‖r3‖²/d³, with the shape of `second`; None below order 3.
 
-    If the weights of an order and of all higher orders are the number 0, the terms of these orders
-    are None.
+    If the weights of an order and of all higher orders are 0 (a number, not a tensor), the terms
+    of these orders are None.
     """
 
     first: Tensor
@@ -102,7 +103,7 @@ class Logged:
     """Base class that attaches t and rows to logged terms, so that both survive DDP's repacking.
 
     Some wrappers, such as DistributedDataParallel with static_graph=True, rebuild named tuples
-    from their entries. The first entry therefore also carries t and rows.
+    from their entries. Therefore, t and rows are also stored on the first entry.
     """
 
     t: Tensor
@@ -199,7 +200,7 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
-    """Return the terms of each sample, which are squared residuals along the probes v."""
+    """Return the terms of each sample, computed from squared residuals along the probes v."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(model, batch.x, w, order=order, engine=options.engine, summed=exact)

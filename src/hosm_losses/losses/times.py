@@ -2,9 +2,9 @@ r"""`AdaptiveTimes`, a sampler of t that learns at which times a loss needs the 
 
 Formula:
     Let u = log σ̂ range over [u₀, u₁]. The objective weights u by the base density b(u), which is
-    uniform if weighting="likelihood" and otherwise the schedule's own. `AdaptiveTimes` divides
-    the range into 32 bins of equal width. Let M_k be the mass of bin k under b. The sampler draws
-    bin k with the probability
+    uniform if weighting="likelihood" and otherwise the schedule's own. `AdaptiveTimes` divides the
+    range into 32 bins of equal width. Let M_k be the mass of bin k under b. The sampler draws
+    bin k with probability
         P_k = M_k (φ + (1 − φ) m_k/Σ_j M_j m_j),   φ = 0.15.
     Then it draws u uniformly within the bin, so the density of u is P_k/width. Every term is
     multiplied by b(u) and divided by this density. The mean of the term is therefore the same for
@@ -14,17 +14,17 @@ Formula:
     is drawn, entry i of this bin is drawn with probability b_i/M_k. Here, b_i is the probability
     of the entry under b.
 
-    The variance of the gradient is smallest if m_k² is proportional to V_k. Here, V_k is the mean,
-    over the times in bin k, of the squared gradient of the loss of one sample (or of one
-    antithetic pair). With Adam, gradients are measured in the metric of Adam's steps. The squared
-    gradient is then Σ_θ g_θ²/(√v_θ + eps), where v_θ is Adam's running mean of squared gradients.
+    For φ = 0, the variance of the gradient is smallest if m_k² is proportional to V_k. Here, V_k
+    is the squared norm of the gradient of the loss of one sample (or one antithetic pair),
+    averaged over the times in bin k. With Adam, the squared norm is replaced by
+    Σ_θ g_θ²/(√v_θ + eps), where v_θ is Adam's running mean of squared gradients.
 
 Source:
     Importance sampling of t for likelihoods is from Song et al., arXiv 2101.09258; a learned
     version is from Zheng et al., arXiv 2305.03935, appendix. Nichol and Dhariwal, arXiv
-    2102.09672, sample t in proportion to the root of the second moment of the loss.
-    `AdaptiveTimes` uses the second moment of the gradient instead. Sampling in proportion to the
-    root of this moment minimises the variance of the gradient, even if losses and gradients depend
+    2102.09672, sample t in proportion to the square root of the second moment of the loss.
+    `AdaptiveTimes` uses the second moment of the gradient instead. Sampling in proportion to its
+    square root minimises the variance of the gradient, even if losses and gradients depend
     differently on the noise level.
 """
 
@@ -127,18 +127,17 @@ class Bins(NamedTuple):
 class AdaptiveTimes(nn.Module):
     """A time sampler that learns at which noise levels a sample's gradient is largest.
 
-    Pass the sampler to a loss as `time_sampler`. The sampler draws a time more often if the
-    gradients of single samples are large at this time. The terms are reweighted, so the mean of
-    the loss is the same as with the default time sampler, but the gradient of the loss is less
-    noisy. Logged terms are not reweighted. Times with large gradients are therefore
-    overrepresented in the logged terms.
+    Pass the sampler to a loss as `time_sampler`. The sampler draws a time more often if per-sample
+    gradients are large at that time. The terms are reweighted, so the mean of the loss is the same
+    as with the default time sampler, but the gradient of the loss is less noisy. Logged terms are
+    not reweighted. Times with large gradients are therefore overrepresented in the logged terms.
 
     The buffer `m` is initially 1 in every bin. A loss reads `m` but does not change it; to update
     `m`, call `learn` about every 50 training steps.
 
     Attributes:
-        m: for each of the 32 bins of log σ̂, the root mean square of the gradient of a single
-            sample, up to a constant factor; a tensor of shape (32,).
+        m: for each of the 32 bins of log σ̂, the root mean square of the per-sample gradients, up
+            to a constant factor; a tensor of shape (32,).
 
     Example:
         >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
@@ -158,7 +157,7 @@ class AdaptiveTimes(nn.Module):
         self.register_buffer("m", torch.ones(BINS, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        """Return, as text, the range of m and the bin in which m is largest."""
+        """Return text with the range of m and the bin in which m is largest."""
         least, largest = (float(end) for end in self.m.detach().aminmax())
         where = int(self.m.argmax()) + 1
         return f"m from {least:.2g} to {largest:.2g}, largest in bin {where} of {BINS}"
@@ -183,9 +182,9 @@ class AdaptiveTimes(nn.Module):
         return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
 
     def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return, for plotting, the bins' midpoints in log σ̂ and the sampling density there.
+        """Return the bins' midpoints in log σ̂ and the sampling density there, for plotting.
 
-        Both have shape (32,). They are in float64 or, on devices without float64, in float32.
+        Both have shape (32,) and dtype float64 (float32 on devices without float64).
 
         Raises:
             TypeError: if `objective` is not the loss module that uses this sampler.
@@ -217,37 +216,37 @@ class AdaptiveTimes(nn.Module):
         model_kwargs: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Update `m` from the gradients of single samples, at times spread over the bins.
+        """Update `m` from per-sample gradients at times spread over the bins.
 
         The loss is differentiated separately for each of min(rows, B) samples of x0. Their targets
         are computed from the whole batch. The call does not change the network's parameters,
         gradients, buffers or training modes, nor the global random state. If you pass a generator,
         its state advances. During the call, batch norm is in evaluation mode, but dropout keeps
-        its mode. The call is as much work as min(rows, B) forward and backward passes, each for a
-        single sample. Once `m` has settled, call `learn` less often.
+        its mode. The amount of computation is about that of min(rows, B) forward and backward
+        passes, each on a single sample. Once `m` has settled, call `learn` less often.
 
         Under DDP, call `learn` in every process. At each forward pass, DDP broadcasts `m`, like
-        any other buffer, from the first process. If broadcast_buffers=False, pass the same x0 in
-        every process, and generators with the same seed.
+        any other buffer, from the first process. With broadcast_buffers=False, pass the same x0
+        and identically seeded generators in all processes.
 
         Args:
             objective: the loss module that uses this sampler, possibly within DDP or
                 torch.compile.
             x0: data (B, *).
             optimizer: if you pass an optimizer, only the gradients of its parameters are used. If
-                the optimizer keeps an estimate v of each squared gradient, as Adam does, the
-                squared gradient is divided by √v + eps. An optimizer is required if the network is
-                wrapped in a plain function.
-            rows: the number of samples whose gradients are computed.
+                the optimizer stores a running mean v of each parameter's squared gradients (as
+                Adam does), the parameter's squared gradient is divided by √v + eps. An optimizer
+                is required if the network is wrapped in a plain function.
+            rows: the maximum number of samples whose gradients are computed.
             targets: as in a call to the objective.
             weights: as in a call to the objective, for orders two and three.
             model_kwargs: as in a call to the objective.
             generator: the random generator for times, noise and probes.
 
         Raises:
-            TypeError: if `objective` is not the loss module that uses this sampler, or if it is
-                sharded by FSDP.
-            ValueError: if no parameter is trained, or if a gradient is not finite.
+            TypeError: if `objective` is not the loss module that uses this sampler, or is sharded
+                by FSDP.
+            ValueError: if there are no parameters to train, or if a gradient is not finite.
         """
         loss = self._loss_of(objective)
         x0, device = check_sample_batch("x0", x0), x0.device

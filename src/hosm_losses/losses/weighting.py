@@ -4,8 +4,8 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     "noise"        1
     "native"       1/p² for ε̂ = p · prediction + q x. The term is then the squared error of the
                    network's own prediction, as in trainers that apply no other weighting.
-    EDMWeighting   1 + (σ̂/σ_d)². The term is then the loss of EDM's trainer, λ(σ̂) ‖x̂₀ − x₀‖²
-                   with λ(σ̂) = (σ̂² + σ_d²)/(σ̂ σ_d)².
+    EDMWeighting   1 + (σ̂/σ_d)². The term is then the loss of EDM's trainer divided by d, i.e.
+                   λ(σ̂) ‖x̂₀ − x₀‖²/d with λ(σ̂) = (σ̂² + σ_d²)/(σ̂ σ_d)².
     "likelihood"   ½ (g²/σ²) d divided by the density of t. The first term is then an unbiased
                    estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. If the caller chooses the times, they
                    are assumed to be uniformly distributed.
@@ -59,9 +59,9 @@ from hosm_losses.model import ScoreModel, check_time
 class EDMWeighting:
     """A weighting that turns the first term into EDM's training loss, averaged over elements.
 
-    The trainer's loss is λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
-    the denoiser implied by the network, whatever the network predicts. The trainer's σ corresponds
-    to σ̂ = σ/α in this package.
+    The first term is then λ(σ) ‖D(x, σ) − x₀‖²/d, with λ(σ) = (σ² + σ_d²)/(σ σ_d)². Here, D is
+    the denoiser implied by the network, whatever the network predicts. EDM's σ corresponds to
+    σ̂ = σ/α in this package.
 
     Args:
         sigma_data: σ_d, the standard deviation that the trainer assumes for the data.
@@ -112,9 +112,9 @@ def draw_time(
 ) -> tuple[Tensor, Tensor | None]:
     """Draw times t (B,), one for every sample of x0, on the device of x0.
 
-    The second result, of shape (B,) or (), is 1 divided by the density of log σ̂ at t. The
-    result is None if t was drawn by the schedule or by a callable. `time_factors` uses the result
-    to reweight the terms.
+    The second result, of shape (B,) or (), is 1 divided by the density of log σ̂ at t. It is None
+    if t was drawn by the schedule or by a callable. `time_factors` uses this second result to
+    reweight the terms.
     """
     schedule, sampler = model.schedule, time_sampler
     if sampler is None:
@@ -144,8 +144,8 @@ def time_factors(
     """Return the factors (B,) of the first term and of the higher terms at t; None means 1.
 
     `spread` is the second result of `draw_time`. If `spread` is None, `from_schedule` says whether
-    t was drawn from the schedule's own distribution. If not, t is assumed to be uniformly
-    distributed.
+    t was drawn from the schedule's own distribution. If `from_schedule` is False, t is assumed to
+    be uniformly distributed.
     """
     if weighting == "noise" and spread is None:
         return None, None

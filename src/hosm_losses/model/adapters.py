@@ -9,15 +9,15 @@ Purpose:
 
 Formula:
     Let the columns of Q (d, d − k) be an orthonormal basis of the subspace. Then P = Q Qᵀ is the
-    orthogonal projection onto the subspace. A sample x has the coordinates y = Qᵀ x, and x = Q y.
-    As a function of y, the network is Qᵀ network(Q y, t).
+    orthogonal projection onto the subspace. The coordinates of a sample x are y = Qᵀ x, and
+    x = Q y. As a function of y, the wrapped network is Qᵀ network(Q y, t).
 
     The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is the
     diagonal matrix diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. Without
-    W, all eigenvalues in [1, 2] would be 1, and the eigenvectors would be ambiguous. The sign of
+    W, all nonzero eigenvalues would be 1, and the eigenvectors would be ambiguous. The sign of
     each column is chosen such that the column's dot product with the diagonal of W is not
-    negative. Therefore, Q is the same on every computer. If P is a mask, the columns of Q are unit
-    vectors in the order of the elements.
+    negative. Therefore, Q is the same on every computer, up to rounding error. If P is a mask, the
+    columns of Q are unit vectors in the order of the elements.
 """
 
 import copy
@@ -93,7 +93,7 @@ class OnSubspace(Wrapper):
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
             samples x (B, *). The result must be a floating-point tensor with the shape and device
-            of x; the component of the result outside the subspace is dropped.
+            of x; the component of the result orthogonal to the subspace is dropped.
         project: the orthogonal projection onto the subspace, such as a function that subtracts the
             centre of mass. The function is called only in the constructor, with n float64 samples
             (n, *) on the CPU. It must accept any n and treat all samples alike.
@@ -145,8 +145,8 @@ class OnSubspace(Wrapper):
         """Return the coordinates y (B, d − k) of samples x (B, *).
 
         Raises:
-            ValueError: if x has the wrong shape, or lies off the subspace. The second condition is
-                checked only on the CPU, where the check needs no synchronisation.
+            ValueError: if x has the wrong shape, or does not lie in the subspace. The second
+                condition is checked only on the CPU, where the check needs no synchronisation.
         """
         y = self._reduce(x)
         if can_read_values(x):

@@ -35,8 +35,8 @@ Primitives = Literal["all", "one sample", "none"]
 class BoundModel:
     """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction rather than f = −ε̂. The term q x of f would connect f to x
-    in the autograd graph, so an engine would not notice a network that detaches its prediction.
+    Engines differentiate the prediction rather than f = −ε̂. The term q x of f would connect f to
+    x in the autograd graph, so an engine would not detect that a network detaches its prediction.
 
     Attributes:
         model: the score model.
@@ -112,7 +112,7 @@ class BoundModel:
         return self.model.affine(self.t, like) if self.known is None else self.known
 
     def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
-        """Return f and its derivatives at x along w (K, B, *), as `derivatives.derive` does."""
+        """Return f and its derivatives at x along w (K, B, *); see `derivatives.derive`."""
         return self.of_f(derive(self, x, w, **options), x, w)
 
     def of_f(self, prediction: Derivatives, x: Tensor | None, w: Tensor) -> Derivatives:
@@ -141,8 +141,8 @@ class BoundModel:
     ) -> tuple[Tensor, Tensor]:
         """Return f at x, and vᵀ ∂f/∂x v (K, B) for every direction v.
 
-        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If you pass the sums of
-        both over all unit vectors v, of shape (1, B), the second result is ∇·f.
+        `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If `forms` and
+        `squares` are summed over all unit vectors v, to shape (1, B), the second result is ∇·f.
         """
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()

@@ -6,7 +6,7 @@ Purpose:
     length of its first dimension is the batch size. The tensor may be inside a dict or another
     mapping, a list, a tuple, a named tuple, a dataclass or a namespace. A shared table that
     happens to be as long as the batch must be marked as `Shared(table)`. The decision is made only
-    once, when `bind` binds the arguments to a batch and marks everything that is shared.
+    once, when `bind` binds the arguments to a batch and marks every shared tensor.
 """
 
 import copy
@@ -114,7 +114,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments, after marking everything that is not per-sample as `Shared`."""
+    """Return the arguments, after marking as `Shared` all tensors that are not per-sample."""
 
     def visit(_path: str, entry: Any) -> Any:
         own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch

@@ -62,7 +62,7 @@ class PosteriorCovariance:
         return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Return, for each sample, the product of the covariance's symmetric part and v."""
+        """Multiply each sample's vectors in v by the symmetric part of the sample's covariance."""
         return self.product(v)
 
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
@@ -74,7 +74,7 @@ class PosteriorCovariance:
 
         Args:
             v: one vector per sample, (B, *), or K vectors per sample, (K, B, *).
-            symmetric: if True, multiply v by the symmetric part of the operator, because a
+            symmetric: if True, multiply v by the symmetric part of the operator, because a true
                 covariance is symmetric. If False, return σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of
                 σ²/α x̂₀·v with respect to x. The two products are equal if the network is the
                 gradient of a scalar function.
@@ -159,9 +159,9 @@ def denoising_posterior(
     The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, the covariance is computed
     as σ²/α times the network's Jacobian. For other predictions, the covariance is the sum of two
     terms that may nearly cancel. For "epsilon" and "score", the covariance's relative error grows
-    in proportion to σ̂². In float32 and for data of unit variance, it is about 2 % at σ̂ = 300 and
-    over 100 % at 3,000. For "velocity" with `LinearFlowSchedule`, the relative error grows in
-    proportion to σ̂. For "v", hardly any digits are lost.
+    in proportion to σ̂². In float32 and for data of unit variance, this error is about 2 % at
+    σ̂ = 300 and over 100 % at 3,000. For "velocity" with `LinearFlowSchedule`, the relative error
+    grows in proportion to σ̂. For "v", hardly any digits are lost.
 
     Args:
         model: the score model.

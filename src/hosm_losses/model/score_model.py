@@ -1,9 +1,9 @@
-r"""`ScoreModel`: a network with its noise schedule, used as a predictor of the noise.
+r"""`ScoreModel` combines a network with its noise schedule and predicts the noise.
 
 Purpose:
-    Every kind of prediction is converted to a function ε̂(x, t) that estimates the noise ε in
+    Predictions of every kind are converted to ε̂(x, t), an estimate of the noise ε in
     x = α x₀ + σ ε. Outside this module, only the ODE solver (to choose its grid and order) and
-    `check_wrapping` use the kind of prediction.
+    `check_wrapping` depend on the kind of prediction.
 
 Formula:
     epsilon            ε̂ = network
@@ -15,8 +15,8 @@ Formula:
     If the network's target is a x₀ + b ε, let w = α b − σ a. Then ε̂ = p · prediction + q x with
     p = α/w and q = −a/w. The formula for x̂₀ is the same, but with p = −σ/w and q = b/w.
 
-    For "x0", ε̂ is a difference divided by σ. Therefore, ε̂ and its derivatives lose digits as
-    σ → 0.
+    For "x0", ε̂ is a difference divided by σ, so ε̂ and its derivatives lose significant digits
+    as σ → 0.
 
 Source:
     v is from Salimans and Ho, arXiv 2202.00512; u is from Lipman et al., arXiv 2210.02747.
@@ -71,9 +71,9 @@ CALLED = (
 class ScoreModel(Wrapper):
     """A network, its noise schedule and the quantity that the network predicts.
 
-    The network is registered as the submodule `network`. Unless `time`, `output` or `call` is an
-    nn.Module too, the model has no other submodule, parameter or buffer. The model's state_dict is
-    then the network's state_dict with "network." prepended to every key.
+    A network that is an nn.Module is registered as the submodule `network`. Unless `time`,
+    `output` or `call` is also an nn.Module, the model has no parameters or buffers besides the
+    network's, and its state_dict is the network's with "network." prepended to every key.
 
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with x of
@@ -83,10 +83,10 @@ class ScoreModel(Wrapper):
         schedule: the noise schedule with which the network was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
-            data to noise; also "flow_prediction"). If a synonym is given, the model's `prediction`
-            is the name before the parentheses.
-        time: converts t to the network's time: a factor, or a callable that is applied to t. If
-            None, the network receives t itself.
+            data to noise; also "flow_prediction"). Synonyms are replaced by the main name: with
+            "sample", the model's `prediction` is "x0".
+        time: converts t to the network's time: a factor by which t is multiplied, or a callable
+            that is applied to t. If None, the network receives t itself.
         output: a callable that selects the prediction from the network's output, for example
             `operator.attrgetter("sample")`. If None, the output is the prediction.
         call: a callable, called as `call(network, x, time, **kwargs)`, that evaluates a network
@@ -165,7 +165,7 @@ class ScoreModel(Wrapper):
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> Affine:
-        """Return (p, q) in ε̂ = p · prediction + q x, in a shape that broadcasts to `like`.
+        """Return (p, q) such that ε̂ = p · prediction + q x, shaped to broadcast to `like`.
 
         A p of None means 1, and a q of None means 0.
         """
@@ -178,7 +178,7 @@ class ScoreModel(Wrapper):
         return alpha / wronskian, -a / wronskian
 
     def affine_of_data(self, t: Tensor, like: Tensor) -> Affine:
-        """Return (p, q) in x̂₀ = p · prediction + q x, in a shape that broadcasts to `like`.
+        """Return (p, q) such that x̂₀ = p · prediction + q x, shaped to broadcast to `like`.
 
         A p of None means 1, and a q of None means 0.
         """
@@ -198,7 +198,7 @@ class ScoreModel(Wrapper):
     def _target(
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
-        """Return α, σ, a and b for the target a x₀ + b ε, in a shape that broadcasts to `like`."""
+        """Return α, σ, a and b for the target a x₀ + b ε, shaped to broadcast to `like`."""
         alpha, sigma = self.coefficients(t, like)
         alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
@@ -229,14 +229,14 @@ class ScoreModel(Wrapper):
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) at t, both (B,), in the dtype of t or in float32, whichever is wider.
+        """Return α and σ at t, each (B,), in the dtype of t or in float32, whichever is wider.
 
         If t contains integers, the dtype of `like` is used instead of the dtype of t.
         """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return t in a floating-point dtype, as the schedule expects it.
+        """Return t in a floating-point dtype, as the schedule requires.
 
         Integer indices are converted to the dtype of `like` or to float32, whichever is wider.
         """
@@ -305,7 +305,7 @@ def _raised_by_the_call(error: TypeError) -> bool:
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """Return p · part + q x for (p, q) from `ScoreModel.affine`.
+    """Return p · part + q x for (p, q) from `ScoreModel.affine` or `affine_of_data`.
 
     A p of None means 1; a q or an x of None means 0.
     """
@@ -324,7 +324,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Return t (B,), after checking that it contains times in range or indices into the table."""
+    """Return t (B,) after checking that its times, or its indices into the table, are in range."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

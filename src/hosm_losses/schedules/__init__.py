@@ -6,9 +6,9 @@
 - `discrete`: `DiscreteSchedule`, a table of ᾱ indexed by t.
 
 To add a schedule, write a class in `continuous` and export it here. If the class is public, also
-export it from `hosm_losses`. Losses and likelihoods accept any `Schedule`. In their code, only
-the ODE solver tests for one class: if the network predicts velocities for a `LinearFlowSchedule`,
-the solver uses another grid and may use another order.
+export it from `hosm_losses`. Losses and likelihoods accept any `Schedule`. Within
+them, only the ODE solver checks for a particular class: if the network predicts velocities for a
+`LinearFlowSchedule`, the solver uses a different grid and may use a different order.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

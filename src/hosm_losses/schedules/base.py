@@ -8,8 +8,8 @@ Formula:
 Checks made when a ScoreModel is built:
     α and σ must be positive. log σ̂ must increase from t_min, the data end, to t_max, the noise
     end. The derivative of log σ̂ must also be positive. `time` must be the inverse of log σ̂.
-    All of this is checked at fixed fractions of [t_min, t_max], in float64. The checks always run
-    on the CPU, so that no values are read from an accelerator.
+    All of this is checked in float64, at fixed points in [t_min, t_max]. The checks always run on
+    the CPU, so that no values are read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456. Kingma et al., "Variational Diffusion Models", arXiv 2107.00630,
@@ -66,8 +66,8 @@ class Schedule:
 
     σ/α must increase with t, since the data are at t_min. By default, `time`, the inverse of
     log σ̂, is computed by bisection, and derivatives with respect to t are computed using
-    `torch.func`. Losses and likelihoods call `time` and `squared_diffusion`, for which the
-    schedules in this package have closed forms.
+    `torch.func`. Losses and likelihoods call `time` and `squared_diffusion`, which the schedules
+    in this package compute in closed form.
 
     t may be a tensor of any shape, a number or an array. Methods return tensors with the shape,
     device and dtype of t, except that dtypes narrower than float32 become float32. Integers are
@@ -81,7 +81,7 @@ class Schedule:
     checked.
 
     The check runs in float64, but losses call `alpha` and `sigma` in float32. In float32, 1 − α²
-    keeps few digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as
+    loses nearly all significant digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as
     torch.sqrt(-torch.expm1(-B)).
 
     Example:

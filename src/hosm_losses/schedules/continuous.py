@@ -7,7 +7,7 @@ Source:
 
 Precision:
     In float32, 1 − α² loses nearly all significant digits near t_min. Therefore, σ is computed
-    with expm1 or as a product of sines, to a relative error below 1e-6. If α² + σ² = 1, σ′ is
+    with expm1 or as a product of sines, with a relative error below 1e-6. If α² + σ² = 1, σ′ is
     computed as −(α/σ) α′, which loses no digits to cancellation.
 """
 
@@ -235,9 +235,9 @@ class LinearFlowSchedule(Schedule):
 class EDMSchedule(Schedule):
     """EDM's schedule (Karras et al.): α = 1, σ = t; in training, log σ follows N(−1.2, 1.2²).
 
-    The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (by default,
-    2e-5 of all draws) are not clamped to the ends but spread over the range, so that the times
-    have a density.
+    The drift is 0, and the squared diffusion is 2 t. Draws outside [t_min, t_max] (by default, a
+    fraction 2e-5 of all draws) are redistributed over the range rather than clamped to its ends,
+    so that the times have a density.
     """
 
     t_min: float = 0.002

@@ -25,7 +25,8 @@ Numbers = Sequence[float] | np.ndarray | Tensor
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    A copy is cached for each device and dtype, so that training steps do not copy the numbers.
+    A tensor of the numbers is cached for each device and dtype, so that training steps do not
+    copy the numbers again.
     """
 
     values: tuple[float, ...]
@@ -91,8 +92,9 @@ class DiscreteSchedule(Schedule):
             an array or a one-dimensional tensor. The table is stored as a tuple.
 
     Raises:
-        ValueError: if the table is not strictly decreasing, or has a value outside (0, 1). If the
-            table ends at ᾱ = 0 (zero terminal SNR), σ̂ is infinite there: omit the last entry.
+        ValueError: if the table has fewer than two entries, is not strictly decreasing, or
+            contains a value outside (0, 1). If the table ends at ᾱ = 0 (zero terminal SNR), σ̂ is
+            infinite there: omit the last entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -151,7 +153,7 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, equally spaced from beta_start to beta_end.
 
-        If `scaled` is True, √β is equally spaced instead, as in diffusers for "scaled_linear".
+        If `scaled` is True, √β is equally spaced instead, as with "scaled_linear" in diffusers.
         An error is raised unless both betas are in (0, 1) and steps ≥ 2.
 
         Example:
@@ -222,9 +224,9 @@ class DiscreteSchedule(Schedule):
 def step_labels(
     schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that converts indices of a respaced table to times of the network.
+    """Return a function that converts indices of a respaced table to the network's times.
 
-    `respaced` lists the steps of the full table that the schedule kept. The network's time at a
+    `respaced` lists the steps that the schedule kept from the full table. The network's time at a
     step is factor · step. A fractional index is converted to the fractional step with the same
     noise level. This step is found by interpolation, which assumes that α falls smoothly from 1.
     Halfway between two respaced steps, the slope of α is taken to be the mean slope between these

@@ -9,22 +9,22 @@ The Taylor engine depends only on PyTorch. `jet` and `laplacian` are its public 
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, with a `Jet` in place of x. A Jet behaves like x and carries a
+    The function is called once, with a `Jet` in place of x. A Jet behaves like x but contains a
     stack of C components, of shape (C, B, *). The components are the value, followed by the first
     derivative along each direction l. If requested, second derivatives follow: one along each
     direction, or their sum. PyTorch passes each function called on a Jet to
     `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the stack of
-    y = f(x) from that of x by the chain rule:
+    y = f(x) from the stack of x by the chain rule:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated separately, by `torch.func.jvp`. For some calls,
-    such as complex arithmetic outside rotary embeddings or a custom autograd.Function, the
-    derivatives could be wrong. These calls raise `TaylorError`.
+    A function without a rule is differentiated by `torch.func.jvp`. Operations whose derivatives
+    could be wrong, such as a custom autograd.Function or complex arithmetic (except in rotary
+    embeddings), raise `TaylorError`.
 
 Kinds of rules, with an example of each:
-    linear: ∂²f is zero, so the rule applies the function itself. It is applied to one component
-        at a time or, with adjusted axis arguments, to the whole stack.
+    linear: ∂²f is zero, so the rule applies the function itself to one component at a time or,
+        with adjusted axis arguments, to the whole stack.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 

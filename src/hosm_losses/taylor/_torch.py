@@ -162,7 +162,7 @@ def has_alias(x: Tensor) -> bool:
 def swap(a: Tensor, b: Tensor) -> None:
     """Swap two tensors in place.
 
-    Raises RuntimeError if a weak reference, a view or an autograd graph refers to either.
+    Raises RuntimeError if a weak reference, a view or an autograd graph refers to either tensor.
     """
     with without_subclasses():
         torch.utils.swap_tensors(a, b)
@@ -227,5 +227,5 @@ def refuse_written() -> None:
 
 
 def forward_mode() -> AbstractContextManager[object]:
-    """Return a lock for calls to torch.func.jvp, because all threads share its nesting levels."""
+    """Return a lock for calls to torch.func.jvp, whose nesting levels all threads share."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

@@ -1,4 +1,4 @@
-r"""Softmax with its gradients, and attention, which is two matrix products and a softmax.
+r"""Softmax with its gradients, and attention, computed as two matrix products and a softmax.
 
 Formulas for p = softmax(x), where ⟨z⟩ is the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
     p_l = p u_l        p_ll = p c̃, where c = u_l² + x_ll
@@ -9,19 +9,20 @@ w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x_ll   p (d_l − δ_l)
     in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
     in x      w − p Σ w
-    These formulas need the result but not x, so only the result is kept.
+    These formulas use the result but not x, so only the result is saved.
 
 Second gradients: the gradients with respect to x and x_l are differentiated again, with respect
-to the result and its cotangents. It is assumed that there is no p_ll. For cotangents A and B_l of
-the gradients with respect to x and x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+to the result and its cotangents. The formulas assume that the stack has no second derivatives
+p_ll. For cotangents A and B_l of the gradients with respect to x and x_l, with Ã = A − Σ p A and
+h_l = p_l Ã + p B_l:
     in a      p Ã
     in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-In attention, softmax saves the weights, and so does the product of weights and values. Both save
-the same tensor unless rounding or dropout changes it in between. In half precision, gradients are
-as accurate as PyTorch's, which are also computed from a rounded result.
+In attention, softmax and the product of weights and values both save the weights. They save the
+same tensor unless rounding or dropout changes the weights in between. In half precision, gradients
+are as accurate as PyTorch's, which are also computed from a rounded result.
 """
 
 import math

@@ -10,9 +10,9 @@ With `primitive=True`, the body also replaces the operator when a network is dif
 reverse mode; see `primitives`.
 
 Lengths of vectors, and quantities derived from lengths (distances, angles and spreads), are
-composites. PyTorch's own forward-mode formulas replace an undefined quotient by zero, and cannot
-be differentiated again at such points. A length has no derivative at zero; as in PyTorch, it is
-treated as a constant there.
+composites. PyTorch's own forward-mode formulas set an undefined quotient to zero, and cannot be
+differentiated again where the quotient is undefined. A length is not differentiable where it is
+zero; as in PyTorch, it is treated as a constant there.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Wrap a function to use its rule if any argument is a Jet or a list that contains one."""
+    """Wrap a function so that its rule is used if an argument is a Jet or a list with a Jet."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -103,7 +103,7 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
 
 @composite("logaddexp", primitive=True)
 def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
-    """Use softplus; PyTorch's second derivative is NaN if float32 arguments differ by over 88."""
+    """Use softplus; PyTorch's second derivative is NaN for float32 arguments over 88 apart."""
     larger = ops.ge(input, other)
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
@@ -114,7 +114,7 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
 def _prod(ops: Any, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Repeatedly multiply half the factors by the other half.
 
-    PyTorch's third derivative is NaN if a factor is zero.
+    The third derivative of torch.prod is NaN if a factor is zero.
     """
     dim, dtype = axis(dim, x.ndim), dtype or x.dtype
     x, count = _wide(ops, ops.to(x, dtype)), x.shape[dim]
@@ -133,7 +133,7 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """Return x / d and d, where d is the largest |x| in each row, in at least float32.
+    """Return x / d and d in at least float32, where d is the largest |x| in each row.
 
     A length is homogeneous in x, so d can be treated as a constant. Without the division, the
     derivatives for short vectors would contain powers outside float32's range.

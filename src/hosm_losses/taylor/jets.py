@@ -16,9 +16,9 @@ Without a rule:
     the user's arguments, while the safe primitives replace some of PyTorch's operators. This is
     correct but slower. Calls whose derivatives could be wrong raise TaylorError. Examples are
     complex arithmetic outside rotary embeddings, and calls under torch.no_grad or in the forward
-    of a custom autograd.Function. Operators without a forward-mode derivative in PyTorch also
-    raise TaylorError. Operators that PyTorch does not differentiate raise ConstantError. In-place
-    changes are handled in `memory` and `in_place`.
+    method of a custom autograd.Function. Operators without a forward-mode derivative in PyTorch
+    also raise TaylorError. Operators that PyTorch does not differentiate raise ConstantError.
+    In-place changes are handled in `memory` and `in_place`.
 
 A rule may call other rules, and may call PyTorch functions on stacks. A rule must not call PyTorch
 functions on Jets, because torch.compile would mistake the Jets for plain tensors.
@@ -308,7 +308,8 @@ def along(
     """Evaluate a function once under torch.func.jvp, and return the stacks of its results.
 
     For each value, `derivatives` contains a stack of `firsts` first derivatives, followed by the
-    second derivatives. These are left out if they are zero everywhere or `pairs` is "none".
+    second derivatives. Second derivatives are omitted if they are zero everywhere or if `pairs` is
+    "none".
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -383,7 +384,7 @@ def propagate(
     derivatives.
 
     `pairs` selects the second derivatives: "none", "squares" (∂²f[w, w] for every direction w) or
-    "sum" (the sum of these derivatives, carried as one component). Raises TaylorError if
+    "sum" (the sum of these derivatives, stored as one component). Raises TaylorError if
     derivatives cannot be propagated through the function. For a tuple of inputs, pass a tuple of
     directions. An input whose directions are None stays a plain tensor.
 
@@ -501,7 +502,7 @@ def _check_batch(x: object, place: str = "") -> None:
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise an error unless all directions fit their inputs and share one K and one B."""
+    """Raise an error unless all directions fit their inputs and have the same K and B."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -528,7 +529,8 @@ def jet(
 
     The function is called once. All results are differentiable with respect to x, the directions
     and the function's parameters. PyTorch 2.6, 2.13 and 2.15 compute some derivatives
-    incorrectly, such as those of norms. For these, `jet` uses the library's own formulas.
+    incorrectly, such as those of norm layers. For such derivatives, `jet` uses the library's own
+    formulas.
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network
@@ -552,8 +554,8 @@ def jet(
             why.
         DerivativeError: if an operator inside the function has no derivative in PyTorch, or if a
             hook changes a gradient.
-        TypeError: if directions, or the inputs that have them, are not floating-point tensors, or
-            if `pairs` is not a string.
+        TypeError: if directions, or inputs with directions, are not floating-point tensors, or if
+            `pairs` is not a string.
         ValueError: if x has no axes, the directions do not fit the shape of x, K is zero, tuples
             of inputs and directions differ in length, K or B differs between inputs, all
             directions are None, or `pairs` is an unknown string.

@@ -1,4 +1,4 @@
-"""Rules for functions that move or sum elements, and act on every component in the same way.
+"""Rules for functions that move or sum elements and act on every component in the same way.
 
 Dimensions are converted to negative indices, which are the same for a value and for its stack.
 
@@ -6,8 +6,8 @@ The functions that networks call most often each have a rule that acts on the wh
 linear functions are called on each component in turn, with the user's own arguments.
 
 Queries and casts:
-    Queries about a Jet's autograd graph are answered as for an ordinary tensor that requires
-    gradients. Tools that monitor modules, such as PyTorch's FLOP counter, expect such answers. A
+    In queries about its autograd graph, a Jet behaves like an ordinary tensor that requires
+    gradients. Tools that monitor modules, such as PyTorch's FLOP counter, rely on this. A
     cast to another floating dtype casts every component. As in PyTorch, a cast to integers or to
     bool drops the derivatives: the result is a plain tensor. Casting this tensor back does not
     restore the derivatives. `Jet.make` rejects a cast to complex numbers.

@@ -11,7 +11,7 @@ Formulas for the first and second derivatives along l, where X = A⁻¹ is compu
 
 Gradients are computed by autograd through products and an inverse, which PyTorch differentiates
 correctly at every order. In reverse mode, PyTorch also differentiates log|det A|, det A and L
-correctly. In forward mode, PyTorch versions before 2.15 make an error: under vmap, the jvp of the
+correctly. In forward mode, PyTorch versions before 2.15 have a bug: under vmap, the jvp of the
 grad of slogdet is correct only for the first sample.
 
 Precision: if A has condition number κ, results lose up to log10 κ digits. Float32 has only seven
@@ -36,7 +36,7 @@ from hosm_losses.taylor.stacks import align, collect, components, extend
 
 
 def _components(stack: Tensor, jet: Jet) -> tuple[Tensor, Tensor, Tensor]:
-    """Append the zero derivatives that a stack leaves out, then split it into components."""
+    """Append the zero derivatives that a stack omits, then split the stack into components."""
     seconds = {"none": 0, "sum": 1}.get(jet.pairs, jet.firsts)
     return components(extend(stack, 1 + jet.firsts + seconds), jet.firsts)
 

@@ -2,16 +2,17 @@ r"""Tensors that may share the memory of a Jet, and tensors kept for a backward 
 
 Changes in place:
     A Jet that is changed in place receives a new stack, and no stack is ever written to. Tensors
-    that autograd saved therefore stay valid. An in-place change needs as much time and memory as
-    the out-of-place function. In PyTorch, the change also appears in every tensor that shares the
-    changed memory, such as a view. With Jets, no other tensor would see the change. The
-    change is therefore rejected while a view, the result of a reshape or a detached tensor that
-    may share the memory is in use. torch.compile does not support weak references. Under it, every
-    tensor that was ever recorded as possibly sharing a Jet's memory counts as being in use.
+    that autograd saved therefore stay valid. Changing a Jet in place saves neither time nor memory
+    compared with calling the out-of-place function. In PyTorch, the change also appears in every
+    tensor that shares the changed memory, such as a view. With Jets, the change would not appear
+    in any other tensor. The change is therefore rejected while a view, the result of a reshape or
+    a detached tensor that may share the memory is in use. Under torch.compile, which does not
+    support weak references, every tensor that was ever recorded as possibly sharing a Jet's memory
+    counts as being in use.
 
-    A detached tensor shares the memory of a stack and must not be changed in place. Otherwise, a
-    Jet made by a reshape would see the change only if the reshape did not copy the stack. When the
-    function returns, the engine checks that no detached tensor was changed.
+    A detached tensor shares the memory of a stack and must not be changed in place. Such a
+    change would appear in a Jet made by a reshape only if the reshape did not copy the stack. When
+    the function returns, the engine checks that no detached tensor was changed.
 
     A plain tensor that receives values depending on x, as in `out[:, :2] = x`, becomes a Jet until
     the function returns.
@@ -22,8 +23,8 @@ Recomputation:
     large as the activations. All of these tensors together would occupy several times as much
     memory as the network's own activations. `with_recomputation` keeps only the arguments or only
     the result of a rule, and recomputes everything else when a gradient is needed. The gradient is
-    itself evaluated in this way, as a function of the kept tensors and the cotangents. So are
-    derivatives of any higher order.
+    itself evaluated in this way, as a function of the kept tensors and the cotangents, and so are
+    all derivatives of higher order.
 
     Under torch.compile and the transforms of torch.func, which decide for themselves what to keep,
     the function is evaluated directly.
@@ -215,11 +216,12 @@ def with_recomputation(
     Args:
         function: a function of the tensors, without side effects, that returns one tensor.
         tensors: its arguments.
-        pullbacks: the first pullback takes the tensors and a cotangent, and returns the gradients
-            of `function` with respect to all tensors, with None for a tensor that is None. The
-            first argument of a pullback says which gradients are needed; any other gradient may be
-            None. The second pullback differentiates the first result of the first pullback, and so
-            on. Beyond the last pullback, autograd computes the gradients.
+        pullbacks: the first argument of every pullback specifies which gradients are needed; any
+            other gradient may be None. The first pullback is also passed the tensors and a
+            cotangent. It returns the gradients of `function` with respect to all tensors, with
+            None for a tensor that is None. The second pullback differentiates the first result of
+            the first pullback, and so on. Beyond the last pullback, autograd computes the
+            gradients.
         again: a version of the function for repeated differentiation, for example under
             torch.func. If None, `function` is used.
         by_result: whether the result, instead of the arguments, is kept and passed to the
@@ -272,8 +274,9 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Return, for each of `tensors`, whether this backward pass needs its gradient.
 
-    `tensors` are the Function's last arguments. `ctx.needs_input_grad` does not suffice: it is
-    True for weights even if the pass differentiates with respect to x only.
+    `tensors` correspond to the last arguments of the autograd.Function. `ctx.needs_input_grad`
+    does not suffice: it is True for weights even if the pass differentiates with respect to x
+    only.
     """
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     needed: list[bool] = []
@@ -298,7 +301,7 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """Return the needed gradients of a function; `places` says which results have cotangents."""
+    """Return the needed gradients of a function; `places` lists the results with cotangents."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -3,7 +3,7 @@ r"""Rules for elementwise functions, such as activations, and for arithmetic.
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
-To add an activation, write a generator that yields its value a(x) and its first three derivatives.
+To add an activation a, write a generator that yields a(x) and the first three derivatives of a.
 Register the generator under every name by which networks call the activation; see `_tanh`.
 Only the stack of x is stored for the backward pass, where the generator computes the derivatives
 again. PyTorch's own operators for a(x) and a'(x) x_l, if they exist, can be passed as `operators`;
@@ -14,8 +14,8 @@ Formula for softplus:
 
 Arithmetic:
     The dtype of a result is the one that PyTorch's function would return for the values. As in
-    PyTorch, a value without axes does not widen the dtype of a value with axes. This is so even
-    though the stacks of both values have axes.
+    PyTorch, a value without axes does not widen the dtype of a value with axes, even though the
+    stacks of both values have axes.
 """
 
 import math

@@ -4,12 +4,13 @@ Purpose:
     PyTorch computes wrong derivatives if layer norm, batch norm (in training) or instance norm is
     differentiated more than twice (tested with 2.6, 2.13 and 2.15). The parameter gradient of a
     loss on a directional derivative is silently wrong, by anything from several percent to more
-    than a hundred percent. In the loss of order three, the derivative itself is sometimes
-    wrong by as much. In reverse mode, PyTorch 2.14 and 2.15 instead raise an error for batch and
-    instance norm. Forward mode is still wrong. If the pull requests listed under Source are
-    applied, PyTorch raises an error for all of these norms. For group norm, attention and the
-    gated linear unit, PyTorch raises an error on common inputs. It differentiates all these
-    operators correctly in every mode if they are composed of means, products, softmax and sigmoid.
+    than a hundred percent. In the loss of order three, the directional derivative itself is
+    sometimes wrong by similar amounts. In reverse mode, PyTorch 2.14 and 2.15 instead raise an
+    error for batch and instance norm, but the forward-mode derivatives of these norms are still
+    wrong. If the pull requests listed under Source are applied, PyTorch raises an error for all of
+    these norms. For group norm, attention and the gated linear unit, PyTorch raises an error on
+    common inputs. PyTorch differentiates all these operators correctly in every mode if they are
+    composed of means, products, softmax and sigmoid.
 
 The mode:
     A `TorchFunctionMode` replaces these operators where a network calls them. The mode is active
@@ -18,9 +19,10 @@ The mode:
     By then the mode is off, so `recomputable` turns it on for this evaluation.
 
 Refused:
-    For a few operators, PyTorch's forward-mode derivative is itself differentiated incorrectly.
-    These operators are refused where their forward-mode derivatives are needed. Both engines also
-    refuse operators that PyTorch cannot differentiate at all, such as torch.special.airy_ai.
+    For a few operators, PyTorch's forward-mode derivative, or the gradient of that derivative, is
+    wrong. These operators are refused where their forward-mode derivatives are needed. Both
+    engines also refuse operators that PyTorch cannot differentiate at all, such as
+    torch.special.airy_ai.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
@@ -92,7 +94,7 @@ _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", 
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    """Whether PyTorch's forward-mode derivative of a function, or its gradient, is wrong.
+    """Whether PyTorch's forward-mode derivative, or that derivative's gradient, is wrong.
 
     For an operator that a package defines with `torch.library.custom_op`, PyTorch treats the
     forward-mode derivative as zero.
@@ -105,7 +107,7 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 
 
 def refuse_constant(function: Any, result: Tensor) -> None:
-    """Raise ConstantError if a result carries no derivative although an argument carries one.
+    """Raise ConstantError for a result that is constant although an argument is not.
 
     No error is raised for a result that is constant on purpose, such as a new tensor, a random
     draw or a detached tensor.
@@ -245,7 +247,7 @@ def refuse_constants() -> AbstractContextManager[Any]:
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
-    The first computation enters the mode again too, after the checkpoint has set its hooks. The
+    The first computation also enters the mode again, after the checkpoint has set its hooks. The
     mode then does not refuse this checkpoint as a foreign one.
     """
     if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly

@@ -22,7 +22,7 @@ Formulas for Y = A B with matrices A_i and B_j (values or derivatives) and cotan
 
 When PyTorch differentiates the gradient of a convolution, it computes the weight gradient as
 another convolution. The kernel of that convolution is the cotangent, which is as large as the
-image. This is up to three times as expensive as the method that PyTorch uses in a first backward
+image. This is up to three times as expensive as the method that PyTorch uses in the first backward
 pass. A `Form` always uses the cheaper method.
 """
 
@@ -272,9 +272,9 @@ def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """Return the form of a product of stacks with shapes such as (C, N, m, k) and (C, N, k, n).
 
-    Each factor's gradient is stored in the factor's own memory order. In any other order, the
-    operators that combine the gradient with other tensors would take three times as long. Such
-    operators occur, for example, in the backward pass of a softmax.
+    Each factor's gradient is stored in the factor's own memory order. With any other order,
+    operators that combine the gradient with other tensors, such as those in the backward pass of
+    a softmax, would take three times as long as with this order.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -290,7 +290,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Return an einsum's batch, row, sum and column indices; None if not a matrix product."""
+    """Return an einsum's batch, row, sum and column indices, or None if not a matrix product."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -327,7 +327,7 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
 
 
 def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
-    """Return a stack with the axes of its value moved from `order` to the order `wanted`."""
+    """Permute the axes of a stack's value from the order `order` to the order `wanted`."""
     return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 

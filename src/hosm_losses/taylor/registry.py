@@ -8,9 +8,9 @@ Kinds of rules:
     stack       a function that computes directly with the stacks of its Jets
     other       a property of a tensor, an in-place change, or an error
 
-A rule accepts the arguments that networks usually pass. If a call
-passes other arguments, or if the rule raises `NoRule`, PyTorch's own function is called instead,
-with exactly the same arguments; see `hosm_losses.taylor.jets`.
+A rule accepts the arguments that networks usually pass. If a call passes other arguments, or if
+the rule raises `NoRule`, PyTorch's own function is called instead, with exactly the same
+arguments; see `hosm_losses.taylor.jets`.
 
 Hooks on tensors and modules inside a network may read gradients but must not change them.
 """
@@ -183,7 +183,7 @@ class ChangedGradientError(DerivativeError):
 
 
 class ScriptedError(DerivativeError):
-    """Part of the network is compiled by torch.jit, so neither engine can see norms inside it."""
+    """Neither engine can detect norms in a part of the network that torch.jit compiled."""
 
 
 GIVE_THE_SOURCE = (

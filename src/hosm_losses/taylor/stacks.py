@@ -50,9 +50,10 @@ def total(stack: Tensor) -> Tensor:
 def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
     """Add the products of two stacks to `whole` in place.
 
-    If `whole` has one component, the sum of the products is added. A single component
-    of `right` multiplies every component of `left`. A single component of `left` multiplies every
-    component of `right` only if `whole` has several components.
+    If `whole` has one component, the sum of the products is added. If `right` has only one
+    component, it multiplies every component of `left`. If `left` has only one component and
+    `right` has several, `whole` must also have several; the component of `left` then multiplies
+    every component of `right`.
     """
     if len(whole) > 1 or len(left) == len(right) == 1:
         whole.addcmul_(left, right, value=value)
