@@ -2,7 +2,7 @@ r"""
 Train a better density
 ======================
 
-Train small networks on a checkerboard with score matching of order one, two and three. All orders
+Train small networks on a checkerboard with score matching of orders one, two and three. All orders
 use the same number of network evaluations. Compare the density and score of each network's ODE
 with the true ones.
 """
@@ -29,7 +29,7 @@ schedule = VESchedule(sigma_min=0.02, sigma_max=10.0)
 # %%
 # The data are uniform on half of the squares of a 4×4 board. Because the board has sharp edges,
 # the network's inputs include sines and cosines of the position. Sines and cosines also encode the
-# noise level. The activations are smooth, because the higher orders differentiate them.
+# noise level. The activations are smooth, because the higher-order losses differentiate them.
 
 
 def draw(count):
@@ -72,10 +72,11 @@ def new_model():
 print(check_derivatives(new_model(), draw(8)))
 
 # %%
-# Per sample, a step costs three network evaluations at order one (a backward pass counts as two),
-# six at order two and twelve at order three. Therefore, higher orders train for fewer steps. In
-# each sample's target, ``AveragedTargets`` replaces the noise with an average over the batch. This
-# needs no further network evaluations, and helps if the batch is dense at the scale of the noise.
+# Per sample, a step requires three network evaluations at order one (a backward pass counts as
+# two), six at order two and twelve at order three. Therefore, training takes fewer steps at higher
+# orders. In each sample's target, ``AveragedTargets`` replaces the noise with an average over the
+# batch. This requires no further network evaluations, and helps if the batch is dense at the scale
+# of the noise.
 
 
 def train(objective, steps, rate):
@@ -130,8 +131,8 @@ for name, model in models.items():
     print(f"{name}: KL {kl[name]:.4f} nats, squared error of the score {error[name]:.2f}")
 
 # %%
-# All three models find the squares. They differ in how uniform the density is inside the squares,
-# and even more in the score, the slope of the log-density.
+# All three models reproduce the squares. They differ in how uniform the density is inside the
+# squares, and even more in the score, the gradient of the log-density.
 figure, axes = plt.subplots(1, 4, figsize=(9.3, 3.3), layout="constrained")
 for ax, (name, values) in zip(axes, density.items(), strict=True):
     shown = values.reshape(64, 64).T

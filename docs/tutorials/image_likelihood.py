@@ -4,7 +4,7 @@ The likelihood of an image model
 
 Train a small convolutional network on 8×8 digits. Measure the likelihood of held-out digits in
 bits per dimension, with error bars. Check the error bars against an exact result, and draw
-samples with their densities.
+samples together with their densities.
 """
 
 import matplotlib.pyplot as plt
@@ -98,9 +98,9 @@ print(result.summary(levels=17))
 
 # %%
 # The summary shows three errors. The first is the standard error of the mean over images. The
-# second is the part of the first due to the probes; it decreases with more probes or steps. The
-# third, the solver's error, decreases with more steps. Are the claimed errors right? With d = 64,
-# the exact divergence is affordable for a few images:
+# second is the part of the first that is due to the probes; it decreases with more probes or
+# steps. The third, the solver's error, decreases with more steps. Are the reported errors
+# accurate? With d = 64, the exact divergence is affordable for a few images:
 few = 32
 exact = ode_nll(model, held_out[:few], solver=FixedGrid(40, **moments), divergence="exact")
 error, claimed = result.nll[:few] - exact.nll, 2 * result.standard_error[:few]

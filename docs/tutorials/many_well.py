@@ -2,9 +2,9 @@ r"""
 Reweight samples to a known energy
 ==================================
 
-Train a model on samples of the distribution exp(−energy)/Z in eight dimensions. Draw samples with
-densities from the model, and reweight these samples to that distribution. The weights also yield
-the effective sample size and log Z.
+Train a model on samples from the distribution exp(−energy)/Z in eight dimensions. From the model,
+draw samples together with their densities, and reweight these samples to that distribution. The
+weights also yield the effective sample size and an estimate of log Z.
 """
 
 import math
@@ -50,7 +50,8 @@ data = draw(4096)
 mean, std = data.mean(0), data.std(0)
 
 # %%
-# The network's inputs are log σ̂, and x in units of its standard deviation at that noise level.
+# The network receives log σ̂, and x standardised by its mean and standard deviation at that noise
+# level.
 
 
 class Network(nn.Module):
@@ -102,7 +103,7 @@ print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}
 # %%
 # If the weights are nearly equal, the model is accurate near its samples. Weights far to the left
 # indicate regions where the model places too many samples. Weights far to the right indicate
-# regions where it places too few.
+# regions where the model places too few.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500
@@ -111,4 +112,4 @@ ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
 # ``weights.expectation`` returns means under the target distribution, with standard errors.
-# ``weights.resample`` returns samples of this distribution: see :doc:`/energies`.
+# ``weights.resample`` returns samples from it: see :doc:`/energies`.

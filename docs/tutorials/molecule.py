@@ -11,7 +11,7 @@ The full run takes about eleven minutes on one core:
    pip install -e ".[molecules,docs]"
    python docs/tutorials/molecule.py
 
-On the website, this page ends with such a run's pictures and output.
+On the website, this page ends with the pictures and output of such a run.
 """
 
 import math
@@ -45,8 +45,8 @@ quick = "--quick" in sys.argv  # runs all of the code, without meaningful result
 # %%
 # Alanine dipeptide has 22 atoms. ``docs/examples/alanine.py`` simulates it in vacuum with OpenMM.
 # The bonds are not rigid, because positions with rigid bonds have no density. At 800 K, the
-# torsions cross their barriers. Each frame comes with its forces divided by kT, which are the
-# score of the positions' density.
+# torsion angles cross their energy barriers. Each frame comes with its forces divided by kT, which
+# are the score of the positions' density.
 molecule = Alanine(kelvin=800.0)
 frames, scores = molecule.simulate(400 if quick else 20_000)
 backbone = {"φ": "ACE C, ALA N, ALA CA, ALA C", "ψ": "ALA N, ALA CA, ALA C, NME N"}
@@ -132,9 +132,9 @@ alanine.train(20 if quick else 6000)
 
 # %%
 # The network is equivariant to rotations and reflections, so half of the samples have the wrong
-# handedness. The sign of a volume at Cα reveals them. These samples x are replaced by −x before a
-# torsion is computed. Otherwise, the two basins would mix. The molecule's density is split equally
-# between the mirror images, hence −log 2.
+# handedness. The sign of the volume spanned by three bonds at Cα identifies them. These samples x
+# are replaced by −x before a torsion is computed. Otherwise, the two basins of φ would be mixed
+# up. The molecule's density is split equally between the mirror images, hence −log 2.
 
 
 def log_target(y):
@@ -198,10 +198,11 @@ if not quick:
     figure.savefig("molecule_noise.svg")
 
 # %%
-# In 63 dimensions, importance weights need a better network than a few minutes of training on one
-# core can produce. Here, nearly all of the weight falls on one or two samples. A weighted average,
-# such as the free energy difference between the two basins of φ, would be meaningless. DW4 is
-# small enough: four particles in the plane, with a double well in each of the six distances.
+# In 63 dimensions, importance weighting requires a better network than a few minutes of training
+# on one core can produce. Here, nearly all of the weight falls on one or two samples. A
+# weighted average, such as the free energy difference between the two basins of φ, would be
+# meaningless. DW4 is small enough: four particles in the plane, with a double-well potential in
+# each of the six distances.
 
 
 def log_dw4(x):
@@ -273,9 +274,10 @@ for name, data in {"same": x, "ten times longer": longer}.items():
 # .. image:: /images/molecule_noise.svg
 #
 # Alanine needs a better network than this one: most of the samples' energies lie outside
-# the plotted range. Also, too many samples have φ > 0: the network sees only distances, from which
-# the sign of φ relative to the handedness at Cα is hard to infer. If log weights are normally
-# distributed with a standard deviation of s nats, the effective sample size is a fraction exp(−s²)
-# of the number of samples. A fraction of 2% requires s = 2. To reach 2%, train a larger network
-# for longer. A network that sees the sign of a volume needs no mirror images. For DW4, the
-# effective sample size is half the number of samples.
+# the plotted range. Also, too many samples have φ > 0: the network's layers receive only
+# distances, from which the sign of φ relative to the handedness at Cα is hard to infer. If log
+# weights are normally distributed with a standard deviation of s nats, the effective sample size
+# is a fraction exp(−s²) of the number of samples. A fraction of 2% requires s = 2. To reach 2%,
+# train a larger network for longer. If the network also received the sign of the volume at Cα, no
+# mirror images would be needed. For DW4, the effective sample size is about half the number of
+# samples.

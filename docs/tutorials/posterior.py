@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 # %%
 # The simulator is the two-moons problem of `Greenberg et al. (2019)
 # <https://arxiv.org/abs/1905.07488>`_. The observation y is a point on a thin crescent whose
-# position depends on θ. The prior on θ is uniform on [−1, 1]². An absolute value hides the sign of
-# θ₁ + θ₂, so the posterior of θ has two moons.
+# position depends on θ. The prior on θ is uniform on [−1, 1]². The simulator uses only the
+# absolute value of θ₁ + θ₂, so the posterior of θ consists of two moons.
 
 
 def rotated(theta):
@@ -75,7 +75,8 @@ class Network(nn.Module):
 
 # %%
 # Every step uses new simulations. If simulations are expensive, keep some for the checks below.
-# The targets are the drawn noise, because ``AveragedTargets`` would mix θ from different y.
+# The targets are the drawn noise, because ``AveragedTargets`` would average over θ that belong to
+# different y.
 schedule = VESchedule(sigma_min=0.003, sigma_max=10.0)
 model = ScoreModel(Network(), schedule, time=schedule.sigma)
 objective = FirstOrderDSM(model)
@@ -89,8 +90,8 @@ for step in range(steps):
     optimizer.step()
 
 # %%
-# Make one distribution for each of 300 new observations. A single solve draws 99 samples from each
-# posterior with their densities. A second solve computes the density of the true parameters.
+# Make one distribution for each of 300 new observations. A single solve draws 99 samples, with
+# their densities, from each posterior. A second solve computes the density of the true parameters.
 count = 300
 theta, y = draw(count)
 solver = FixedGrid(data_std=0.58)
@@ -101,11 +102,12 @@ with torch.no_grad():
 
 # %%
 # Now apply simulation-based calibration (`Talts et al. <https://arxiv.org/abs/1804.06788>`_). If
-# the posterior is right, the true parameter is like one more sample from it. The parameter's rank
-# among the 99 samples is then uniformly distributed from 0 to 99, and so is the rank of its
-# density. The number of samples with a higher density determines the smallest region of highest
-# density that contains the true parameter. 90% regions should contain 90% of the true
-# parameters. If they contain fewer, the regions are too small.
+# the posterior is right, the true parameters are distributed like one more sample from it. The
+# rank of each true parameter among the 99 samples is then uniformly distributed from 0 to 99, and
+# so is the rank of the density at the true parameters. The number of samples with a higher density
+# determines the smallest region of highest density that contains the true parameters. 90% regions
+# should contain the true parameters for 90% of the observations. If they do so less often, the
+# regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
 nominal = torch.arange(101) / 100
@@ -128,8 +130,8 @@ figure.suptitle(f"Regions of 50% hold {coverage[50]:.0%}; grey is twice the bino
 
 # %%
 # Now compute the exact posterior. The likelihood is the density of the point on the crescent. Its
-# integral over the prior's box is computed as a mean over a grid of radii and angles. Each pair
-# of a radius and an angle maps y back to two values of θ. Only values inside the box are counted.
+# integral over the prior's box is computed as a mean over a grid of radii and angles. For each
+# radius and angle, two values of θ could have produced y. Only values inside the box are counted.
 
 
 def log_posterior(theta, y):
@@ -153,10 +155,10 @@ def log_posterior(theta, y):
 # %%
 # The ranks do not show two important quantities. The first is the KL divergence from the exact
 # posterior to the ODE's, averaged over y: the mean difference between the two log-densities at the
-# true parameters. The second is the share of the probability outside the box. An ODE's density is
-# smooth even at the edge of the prior, so part of the probability lies outside, most of all if the
-# edge cuts through a moon. The largest differences between the log-densities are near the edge as
-# well.
+# true parameters. The second is the share of the ODE's probability that lies outside the box. An
+# ODE's density is smooth even at the edge of the prior, so part of its probability lies outside,
+# most of all if the edge cuts through a moon. The largest differences between the log-densities
+# also occur near the edge.
 log_p = log_posterior(theta, y)
 kl, kl_error = float((log_p - log_q).mean()), float((log_p - log_q).std()) / count**0.5
 outside = (samples.abs() > 1).any(-1).double().mean(0)
@@ -165,7 +167,7 @@ print(f"KL {kl:.3f} ± {kl_error:.3f} nats")
 print(f"outside of the box: {outside.mean():.1%} of the samples, {outside.max():.0%} for one y")
 
 # %%
-# Finally, plot one posterior on a grid. The colours span twelve nats. Every continuous map of a
+# Finally, plot one posterior on a grid. The colours span twelve nats. Every continuous map from a
 # normal distribution to two moons leaves bridges between the moons. Here, the bridges contain
 # little mass.
 observed, half = torch.zeros(2), 0.45
@@ -187,13 +189,13 @@ axes[2].set(xlabel="log p(θ | y), nats", ylabel="log q(θ | y), nats")
 figure.suptitle(f"Log-densities for y = 0, and at the true parameters: KL {kl:.2f} nats")
 
 # %%
-# Calibration misses two faults. A model that ignored y and returned the prior would pass, because
-# the true parameters are samples from the prior as well. Calibration also averages over y: regions
-# that are too wide for some observations compensate for regions that are too narrow for others,
-# perhaps for yours.
+# Calibration checks miss two faults. A model that ignored y and returned the prior would pass,
+# because the true parameters are samples from the prior as well. The checks also average over y:
+# regions that are too wide for some observations compensate for regions that are too narrow for
+# others, perhaps for yours.
 #
 # Both faults lower the mean of log q over pairs of θ and y. Two models can be compared by this
 # mean even if the exact posterior is unknown. A useful model's mean must exceed the prior's. To
-# handle the edge, reject samples outside the box and divide the density by the share inside. Or
-# map the box to the plane, train there, and add the map's log-determinant. :doc:`/densities`
-# describes such distributions.
+# handle the edge, reject samples outside the box and divide the density by the share of samples
+# inside. Alternatively, map the box to the plane, train there, and add the log-determinant of the
+# map's Jacobian to the log-density. :doc:`/densities` describes such distributions.

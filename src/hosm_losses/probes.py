@@ -15,7 +15,7 @@ Formula:
     channels. Q maps three colour channels to brightness and two colour differences. If
     neighbouring elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to
     diagonal than S is. Qᵀ is applied by FFT; along one dimension,
-        v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, otherwise c_k = √(2/n).
+        v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)}, where c_0 = 1/√n and c_k = √(2/n) for k > 0.
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,

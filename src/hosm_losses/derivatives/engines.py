@@ -202,10 +202,10 @@ def vjp(
     """Call `function`; return its two results (value, more) and the value's backward pass.
 
     The backward pass maps a cotangent of the value's shape to one gradient per point. The
-    gradients have a graph if `graph` is True. If the value does not depend on a point, the
-    gradient with respect to that point is zero. If `lost` is given and the value does not depend
-    on the last point, the backward pass raises a DerivativeError with the text `lost`. Under
-    torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
+    gradients can be differentiated again if `graph` is True. If the value does not depend on a
+    point, the gradient with respect to that point is zero. If `lost` is given and the value does
+    not depend on the last point, the backward pass raises a DerivativeError with the text `lost`.
+    Under torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)

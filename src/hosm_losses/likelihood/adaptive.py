@@ -7,7 +7,7 @@ Purpose:
 Formula:
     The method is the Runge-Kutta pair 5(4) of Tsitouras. The last stage of a step is also the
     first stage of the next step. The caller computes the error of each step relative to the
-    tolerance. A step is accepted if this relative error is at most 1. After a step of size h, the
+    tolerance. A step is accepted if this ratio is at most 1. After a step of size h, the
     size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5 is the order.
     Samples that have reached the end of the span are no longer evaluated.
 
@@ -108,8 +108,8 @@ def adaptive(
 
     `judge(errors, covector)` receives the errors (n, m) of a step and the covector at the end of
     the step. It returns two numbers per row: the error relative to the tolerance, and the error in
-    nats. A step is accepted if its relative error is at most 1. The errors in nats are summed over
-    the accepted steps.
+    nats. A step is accepted if its error, relative to the tolerance, is at most 1. The errors in
+    nats are summed over the accepted steps.
 
     A sample fails if its first slope is not finite, if its step size becomes too small, or if it
     needs more than `max_evaluations` evaluations.

@@ -257,7 +257,8 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
 
     The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
     finite in the wider of this dtype and float32. A cause that is already recorded in the result
-    is kept. Otherwise, the first condition (B,) that is true for a sample determines its cause.
+    is kept. Otherwise, the cause recorded for a sample is that of the first condition (B,) that is
+    true for it.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

@@ -275,7 +275,7 @@ class Paths:
         return self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Draw noise ε and return (α x + σ ε, ε), with α and σ of the given noise level."""
+        """Draw noise ε and return (α x + σ ε, ε), with α and σ at the given noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
         return noised(x, noise, level.alpha, level.sigma), noise

@@ -4,8 +4,8 @@ Formula, with the terms from `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
 
 With antithetic=True, the noisy batch has 2B rows: B rows with +ε, then B rows with −ε, at the same
-times and with the same probes and conditions. Each term of a sample is the mean over the sample's
-two rows.
+times and with the same probes and conditions. Each loss term for a sample is the mean of the
+term's values for the sample's two rows.
 """
 
 from collections.abc import Callable, Mapping

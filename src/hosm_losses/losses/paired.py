@@ -1,10 +1,10 @@
 r"""Unbiased estimates, from a few paired probes, of the terms that probes="exact" computes.
 
 Purpose:
-    With random probes v, the target in a squared residual depends on v. In addition, the mean of
-    the squared residual over v differs from the square of the mean residual. With paired probes,
-    the mean over v replaces the target, and the product of two estimates from independent probes
-    replaces the square. The remaining noise comes almost entirely from the random choice of x₀, ε
+    With random probes v, the target in a squared residual depends on v. In addition, the mean over
+    v of the squared residual differs from the square of the mean residual. With paired probes, the
+    target is replaced by its mean over v, and the square by the product of two estimates from
+    independent probes. The remaining noise comes almost entirely from the random choice of x₀, ε
     and t.
 
 Formula:

@@ -8,7 +8,7 @@ Formula:
         v_i = −v_j = ½ (ℓ − ℓ̄) r for two particles in D dimensions, with r = x_i − x_j and
             ℓ = log|r|: div v = 1 + D (ℓ − ℓ̄), so the mean of −(ℓ − ℓ̄) (½ r·(g_i − g_j) + D) is 1.
 
-    In molecules, the first mean is noisy, because large forces along bonds are multiplied by
+    For molecules, the first mean is noisy, because large forces along bonds are multiplied by
     motions of the whole molecule. For a stiff bond, the second mean has far less noise than the
     first. Neither mean depends on the masses.
 

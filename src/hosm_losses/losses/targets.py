@@ -463,7 +463,7 @@ class TargetScores:
             particles: the number n of particles if samples are positions (n, D). The scores are
                 then also checked on pairs of particles, mainly on the stiffest pairs, such as
                 bonds. For correct scores and ℓ = log|x_i − x_j|, the mean of
-                −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1. In molecules, the standard error of
+                −(ℓ − ℓ̄) (½ (x_i − x_j)·(g_i − g_j) + D) is 1. For molecules, the standard error of
                 this mean is far smaller than that of the mean of −(x − x̄)·g.
 
         Returns:

@@ -103,8 +103,8 @@ class OnSubspace(Wrapper):
         dimensions: d − k, the dimension of the subspace.
 
     Raises:
-        ValueError: if `project` is not an orthogonal projection of each sample, or projects
-            everything to zero, or if `shape` has more than 4,096 elements.
+        ValueError: if `project` is not an orthogonal projection that treats samples independently,
+            if it projects everything to zero, or if `shape` has more than 4,096 elements.
 
     Example:
         >>> from hosm_losses import ScoreModel, VPSchedule, ode_nll

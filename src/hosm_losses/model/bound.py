@@ -154,7 +154,7 @@ class BoundModel:
     ) -> Products:
         """Return derivatives of f, and products of f's Jacobian with c = cotangent(f + q x).
 
-        The `value` of the derivatives is f + q x rather than f.
+        The attribute `value` of the derivatives contains f + q x, not f.
         """
         p, q = self.affine(x)
 

@@ -54,7 +54,7 @@ class Table:
         return copy_like(self._copies, like, make)
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """Return the number interpolated at index t; on the CPU, check that t is in range."""
+        """Interpolate the table at index t; on the CPU, check that t is in range."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)

@@ -218,10 +218,10 @@ def with_recomputation(
         tensors: its arguments.
         pullbacks: the first argument of every pullback specifies which gradients are needed; any
             other gradient may be None. The first pullback is also passed the tensors and a
-            cotangent. It returns the gradients of `function` with respect to all tensors, with
-            None for a tensor that is None. The second pullback differentiates the first result of
-            the first pullback, and so on. Beyond the last pullback, autograd computes the
-            gradients.
+            cotangent. It returns the gradients of `function` with respect to all tensors; for
+            an argument that is None, the gradient is None. Each further pullback differentiates
+            the first result of the pullback before it. Beyond the last pullback, autograd computes
+            the gradients.
         again: a version of the function for repeated differentiation, for example under
             torch.func. If None, `function` is used.
         by_result: whether the result, instead of the arguments, is kept and passed to the
