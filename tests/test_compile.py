@@ -94,7 +94,7 @@ def test_a_transformer_of_images_is_one_graph():
     """With time embeddings, attention at 4 × 4 and modulated norms."""
     network = DiT(size=16, width=16, heads=2)
     module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP))
-    assert_agrees(module, *given((2, 3, 16, 16)))
+    assert_agrees(module, *given((2, 3, 16, 16)), **TRACED)
 
 
 @compiles_higher_orders
