@@ -32,7 +32,7 @@ EVALUATIONS = [
     ("derivatives", r"network in a step, order three \| 12 \|", THREE, REVERSE),
     (
         "derivatives",
-        r"step of order three costs 25 evaluations instead of",
+        r"as much as 25 network\s+evaluations with \"reverse\" and",
         THREE,
         PAIRED | TAYLOR,
     ),

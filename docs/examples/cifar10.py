@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dropout", type=float, default=0.1)
     add("--loss", choices=LOSSES, default="first")
     add("--weights", type=float, nargs="+", help="of the terms")
-    add("--fraction", type=float, default=1.0, help="part of a batch with higher terms")
+    add("--fraction", type=float, default=1.0, help="part of a batch with higher-order terms")
     add("--parts", type=int, default=1, help="of a batch, one after the other, to save memory")
     add("--steps", type=int, default=500_000)
     add("--batch", type=int, default=128, help="of all processes together")

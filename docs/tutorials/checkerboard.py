@@ -73,8 +73,8 @@ print(check_derivatives(new_model(), draw(8)))
 
 # %%
 # Per sample, a step requires three network evaluations at order one (a backward pass counts as
-# two), six at order two and twelve at order three. Therefore, training takes fewer steps at higher
-# orders. In each sample's target, ``AveragedTargets`` replaces the noise with an average over the
+# two), six at order two and twelve at order three. Therefore, the runs at higher orders take fewer
+# steps. In each sample's target, ``AveragedTargets`` replaces the noise with an average over the
 # batch. This requires no further network evaluations, and helps if the batch is dense at the scale
 # of the noise.
 
@@ -101,8 +101,8 @@ for name, loss, steps, rate in (
 # %%
 # At the smallest noise level, where the ODE ends, the true density and its score are known. A sum
 # over a grid yields the KL divergence from this density to each ODE's. ``ode_nll`` returns
-# negative log-densities of the ODE; ``enable_grad`` makes them differentiable. In two dimensions,
-# the field's exact divergence is cheap.
+# negative log-densities under the ODE; ``enable_grad`` makes them differentiable. In two
+# dimensions, the field's exact divergence is cheap.
 
 
 def log_density(x):

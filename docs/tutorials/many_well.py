@@ -103,7 +103,7 @@ print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}
 # %%
 # If the weights are nearly equal, the model is accurate near its samples. Weights far to the left
 # indicate regions where the model places too many samples. Weights far to the right indicate
-# regions where the model places too few.
+# regions where it places too few samples.
 figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500

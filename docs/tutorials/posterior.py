@@ -46,7 +46,7 @@ def draw(count):
 
 # %%
 # The network predicts the noise in θ, with y as an additional input. Sines of the inputs help to
-# resolve crescents with a thickness of one hundredth.
+# resolve crescents that are 0.01 thick.
 
 
 def waves(x, frequencies):
@@ -105,9 +105,9 @@ with torch.no_grad():
 # the posterior is right, the true parameters are distributed like one more sample from it. The
 # rank of each true parameter among the 99 samples is then uniformly distributed from 0 to 99, and
 # so is the rank of the density at the true parameters. The number of samples with a higher density
-# determines the smallest region of highest density that contains the true parameters. 90% regions
-# should contain the true parameters for 90% of the observations. If they do so less often, the
-# regions are too small.
+# than the true parameters determines the smallest highest-density region that contains these
+# parameters. 90% regions should contain the true parameters for 90% of the observations. If they
+# do so less often, the regions are too small.
 ranks = (samples < theta).sum(0)
 denser = (log_q_samples > log_q).sum(0)
 nominal = torch.arange(101) / 100
@@ -156,7 +156,7 @@ def log_posterior(theta, y):
 # The ranks do not show two important quantities. The first is the KL divergence from the exact
 # posterior to the ODE's, averaged over y: the mean difference between the two log-densities at the
 # true parameters. The second is the share of the ODE's probability that lies outside the box. An
-# ODE's density is smooth even at the edge of the prior, so part of its probability lies outside,
+# ODE's density is smooth even at the edge of the prior, so some probability lies beyond the edge,
 # most of all if the edge cuts through a moon. The largest differences between the log-densities
 # also occur near the edge.
 log_p = log_posterior(theta, y)

@@ -23,8 +23,8 @@ available as a module, such as `FirstOrderDSM`:
 
     >>> loss = hosm.first_order_dsm(model, x0)
 
-In low dimensions, three options reduce gradient noise: targets averaged over reference data,
-antithetic noise, and times from a distribution that `AdaptiveTimes.learn` updates:
+In low dimensions, three options together reduce gradient noise most: targets averaged over
+reference data, antithetic noise, and times from a distribution that `AdaptiveTimes.learn` updates.
 
     >>> objective = hosm.FirstOrderDSM(model, antithetic=True, time_sampler=hosm.AdaptiveTimes())
     >>> loss = objective(x0[:128], targets=hosm.AveragedTargets(x0, own=False))

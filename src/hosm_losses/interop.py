@@ -171,9 +171,9 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     min_snr_loss_weight, pass the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is.
     The ScoreModel uses `diffusion.model` itself, not a copy, so the project's Trainer, optimizer
     and EMA work on the same parameters. In training mode, a network from the project's
-    `classifier_free_guidance` drops classes at random in every call, as in the project's loss.
-    After `.eval()`, the network drops no classes. The variance that a LearnedGaussianDiffusion
-    predicts is not used.
+    `classifier_free_guidance` drops class labels at random in every call, as in the project's
+    loss. After `.eval()`, the network drops no labels. The variance that a
+    LearnedGaussianDiffusion predicts is not used.
 
     Raises:
         TypeError: if `diffusion` is not a GaussianDiffusion.
@@ -354,7 +354,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         ValueError: if the network was trained on discrete steps.
 
     Example:
-        Pass the network inside the DataParallel, and the SDE used in training::
+        Pass the network without its DataParallel wrapper, and the SDE used in training::
 
             sde = sde_lib.VESDE(sigma_min=0.01, sigma_max=50, N=1000)
             model = from_score_sde(score_model.module, sde, continuous=True)
@@ -432,7 +432,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
     """Return this package's name for another project's prediction type.
 
-    `where` names the attribute that holds the prediction type, for use in the error.
+    `where` names the attribute that holds the prediction type, for the error message.
     """
     if isinstance(value, str) and value in names:
         return names[value]

@@ -36,9 +36,9 @@ Lost graphs:
     tensors, its backward pass raises PyTorch's usual error.
 
 Cost:
-    Costs are counted in evaluations of the network, and a backward pass counts as two evaluations.
-    A training step of order one costs 3 evaluations. A training step with Jacobian products and K
-    directions costs:
+    Costs are counted in evaluations of the network, and a backward pass counts as two
+    evaluations. A training step of order one thus costs as much as 3 evaluations. A training step
+    with Jacobian products and K directions costs:
 
     - at order 2 in reverse mode, 6 + 3·K evaluations;
     - at order 2 in the taylor engine, 6 + 6·K evaluations;
@@ -223,7 +223,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """Return the backward pass that `vjp` returns in eager mode, for a value already computed."""
+    """Return the `PassBack` for a value that was already computed in eager mode."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:

@@ -48,8 +48,8 @@ class NetworkMemory:
     Attributes:
         refused: for each (engine, kind), why the engine refuses this kind of call.
         failed: for each (engine, kind), why the first call failed. The next call may succeed.
-        served: each (engine, kind, surroundings) with which a call has succeeded. The surroundings
-            include the transforms and modes that were active.
+        served: each (engine, kind, surroundings) with which a call has succeeded. `surroundings`
+            describes the transforms and modes that were active.
         warned: whether the user has been warned that reverse mode takes over.
         orders: the orders (2, 3) at which the network is no longer checked for discontinuous
             derivatives.

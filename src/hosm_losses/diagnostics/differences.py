@@ -289,7 +289,7 @@ class Smoothness(Check):
 
 
 def _integrate(line: Line) -> np.ndarray:
-    """Return, for each p, the error of the integral of p′, the change in p and the largest |p|."""
+    """Return for each p: the error of the integral of p′; the change in p; the largest |p|."""
     nodes = np.array([line(s) for s in NODES])
     missing, change = np.zeros(3), np.ptp(nodes, axis=0)
     missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])

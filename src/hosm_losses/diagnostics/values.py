@@ -145,7 +145,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """Name the first module whose results in `row` differ while its arguments there agree."""
+    """Return the name of the first module whose results, but not arguments, differ in `row`."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether outputs move with their samples if tensors in `shared` are not moved."""
+        """Return whether each output moves with its sample if `shared` tensors do not move."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

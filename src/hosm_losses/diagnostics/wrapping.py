@@ -18,28 +18,28 @@ Formula:
     The candidates are ranked by their losses, measured with one draw of noise per sample. The
     model's own wrapping and the three best candidates are then measured again, with eight fresh
     draws per sample. The verdict is based on these measurements. One draw would not be enough: a
-    wrong schedule that shifts a log-likelihood by a third of a nat may change the loss by only two
-    per cent. Half of the fresh draws are spread evenly over the levels. The number of the other
-    draws at a level is proportional to the differences, at this level, between the losses of these
-    candidates and the loss under the model's own wrapping.
+    wrong schedule that shifts a log-likelihood by a third of a nat may change the loss by only
+    two per cent. Half of the fresh draws are spread evenly over the levels. The other draws are
+    distributed over the levels in proportion to how much the losses of these candidates differ
+    there from the loss under the model's own wrapping.
 
-    A candidate that fits better is not always the wrapping used in training. A network that is
+    The candidate that fits best is not always the wrapping used in training. A network that is
     barely trained fits best under the wrapping in which its output contributes least to the
     predicted ε. In that wrapping, the prediction is v: if the data have unit variance, q x alone
     is already the best linear predictor of ε. A candidate is therefore not reported if its loss
-    exceeds the linear predictor's loss by more than the fraction CLOSE of its own loss. To be
-    reported, a candidate must also have a significantly smaller loss than the linear predictor,
-    either on average or at one or more levels. This second condition does not apply to a candidate
-    that keeps the units of the data and makes no more changes of kind and sign than BELIEVED
-    allows. The reason is that on nearly Gaussian data, even a trained network is hardly better
-    than the linear predictor.
+    minus the linear predictor's loss exceeds CLOSE times the candidate's loss. To be reported, a
+    candidate must also have a significantly smaller loss than the linear predictor, either on
+    average or at one or more levels. This second condition does not apply to a candidate that
+    keeps the units of the data and makes no more changes of kind and sign than BELIEVED allows.
+    The reason is that on nearly Gaussian data, even a trained network is hardly better than the
+    linear predictor.
 
 The candidates are the wrappings with which networks are commonly trained. If the model's schedule
 is a table of at least LEAST_STEPS entries, the candidates' tables have the same length. Otherwise,
 their tables have 1000 entries. With a table, the network receives either the index or the index
 divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or log σ
-under VE. Inside its preconditioning, EDM passes log σ / 4 as the time. In flow matching, time runs
-from data to noise or from noise to data; its maximum is 1 or, in diffusers, 1000.
+under VE. EDM's preconditioning passes log σ / 4 to the network as the time. In flow matching, time
+runs from data to noise or from noise to data; its maximum is 1 or, in diffusers, 1000.
 """
 
 import copy
@@ -217,7 +217,7 @@ class WrappingReport:
 
 
 class Units(NamedTuple):
-    """A change of data units to scale · x0 + shift, and this expression as code."""
+    """A change of data units that maps x0 to scale · x0 + shift, and this expression as code."""
 
     text: str = "x0"
     scale: float = 1.0
@@ -229,7 +229,7 @@ AS_THEY_ARE = Units()
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The schedule, time and data units that determine the inputs of a network, also as code.
+    """The schedule, time and data units that determine a network's inputs, with their source code.
 
     Instances are compared by identity, because a user's schedule may not be hashable.
     """
@@ -332,7 +332,7 @@ class _Linear:
     """The best linear predictor of ε, computed from the second moments of the data.
 
     If there are fewer than four samples per element, only the variances of the elements are used,
-    and each element is predicted from itself alone.
+    and each element of ε is predicted from the same element of the noised data alone.
     """
 
     def __init__(self, data: Tensor) -> None:
@@ -375,8 +375,8 @@ class _Linear:
 class _Search:
     """The losses (draws, B) of the candidates on one batch of data.
 
-    In each draw, the noise level varies from sample to sample. Over all draws, every sample is
-    measured at a similar set of levels.
+    In each draw, the noise level varies from sample to sample. Over all draws, different samples
+    are measured at similar sets of levels.
     """
 
     def __init__(
@@ -408,10 +408,10 @@ class _Search:
     def _draw(self, count: int, shares: Tensor) -> None:
         """Draw noise (count, B, *) and levels (count, B); discard earlier losses.
 
-        The number of draws at each level is proportional to the level's entry in `shares`. Draw n
-        of sample i uses the level at the quantile (n + (iφ mod 1))/count of the shares, where φ is
-        the golden ratio. Because multiples of φ are spread evenly modulo 1, the sets of levels are
-        similar for all samples, and the sets of samples are similar for all levels.
+        The number of draws at each level is proportional to the level's entry in `shares`. The
+        n-th draw for sample i uses the level at the quantile (n + (iφ mod 1))/count of the shares,
+        where φ is the golden ratio. Because multiples of φ are spread evenly modulo 1, the sets of
+        levels are similar for all samples, and the sets of samples are similar for all levels.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -490,7 +490,7 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """Return by how much each loss exceeds the lowest loss, averaged over the levels.
+        """Return the excess of each loss over the lowest loss, as a mean over the levels.
 
         The score is infinite for a candidate whose schedule covers less than half of the levels.
         """
@@ -502,7 +502,7 @@ class _Search:
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float]:
-        """Return by how much losses exceed `reference`, and the standard error of this excess.
+        """Return the excess of the losses over `reference`, and the standard error of this excess.
 
         Both numbers are fractions of the mean of the losses. If `place` is given, only the level
         with that index counts; otherwise, all levels count equally. The draws of one sample are
@@ -555,7 +555,7 @@ class _Search:
         return any(self._is_better(losses, self.linear, place) for place in places)
 
     def _detectable_gain(self) -> float:
-        """Return the gain above which a candidate is detected with a probability of 0.97."""
+        """Return the gain above which a candidate is detected with probability at least 0.97."""
         own = self.losses[self.own]
         excess, error = self._excess(own, self.linear)
         limits = [excess + FINE_ERRORS * error]
@@ -622,7 +622,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield the known schedules, each as code and as an object, with alternative times."""
+    """Yield each known schedule as code and as an object, with its alternative times."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}

@@ -5,7 +5,7 @@ Purpose:
     sample are the same along its whole path.
 
 Formula:
-    The method is the Runge-Kutta pair 5(4) of Tsitouras. The last stage of a step is also the
+    The method is Tsitouras' 5(4) Runge-Kutta pair. The last stage of a step is also the
     first stage of the next step. The caller computes the error of each step relative to the
     tolerance. A step is accepted if this ratio is at most 1. After a step of size h, the
     size of the next step is h · min(5, max(0.2, 0.9 error^{−1/p})), where p = 5 is the order.
@@ -162,7 +162,7 @@ def adaptive(
 
 
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
-    """Solve the ODE along a span in either direction, with a separate step size for each sample.
+    """Solve the ODE over a span, in either direction, with a separate step size for each sample.
 
     The ODE is solved twice, the second time with a tenth of the tolerance, and the second solution
     is returned. `solver_error` is the larger of two estimates: the difference between the two

@@ -6,7 +6,7 @@ Formula:
     Here p is the density of x. `bits_per_dim` accounts for the width of a cell.
 
     Suppose that a network was trained on the levels themselves, y = first + w k. At low noise, its
-    density consists of normal peaks with standard deviation σ̂ around the levels. Let t be the
+    density consists of Gaussian peaks with standard deviation σ̂ around the levels. Let t be the
     time at which half the width of a cell, w/2, equals τ σ̂, where τ = 3. At this time, the noise
     spreads each level over its cell. The noise u is drawn from the standard normal distribution
     truncated to [−τ, τ]. Before truncation, the probability of this interval is Z = erf(τ/√2). The
@@ -88,7 +88,7 @@ class TruncatedNormal:
 
     Args:
         draws: the number K of draws of the noise, as in `Uniform`.
-        first: the value of level 0 in training.
+        first: the value that represented level 0 in training.
         last: the value of level 255 in training, which must be greater than `first`.
 
     Example:
@@ -110,7 +110,7 @@ class TruncatedNormal:
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates in which paths start where σ̂ is a sixth of the width of a cell.
+        """Return coordinates whose paths start at the σ̂ that is a sixth of a cell's width.
 
         A ValueError is raised if the schedule does not reach such a small σ̂.
         """

@@ -70,7 +70,7 @@ class DivergenceEstimator(Protocol):
         ...
 
     def draw(self, x: Tensor, generator: torch.Generator | None, /) -> Tensor | None:
-        """Return probes (n, B, *) for points x (B, *), or None.
+        """Return probes (n, B, *) for points x (B, *), or None if the estimator uses no probes.
 
         With a fixed grid, `draw` is called at each node. With `Adaptive`, it is called once, and
         the same probes are used along the whole path.

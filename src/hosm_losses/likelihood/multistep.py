@@ -36,14 +36,14 @@ Order:
     direction, that is, if the scalar product of each with its value at the previous node is
     negative.
 
-    On the mesh for velocities, k is 5 if there are at least 36 steps. With k = 5 and fewer than 64
-    steps, each step is a weighted average of the steps of orders five and four. The weight of the
-    step of order five is 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans only a
-    few nodes. Wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than order
-    four. While the order stays the same, the errors of a path's steps nearly cancel. A sudden
-    change of order adds an error, so the weight varies continuously. If the factor ¾ were replaced
-    by 1, the errors for two of nine mixtures (exact networks, 40 steps) would be three times as
-    large as at order four.
+    On the mesh for velocities, k is 5 if there are at least 36 steps. With k = 5 and fewer than
+    64 steps, each step is a weighted average of the steps of orders five and four. The weight of
+    the step of order five is 1/(1 + (‖∇⁴f‖/(¾ ‖∇³f‖))⁴). On this mesh, a bend in a path spans
+    only a few nodes. Wherever ∇⁴f is at least as large as ∇³f, order five is less accurate than
+    order four. As long as the order stays the same, the errors of a path's steps nearly cancel. A
+    sudden change of order adds an error, so the weight varies continuously. If the factor ¾ were
+    replaced by 1, the errors for two of nine mixtures (exact networks, 40 steps) would be three
+    times those of the order-four method.
 
 Start:
     - The first steps use methods of lower order; the first predictor is Euler's method.

@@ -85,9 +85,9 @@ def ode_nll(
             with this noise, although only slightly if the model is good. `standard_error` does not
             include this variation.
         dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with u uniform
-            on [0, 1). `TruncatedNormal()`, also for uint8 images, is for networks that were
-            trained on the quantized levels themselves. With either dequantization, `bits_per_dim`
-            returns the bits per dimension of the integers. None is for continuous data.
+            on [0, 1). Pass `TruncatedNormal()`, even for uint8 images, if the network was trained
+            on the quantized levels themselves. With either dequantization, `bits_per_dim` returns
+            the bits per dimension of the integers. Pass None for continuous data.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether to record an autograd graph, so that you can backpropagate through the
@@ -305,11 +305,11 @@ def solve(
 def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
     """Set `solver_error` to an estimate of the error in log p(x), where x is the end of a path.
 
-    The path starts at a latent z. On the way back, the ODE is solved from x on the same grid. This
+    The path starts at a latent z. The ODE is then solved back from x on the same grid, and this
     second path ends at a latent z'. Let D be the difference between the values of log p(x) from
-    these two solutions. The estimate is the larger of |D| and the `solver_error` of the way back,
-    or infinity if the way back fails. If the probes are random, the probe noise in the two
-    integrals exceeds the solver's error. In that case, D is log p_T(z) − log p_T(z').
+    these two solutions. The estimate is the larger of |D| and the `solver_error` of the second
+    path, or infinity if the second path fails. If the probes are random, the probe noise in the
+    two integrals exceeds the solver's error. In that case, D is log p_T(z) − log p_T(z').
     """
     dtype = paths.x.dtype
     back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
@@ -326,7 +326,7 @@ def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid)
 
 
 def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dtype) -> None:
-    """Raise ValueError if rounding in this dtype prevents a network from meeting the tolerance."""
+    """Raise ValueError if a network's rounding error in this dtype exceeds the tolerance."""
     if isinstance(solver, FixedGrid):
         return
     if isinstance(solver, Adaptive):
@@ -350,8 +350,8 @@ def _solve_to_tolerance(
     first batch needed.
 
     All processes of a group must evaluate the network the same number of times. In the first
-    batch, the processes therefore exchange their largest errors after each grid. They then
-    recompute either all paths or none.
+    batch, the processes therefore exchange their largest errors after solving the ODE on each
+    grid. They then recompute either all paths or none.
     """
     first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
     grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]

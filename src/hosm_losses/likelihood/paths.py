@@ -99,7 +99,8 @@ class Coordinates:
 
         A slice of length one yields one level for the whole batch, and a slice of length B yields
         one level for each sample. The schedule is evaluated once for the whole grid. The scale is
-        computed only for the slice, because each level's scale may be as large as a sample.
+        computed only for the slice, because each level's scale may have as many elements as a
+        sample.
         """
         t = self.schedule.time(log_sigma_hat)
         alpha, sigma = (expand_right(part, self.mean) for part in self.schedule(t))

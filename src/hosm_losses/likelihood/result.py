@@ -421,12 +421,14 @@ class NLLResult(Result):
             have kinks. Only `Adaptive` looks for kinks. Kinks lower the solver's order of accuracy
             and make the error estimate unreliable. `Adaptive` therefore triples the solver_error
             of a path that seems to have kinks.
-        cause: a code for the reason that `failures` returns, (B,); 0 if the sample did not fail.
+        cause: a code for the reason, named by `failures`, why the sample failed, (B,); 0 if the
+            sample did not fail.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, and m and s are the solver's data_mean and data_std. If you add `prior_error`
-            to log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow
-            N(m, s²), the new prior is the exact distribution of the diffused data. `prior_error`
-            is None for a bound, if `log_prior` is set, or if data_mean or data_std is not set.
+            to log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow N(m,
+            s²), the new prior is the exact distribution of the diffused data. `prior_error` is
+            None if the result is a bound, if `log_prior` is set, or if data_mean or data_std is
+            not set.
     """
 
     nll: Tensor
@@ -447,8 +449,8 @@ class SampleResult(Result):
             None. With a companion, the ODE is also solved from x back to a second latent. The
             estimate is then based on the difference between the two values of log p(x) or, if the
             probes are random, between the prior log-densities of the two latents. Without a
-            companion, the estimate is computed with the model's score near the data in place of
-            the gradient of log p, and is often far larger than the true error.
+            companion, the estimate uses the model's score instead of the gradient of log p near
+            the data, and is often far larger than the true error.
         failed: as in `NLLResult`.
         products: as in `NLLResult`.
         quantization: always None.

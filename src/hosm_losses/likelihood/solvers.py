@@ -59,9 +59,9 @@ class FixedGrid(Solver):
 
     Half of the nodes are spread evenly in log σ̂. The other half follow a logistic distribution in
     log σ̂, centred at the log of the root mean square of `data_std`. If the network predicts the
-    velocity of a linear flow, a grid for velocities is used instead. If the root mean square of
-    `data_std` is 1, the steps of the grid for velocities are shortest in t near the two ends of
-    the path, and have similar lengths in between.
+    velocity of a linear flow, a velocity grid is used instead. If the root mean square of
+    `data_std` is 1, the steps in t of this grid are shortest near the two ends of the path, and
+    have similar lengths in between.
 
     Args:
         steps: the number of steps, at least 4. The network is usually evaluated steps + 2 times.
@@ -110,12 +110,12 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """A fixed grid that is refined until the `solver_error` of each sample is within a tolerance.
 
-    In the first batch, the number of steps for each sample is the smallest of 32, 64, …, 1024 that
-    meets the tolerance. A sample whose error exceeds the tolerance is computed again on the next
+    In the first batch, the number of steps for each sample is the smallest of 32, 64, …, 1024
+    that meets the tolerance. A sample whose error exceeds the tolerance is recomputed on the next
     finer grid. If `group` is set, a single sample whose error exceeds the tolerance causes all
-    processes to compute their whole first batches again, but later batches are never computed
-    again. `nfe` includes the evaluations on coarser grids. If 1024 steps do not meet the
-    tolerance, a warning is issued and the result with 1024 steps is returned.
+    processes to recompute their whole first batches; later batches are never recomputed. `nfe`
+    includes the evaluations on coarser grids. If 1024 steps do not meet the tolerance, a warning
+    is issued and the result with 1024 steps is returned.
 
     Later batches start with the median number of steps that the samples of the first batch needed.
     Some samples of later batches therefore use more steps than necessary.
@@ -151,11 +151,11 @@ class ToTolerance(Solver):
 class Adaptive(Solver):
     """A solver that chooses the steps of each sample separately.
 
-    Each sample keeps the same probes along its whole path. The ODE is solved twice. `solver_error`
-    is computed from the difference between the two solutions and from the estimated errors of the
-    steps. In `ode_sample` with divergence=None, the ODE is solved only once, with a tenth of
-    `step_tolerance`. A sample that needs more than 10,000 network evaluations for either solution
-    is marked as failed.
+    Each sample keeps the same probes along its whole path. The ODE is solved twice.
+    `solver_error` is computed from the difference between the two solutions and from the
+    estimated errors of the steps. In `ode_sample` with divergence=None, the ODE is solved only
+    once, with the tolerance `step_tolerance` / 10. A sample that needs more than 10,000 network
+    evaluations for either solution is marked as failed.
 
     Args:
         step_tolerance: the acceptable error in the log-density, in nats, for each step of the

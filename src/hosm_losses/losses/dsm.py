@@ -3,9 +3,9 @@
 Each function takes a ScoreModel and clean data, and returns the loss as a differentiable tensor,
 by default a scalar. Each module can be wrapped in DDP, FSDP2, torch.compile or activation
 checkpointing. Its `forward` computes the whole loss, so every use of a parameter is inside the
-wrapped call. A module stores the ScoreModel as `model`, and accepts the same options as the
-function of its order. `objective` documents the formula. `terms` documents the residuals, cites
-their source, and explains why lower orders are detached.
+wrapped call. Each module stores the ScoreModel as `model` and accepts the same options as the
+loss function of the same order. `objective` documents the formula. `terms` documents the
+residuals, cites their source, and explains why lower orders are detached.
 """
 
 from __future__ import annotations
@@ -197,17 +197,17 @@ def third_order_dsm(
         weights: the weights (first, second, trace, third), as an array, a tensor, or a list or
             tuple of nonnegative numbers or one-element tensors. "paper" means (1, 1, 1, 1), as in
             the paper's code for images. "paper-toy" means (1, 0.5, 0, 0.1 d²), as in the paper's
-            script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If every
-            weight of an order and of all higher orders is the number 0, these orders are not
-            evaluated and add no cost. You can therefore ramp up the weights from (1, 0, 0, 0),
+            script for low-dimensional data. None means (1, 0.5, 0, min(1, 0.1 d²)). If all weights
+            of an order and of all higher orders are 0 (a number, not a tensor), these orders are
+            not evaluated and add no cost. You can therefore ramp up the weights from (1, 0, 0, 0),
             which selects the first-order loss. A term whose weight is a zero tensor is still
             computed.
         weighting: "noise" leaves the terms unchanged. "native" turns the first term into the
             squared error of the network's own prediction. `EDMWeighting()` turns the first term
             into the loss of EDM's trainer. "likelihood" turns the first term into the
             likelihood-weighted loss. In that case, set the `weights` of the higher orders
-            yourself. None of these options changes the mean of the higher terms. If you pass a
-            callable t → (B,), every term is multiplied by the values that it returns.
+            yourself. None of these options changes the means of the higher-order terms. If you
+            pass a callable t → (B,), every term is multiplied by the values that it returns.
         time_sampler: "schedule" draws t from the schedule's own distribution. "log_sigma_hat"
             draws log σ̂ uniformly. It also reweights the terms, so that every term has the same
             mean as with "schedule". If the schedule is a table, the times are integer indices into

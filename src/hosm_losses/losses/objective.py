@@ -54,12 +54,12 @@ from hosm_losses.probes import Paired, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss, its terms, the times of the batch, and the rows with higher terms."""
+    """A loss, its terms, the times of the batch, and the rows with higher-order terms."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
     t: Tensor  # (B,)
-    rows: Tensor | None  # the rows with higher terms, in the order of the terms; None for all rows
+    rows: Tensor | None  # those with higher-order terms, in the terms' order; None for all rows
 
 
 def dsm(
@@ -102,7 +102,7 @@ def dsm(
             refuse_wrapped(score_model.network)
         rows = None
         if order == 1:
-            # A single call of the network without primitives or copies, as in any trainer.
+            # A single call to the network without primitives or copies, as in any trainer.
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
             # torch.compile in PyTorch 2.6 does not support properties of named tuples.
@@ -244,7 +244,7 @@ def perturb(
     targets: Targets,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε and its targets, from which q x is subtracted (see `terms`).
+    """Return x = α(t) x₀ + σ(t) ε and its targets, with q x already subtracted (see `terms`).
 
     If ε contains more rows than x₀ and t, then x₀ and t are repeated to match ε.
     """
@@ -334,7 +334,7 @@ def _first_of_all(
 def _select_rows(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the selected and the other rows; (None, None) if the higher terms use all rows."""
+    """Return the selected and the other rows, or (None, None) if `fraction` is 1."""
     if options.fraction == 1:
         return None, None
     shuffled = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))

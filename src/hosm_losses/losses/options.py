@@ -59,7 +59,7 @@ class LossOptions:
         if part < 1 and self.reduction == "none":
             raise ValueError(
                 "fraction: expected 1 with reduction='none': rows outside the fraction have no "
-                f"higher terms; got {part!r}."
+                f"higher-order terms; got {part!r}."
             )
 
     @property
@@ -87,9 +87,9 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
     The number of weights must equal the number of terms, except that a fourth weight is accepted
-    and ignored at order 2. The weights of the terms must not all be the number 0. The values of
-    tensors are checked only on the CPU. `elements` is d, from which the third-order weight is
-    computed if `weights` is None or "paper-toy".
+    and ignored at order 2. The weight of at least one term must be a tensor or a nonzero number.
+    The values of tensors are checked only on the CPU. `elements` is d, from which the third-order
+    weight is computed if `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:
@@ -117,7 +117,7 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
 
 
 def needed_order(order: int, weights: Weights) -> int:
-    """Return the lowest order that includes every term whose weight is not the number 0."""
+    """Return the lowest order that includes every term whose weight is a tensor or not 0."""
     if order == 3 and not is_used(weights[3]):
         order = 2
     if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):
@@ -126,7 +126,7 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Return True unless the weight is the number 0, in which case its term is not needed."""
+    """Return whether the term with this weight is needed: the weight is a tensor or not 0."""
     return isinstance(weight, Tensor) or weight != 0
 
 

@@ -27,8 +27,8 @@ Formula:
 
 Cost of a step with two probes:
     At order two, a step costs as much as 12 network evaluations, or 9 if the weight of `second` is
-    0. At order three, a step in reverse mode costs as much as 25 evaluations. For comparison, a
-    step at order one costs as much as 3 evaluations.
+    0. At order three, a step in reverse mode costs as much as 25 evaluations of the network. For
+      comparison, a step at order one costs as much as 3 evaluations of the network.
 
 Source:
     The formulas were derived for this library. The product of two independent estimates is an

@@ -4,7 +4,7 @@ Purpose:
     The usual targets depend on the one ε that was drawn for x = α x₀ + σ ε. However, any other
     data point x_j may have produced the same x, with the noise ε_j = (x − α x_j)/σ. Averaging the
     targets over all x_j removes the noise that the random choice of x₀ adds to the targets of
-    every order. It requires no call of the network. If the score g = ∇log p₀ of the data is known
+    every order. It requires no call to the network. If the score g = ∇log p₀ of the data is known
     at x₀, a control variate reduces this noise without any reference data.
 
 Formula for averaged targets:
@@ -38,7 +38,7 @@ Formula for targets from scores:
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
         r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
 
-    If C = 0, they are the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise of e. With this
+    If C = 0, they are the paper's residuals. C = (I + σ̂² F)⁻¹ minimises the noise in e. With this
     C, e has no noise if the data are Gaussian.
 
     The averages of these residuals, weighted by w, follow from the formulas for averaged targets
@@ -53,9 +53,9 @@ Formula for targets from scores:
     κ₃ are computed with the weights w; without references, they are 0.
 
 Targets of another kind:
-    Subclass `AveragedTargets` and override `posterior`. `posterior` must return an object that has
-    `mean`, `at` and `along`, as `NoiseMoments` does, and a tensor `weights` with one row per noisy
-    sample. Only the size and the dtype of `weights` are used.
+    Subclass `AveragedTargets` and override `posterior`. `posterior` must return an object with the
+    attributes `mean`, `at` and `along`, as in `NoiseMoments`, and `weights`, a tensor with one row
+    per noisy sample. Only the size and the dtype of `weights` are used.
 
 Shapes:
     The weights have the shape (B, R + 1), and ε̄ has the shape (B, *). C₂v and C₃(v, v, ·) have
@@ -123,12 +123,12 @@ class AveragedTargets:
     """Targets averaged over all data points that may have produced x, weighted by likelihood.
 
     Averaging removes the noise that the random choice of x₀ adds to the targets. It requires a few
-    matrix products, but no call of the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, where
+    matrix products, but no call to the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, where
     ε_j = (x − α x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2). Here j runs over the reference and the sample's
-    own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023). Using the
-    second and third moments for orders two and three is new in this library.
+    own x₀. The averages ε̄ are the stable targets of Xu, Tong and Jaakkola (ICLR 2023). To our
+    knowledge, this library is the first to use second and third moments for orders two and three.
 
-    If the reference is dense at the scale of the noise, the targets have no noise. If the
+    If the reference is dense at the scale of the noise, the targets are not random. If the
     reference is sparse, the targets are the paper's targets. Between these extremes, the targets
     have a bias that falls as 1/R, where R is the number of references.
 
@@ -190,8 +190,8 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Return the posterior moments of the noise in x = α x₀ + σ ε.
 
-        x₀ (B, *) is a single batch. ε (nB, *), α (nB,) and σ (nB,) describe n perturbations of
-        this batch, one after another.
+        x₀ (B, *) is a single batch. ε (nB, *), α (nB,) and σ (nB,) contain the values of n
+        perturbations of this batch, concatenated.
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -352,12 +352,12 @@ class TargetScores:
     """Targets with less noise than ε, for data whose score ∇log p₀ is known at x₀.
 
     Examples of such scores are molecular forces divided by kT, and log-density gradients computed
-    by a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses
-    e = ε − C (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al.,
-    arXiv 2402.08667): e is a weighted mean of ε and −σ̂ g. C is chosen so that e has the least
-    noise. The extension to orders two and three is new in this library and needs neither Hessians
-    nor additional network calls. The expected gradient is unchanged, because each residual keeps
-    its conditional mean given x, whatever the model. For Gaussian data, e has no noise.
+    by a simulator. Let g = ∇log p₀(x₀), σ̂ = σ/α and C = (I + σ̂² F)⁻¹. Order one uses e = ε − C
+    (ε + σ̂ g) in place of ε. This is target score matching (De Bortoli et al., arXiv 2402.08667):
+    e is a weighted mean of ε and −σ̂ g. C minimises the noise in e. The extension to orders two
+    and three is our own, and needs neither Hessians nor additional network calls. The expected
+    gradient is unchanged, because each residual keeps its conditional mean given x, whatever the
+    model. For Gaussian data, e has no noise.
 
     The density of the data must be continuous and vanish at the edge of its support. For uniform,
     clipped, padded or rounded data, the targets would be wrong. `information_of` tests whether the
@@ -376,15 +376,15 @@ class TargetScores:
             the other samples in the same process. If there are no other samples, the targets are
             the paper's targets. The same is true along directions in which the information is
             zero, such as the direction of a constant coordinate. An eigenvalue of a matrix counts
-            as zero if it is below 1.2e-7 d times the largest eigenvalue. The factor 1.2e-7 is
+            as zero if it is below 1.2e-7 · d times the largest eigenvalue. The factor 1.2e-7 is
             replaced by a larger one if x₀ or the matrix is in half precision.
         averaged: an `AveragedTargets`, to also average the targets over all data that may have
             produced x. If `averaged` has a reference, `scores` must be a callable, because the
             scores of the reference are needed as well.
 
     Raises:
-        TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a tensor
-            although `averaged` has a reference, or if another argument has the wrong type.
+        TypeError: if `scores` is neither a floating-point tensor nor a callable, if it is a
+            tensor and `averaged` has a reference, or if another argument has the wrong type.
         ValueError: if `scores` or a tensor `information` is not finite, or if `information` is a
             number that is negative or NaN, a sample-shaped tensor with a negative element, or a
             matrix that is not symmetric and positive semidefinite. A loss also raises ValueError
@@ -567,7 +567,7 @@ class TargetScores:
         return torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0), basis
 
     def _check_information(self, name: str, information: Tensor, samples: Tensor) -> None:
-        """Raise an error unless the information, a tensor, is valid and matches samples (B, *)."""
+        """Raise an error unless the information tensor is valid and matches samples (B, *)."""
         shape, d = tuple(samples.shape[1:]), samples[0].numel()
         is_matrix = information.shape == (d, d) != shape
         like = (d, d) if is_matrix else information.shape and shape  # () is a number

@@ -33,8 +33,8 @@ Why lower orders are detached:
 Terms of a sample with d elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With probes="exact", the numerators of the higher terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖², where
-    M₂ is the residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's
+    With probes="exact", the numerators of the higher-order terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²,
+    where M₂ is the residual of the whole Jacobian and R₃ is that of the gradient of the Jacobian's
     trace. With random probes, the second term has the same mean as with "exact". On average, the
     numerators of the trace and third terms exceed those with "exact" by the variances of rt and r3
     over the probes. If the targets have no noise, these variances are zero at the true score. For
@@ -122,9 +122,9 @@ class LoggedTerms(Logged, DSMTerms):
 
     Attributes:
         t: the times of the batch, (B,).
-        rows: the rows that `fraction` selected for the higher terms, in the same order as the
-            entries of these terms; None if all rows have higher terms, or if there are no higher
-            terms.
+        rows: the rows that `fraction` selected for the higher-order terms, in the same order as
+            the entries of these terms; None if all rows have higher-order terms, or if there are
+            no higher-order terms.
     """
 
 

@@ -1,6 +1,6 @@
 r"""Sampling of t for a loss, and the factors by which the terms are multiplied at each t.
 
-Formula for the factor of the first term (the factor of the higher terms is 1):
+Formula for the factor of the first term (the factor of the higher-order terms is 1):
     "noise"        1
     "native"       1/p² for ε̂ = p · prediction + q x. The term is then the squared error of the
                    network's own prediction, as in trainers that apply no other weighting.
@@ -9,7 +9,7 @@ Formula for the factor of the first term (the factor of the higher terms is 1):
     "likelihood"   ½ (g²/σ²) d divided by the density of t. The first term is then an unbiased
                    estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. If the caller chooses the times, they
                    are assumed to be uniformly distributed.
-    a callable     W(t), which is also the factor of the higher terms.
+    a callable W(t), which also multiplies the higher-order terms.
 
     The sampler "log_sigma_hat" draws u = log σ̂ uniformly from [u₀, u₁]. Every factor is then
     multiplied by p(t) (u₁ − u₀)/(du/dt), where p is the schedule's own density of t. The only
@@ -141,7 +141,7 @@ def time_factors(
     from_schedule: bool = False,
     order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the factors (B,) of the first term and of the higher terms at t; None means 1.
+    """Return the factors (B,) of the first term and of the higher-order terms at t; None means 1.
 
     `spread` is the second result of `draw_time`. If `spread` is None, `from_schedule` says whether
     t was drawn from the schedule's own distribution. If `from_schedule` is False, t is assumed to

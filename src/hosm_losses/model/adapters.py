@@ -1,4 +1,4 @@
-r"""Modules that wrap a user's network, such as one for data that lie in a linear subspace.
+r"""Modules that wrap a user's network, for example to handle data in a linear subspace.
 
 Purpose:
     If the centre of mass of every sample has been removed, or if all samples are padded at the

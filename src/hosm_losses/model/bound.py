@@ -142,7 +142,8 @@ class BoundModel:
         """Return f at x, and vᵀ ∂f/∂x v (K, B) for every direction v.
 
         `forms` is vᵀ ∂prediction/∂x v, and `squares` is ‖v‖², both (K, B). If `forms` and
-        `squares` are summed over all unit vectors v, to shape (1, B), the second result is ∇·f.
+        `squares` are sums over the standard basis vectors v, with shape (1, B), the second result
+        is ∇·f.
         """
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()

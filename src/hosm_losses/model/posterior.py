@@ -4,13 +4,13 @@ Formula (Tweedie's formulas of first and second order, with s = ∇ log q_t):
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
     Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
 
-    x̂₀ = p · prediction + q x is affine in the network's prediction, so the covariance is
-    σ²/α (p ∂prediction/∂x + q I). If the network predicts x₀, the covariance is σ²/α times the
-    network's Jacobian. For other predictions, p ∂prediction/∂x and q I may nearly cancel: at high
-    noise, their sum is about α/σ². If the network predicts the noise or the score, q is 1/α,
-    which is larger than the sum by a factor of σ̂². For "v", q is α/(α² + σ²), which is about as
-    small as the sum. For "velocity", q depends on the schedule. For `LinearFlowSchedule`, q is 1,
-    which is larger than the sum by a factor of about σ̂.
+    x̂₀ = p · prediction + q x is affine in the network's prediction, so the covariance is σ²/α (p
+    ∂prediction/∂x + q I). If the network predicts x₀, the covariance is σ²/α times the network's
+    Jacobian. For other predictions, p ∂prediction/∂x and q I may nearly cancel: at high noise,
+    their sum is about α/σ². If the network predicts the noise or the score, q is 1/α, which is
+    larger than the sum by a factor of σ̂². For "v", q is α/(α² + σ²), which is about as small as
+    that sum of two terms. For "velocity", q depends on the schedule. For `LinearFlowSchedule`, q
+    is 1, which is larger than the sum by a factor of about σ̂.
 
 Source:
     Efron, "Tweedie's formula and selection bias" (2011). The formula for the covariance is given

@@ -60,7 +60,7 @@ Source:
 Files, from the bottom up:
 - `_torch`: the private PyTorch names that the engine uses.
 - `stacks`: stacks of components.
-- `registry`: the rule for each function; errors; hooks inside a network.
+- `registry`: the rule for each function, error messages, and hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments, or only their
   result, for the backward passes.
 - `primitives`: operators whose double backward is correct, and the `TorchFunctionMode` that

@@ -136,7 +136,7 @@ def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
     """Return x / d and d in at least float32, where d is the largest |x| in each row.
 
     A length is homogeneous in x, so d can be treated as a constant. Without the division, the
-    derivatives for short vectors would contain powers outside float32's range.
+    derivatives for vectors of small norm would contain powers outside float32's range.
     """
     if x.ndim == 0:
         raise NoRule

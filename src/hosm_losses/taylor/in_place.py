@@ -29,7 +29,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place; if `plain` is not None, use the rule of this out-of-place function."""
+    """Change x in place, by the rule of the out-of-place function `plain` if it is not None."""
     start = _as_jet(x, *args, *named.values())
     # If the dtypes differ, PyTorch's own method computes the result, on a copy.
     if plain is None or start.dtype != x.dtype:
@@ -38,7 +38,7 @@ def _change_in_place(
 
 
 def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    """Differentiate the change on a copy of x, then write the result to x in place."""
+    """Change and differentiate a copy of x, then write the result to x in place."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
         copy = x.clone()

@@ -13,7 +13,7 @@ Purpose:
 
 Without a rule:
     A function that has no rule is differentiated separately: `torch.func.jvp` evaluates it with
-    the user's arguments, while the safe primitives replace some of PyTorch's operators. This is
+    the user's arguments, with the safe primitives in place of some of PyTorch's operators. This is
     correct but slower. Calls whose derivatives could be wrong raise TaylorError. Examples are
     complex arithmetic outside rotary embeddings, and calls under torch.no_grad or in the forward
     method of a custom autograd.Function. Operators without a forward-mode derivative in PyTorch

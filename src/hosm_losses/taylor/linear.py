@@ -6,7 +6,7 @@ The functions that networks call most often each have a rule that acts on the wh
 linear functions are called on each component in turn, with the user's own arguments.
 
 Queries and casts:
-    In queries about its autograd graph, a Jet behaves like an ordinary tensor that requires
+    When queried about its autograd graph, a Jet behaves like an ordinary tensor that requires
     gradients. Tools that monitor modules, such as PyTorch's FLOP counter, rely on this. A
     cast to another floating dtype casts every component. As in PyTorch, a cast to integers or to
     bool drops the derivatives: the result is a plain tensor. Casting this tensor back does not
@@ -162,7 +162,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function that treats samples independently to all components, as one large batch."""
+    """Pass all components, as one large batch, to a function that treats samples independently."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -335,7 +335,7 @@ def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """Return the stack's autograd node or, instead of None, a node that is not connected to x."""
+    """Return the stack's autograd node, or a node not connected to x if there is none."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -371,7 +371,7 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """Cast x under torch.compile.
+    """Cast x to `dtype` and `device` under torch.compile.
 
     In eager mode, torch.as_tensor bypasses `__torch_function__` and hence this rule. The cast then
     raises TaylorError.

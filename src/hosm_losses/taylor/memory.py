@@ -2,13 +2,13 @@ r"""Tensors that may share the memory of a Jet, and tensors kept for a backward 
 
 Changes in place:
     A Jet that is changed in place receives a new stack, and no stack is ever written to. Tensors
-    that autograd saved therefore stay valid. Changing a Jet in place saves neither time nor memory
-    compared with calling the out-of-place function. In PyTorch, the change also appears in every
-    tensor that shares the changed memory, such as a view. With Jets, the change would not appear
-    in any other tensor. The change is therefore rejected while a view, the result of a reshape or
-    a detached tensor that may share the memory is in use. Under torch.compile, which does not
-    support weak references, every tensor that was ever recorded as possibly sharing a Jet's memory
-    counts as being in use.
+    that autograd saved therefore stay valid. Changing a Jet in place saves neither time nor
+    memory compared with calling the out-of-place function. In PyTorch, the change also appears in
+    every tensor that shares the changed memory, such as a view. With Jets, the change would not
+    appear in any other tensor. The change is therefore rejected while any tensor that may share
+    the memory (a view, the result of a reshape or a detached tensor) is in use. Under
+    torch.compile, which does not support weak references, every tensor that was ever recorded as
+    possibly sharing a Jet's memory counts as being in use.
 
     A detached tensor shares the memory of a stack and must not be changed in place. Such a
     change would appear in a Jet made by a reshape only if the reshape did not copy the stack. When
@@ -146,7 +146,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn each surviving Jet, which the function may have kept, into a plain tensor.
+    """Turn each Jet that still exists, because the function kept it, into a plain tensor.
 
     Raises TaylorError if a detached tensor was changed in place.
     """

@@ -163,7 +163,7 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
     """Add `value` times each term to a stack in place.
 
-    If the stack has only one component, each term is first summed over its components.
+    If the stack has only one component, the components of each term are first added up.
     """
     for factor, stack in terms:
         add_products(whole, factor, stack, value)

@@ -290,7 +290,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Return an einsum's batch, row, sum and column indices, or None if not a matrix product."""
+    """Return the batch, row, sum and column indices of a matrix product; otherwise None."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)

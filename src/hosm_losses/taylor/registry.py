@@ -155,7 +155,7 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """Convert an axis of a value to its negative index, which means the same axis in the stack."""
+    """Convert an axis of a value to the negative index of the same axis in the stack."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
