@@ -46,7 +46,7 @@ READ += [(name, rf"{before} [\d.]+") for name, before, *_ in reversed(test_numbe
 READ += [
     ("likelihood_errors", r".*-D \| \S+ nats, .*"),
     ("likelihood_errors", r"error is \S+ nats with \d+ steps and \S+ nats with \d+"),
-    ("likelihood_errors", r"covers \d+ % of samples, with a median error of \S+ nats"),
+    ("likelihood_errors", r"the estimate for \d+ % of samples, with a median error of \S+ nats"),
     ("likelihood_errors", r"covers \d+ to \d+ % of the errors .* and \d+ % or more"),
 ]
 # Other choices, thresholds and definitions.
@@ -73,7 +73,7 @@ relative error from 1e-2 to 1e-6
 beyond 88 in float32
 defaults, 0 and 0.5,
 points 0.02 from a line of thickness
-0.001, the error
+0.001, the median error
 starts at 0.01
 standard deviations 0.6 and 0.001
 0.02 and 0.05 off
