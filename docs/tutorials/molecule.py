@@ -133,8 +133,8 @@ alanine.train(20 if quick else 6000)
 # %%
 # The network is equivariant to rotations and reflections, so half of the samples have the wrong
 # handedness. The sign of the volume spanned by three bonds at Cα identifies them. These samples x
-# are replaced by −x before a torsion is computed. Otherwise, the two basins of φ would be mixed
-# up. The molecule's density is split equally between the mirror images, hence −log 2.
+# are replaced by −x before a torsion is computed. Otherwise, the two basins of φ could not be told
+# apart. The molecule's density is split equally between the mirror images, hence −log 2.
 
 
 def log_target(y):

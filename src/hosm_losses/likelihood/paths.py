@@ -403,5 +403,5 @@ class ODESolution(NamedTuple):
     solver_error: Tensor  # estimate, (B,)
     cause: Tensor  # why the solver gave up on a path, (B,); 0 if it did not, see `result`
     steps: Tensor | None = None  # number of steps of the grid, (B,)
-    widening: float = 1.0  # Student's factor in standard_error
+    widening: float = 1.0  # Student-t factor in standard_error
     kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if unknown

@@ -8,7 +8,7 @@ Formula:
 
     The standard error of the mean over n samples is std(nll)/√n. The part that comes from the
     random probes is (Σ s²)^½/n with s = standard_error/widening. The square s² is an unbiased
-    estimate of the variance that the probes cause in the nll of one sample. Student's factor
+    estimate of the variance that the probes cause in the nll of one sample. The Student-t factor
     `widening` applies to a single sample with few probes, not to a mean over many samples.
 
 Source:

@@ -88,8 +88,8 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
 
     The number of weights must equal the number of terms, except that a fourth weight is accepted
     and ignored at order 2. The weight of at least one term must be a tensor or a nonzero number.
-    The values of tensors are checked only on the CPU. `elements` is d, from which the third-order
-    weight is computed if `weights` is None or "paper-toy".
+    The values of tensors are checked only if they are on the CPU. `elements` is d, from which the
+    third-order weight is computed if `weights` is None or "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:

@@ -171,7 +171,8 @@ def denoising_posterior(
 
     Returns:
         The posterior, with `.mean` (B, *) and `.covariance`, an operator with `@ v`, `diagonal`,
-        `trace` and `dense`. Neither the mean nor the operator's results have a graph.
+        `trace` and `dense`. Neither the mean nor the operator's results are attached to an
+        autograd graph.
 
     Raises:
         TypeError: if the network is compiled or wrapped for parallel training, or if an argument

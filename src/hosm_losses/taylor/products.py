@@ -1,4 +1,4 @@
-r"""Rules for products that are linear in both factors: matrix products, layers and convolutions.
+r"""Rules for bilinear products: matrix products, linear layers and convolutions.
 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l

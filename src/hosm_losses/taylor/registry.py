@@ -34,7 +34,7 @@ class DerivativeError(ValueError):
 
 
 class ConstantError(DerivativeError):
-    """PyTorch cannot differentiate an operator.
+    """Raised if PyTorch cannot differentiate an operator.
 
     Without this error, both engines would treat the operator's result as constant.
     """
