@@ -277,7 +277,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
 
 def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Return True only if a float64 copy of a float32 network was checked and has no fault."""
+    """Return True only if a float64 copy of a float32 network was checked and passed."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
     if custom_functions(bound, x):  # which may have other kernels in float64

@@ -5,7 +5,7 @@ Failures:
 
     - Its path did not reach the end.
     - The end of its path is not finite in the network's dtype.
-    - Its nll is not finite in the wider of this dtype and float32.
+    - Its nll is not finite in this dtype or in float32, whichever has the larger range.
     - Its solver error is above both 1000 nats and 0.1 nats per element (0.14 bits per dimension).
       The first-order estimate of such a large error is meaningless.
 """
@@ -256,9 +256,9 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
     The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
-    finite in the wider of this dtype and float32. A cause that is already recorded in the result
-    is kept. Otherwise, the cause recorded for a sample is that of the first condition (B,) that is
-    true for it.
+    finite in this dtype or in float32, whichever has the larger range. A cause that is already
+    recorded in the result is kept. Otherwise, the cause recorded for a sample is that of the first
+    condition (B,) that is true for it.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

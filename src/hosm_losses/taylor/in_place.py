@@ -29,7 +29,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place, with the rule of the out-of-place function `plain` if that is given."""
+    """Change x in place, using the rule of the out-of-place function `plain` unless it is None."""
     start = _as_jet(x, *args, *named.values())
     # If the dtypes differ, PyTorch's own method computes the result, on a copy.
     if plain is None or start.dtype != x.dtype:

@@ -146,7 +146,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Turn each Jet that still exists, because the function kept it, into a plain tensor.
+    """Turn each Jet that the function kept into a plain tensor.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
@@ -211,7 +211,7 @@ def with_recomputation(
     again: Function | None = None,
     by_result: bool = False,
 ) -> Tensor:
-    """Evaluate a function; keep only its arguments or its result for the backward passes.
+    """Evaluate a function, keeping either its arguments or its result for the backward passes.
 
     Args:
         function: a function of the tensors, without side effects, that returns one tensor.
@@ -301,7 +301,7 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """Return the needed gradients of a function; `places` lists the results with cotangents."""
+    """Return the needed gradients of a function; the results in `places` have cotangents."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():

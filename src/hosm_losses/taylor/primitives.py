@@ -248,7 +248,7 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """Call torch's non-reentrant checkpoint, and recompute with primitives if they are in use.
 
     The first computation also enters the mode again, after the checkpoint has set its hooks. The
-    mode then does not refuse this checkpoint as a foreign one.
+    mode then does not reject this checkpoint as foreign.
     """
     if torch.compiler.is_compiling():  # which fails on context_fn, instead of running it eagerly
         torch._dynamo.graph_break()
