@@ -157,7 +157,7 @@ def log_posterior(theta, y):
 # posterior to the ODE's, averaged over y: the mean difference between the two log-densities at the
 # true parameters. The second is the share of the ODE's probability that lies outside the box. An
 # ODE's density is smooth even at the edge of the prior, so some probability lies beyond the edge,
-# most of all if the edge cuts through a moon. The largest differences between the log-densities
+# especially if the edge cuts through a moon. The largest differences between the log-densities
 # also occur near the edge.
 log_p = log_posterior(theta, y)
 kl, kl_error = float((log_p - log_q).mean()), float((log_p - log_q).std()) / count**0.5

@@ -14,10 +14,10 @@ Formula:
     exist. Finite differences with small steps therefore reveal no fault, although the gradient of
     the third-order term is wrongly zero.
 
-    If the integral differs from p(b) − p(a), the search repeatedly bisects a part of the line.
-    Each time, it keeps the half on which the trapezoidal rule has the larger error. On an interval
-    of length h, this error does not depend on h if p jumps. The error is proportional to h if p′
-    jumps, and to h³ if both p and p′ are smooth.
+    If the integral differs from p(b) − p(a), the search halves the line repeatedly. Each time, it
+    keeps the half on which the trapezoidal rule has the larger error. On an interval of length h,
+    this error does not depend on h if p jumps. The error is proportional to h if p′ jumps, and to
+    h³ if both p and p′ are smooth.
 
     The search therefore converges to a jump, and each halving evaluates the functions at only one
     new point. Let m be the midpoint of a and b. At a jump, the bend |p(m) − (p(a) + p(b))/2| is

@@ -169,7 +169,7 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def all_follow(shared: Collection[str]) -> bool:
-        """Return whether each output moves with its sample if `shared` tensors do not move."""
+        """Return whether reordering samples, but not `shared` tensors, reorders outputs alike."""
         return all(follow(shared, rows) for rows in moves)
 
     def follow(shared: Collection[str], rows: Tensor) -> bool:

@@ -505,7 +505,7 @@ class _Search:
         """Return the excess of the losses over `reference`, and the standard error of this excess.
 
         Both numbers are fractions of the mean of the losses. If `place` is given, only the level
-        with that index counts; otherwise, all levels count equally. The draws of one sample are
+        with that index counts; otherwise, all levels count equally. The draws for one sample are
         not independent. The standard error is therefore computed from one number for each sample,
         the sum of its differences over all draws.
         """

@@ -74,7 +74,7 @@ Error of the path:
     score. The error of the score is the network's error divided by σ̂. Near the data, this error
     makes the second part of e_i far too large. The second parts of all e_i are therefore reduced:
 
-    - Let Δf and Δq be the changes in f and q from the first to the second evaluation of node 1.
+    - Let Δf and Δq be the changes in f and q from the first to the second evaluation at node 1.
       They determine how large (g₁ − g₀)ᵀ c₁ should be. The reduction factor is therefore
           ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
       where 0/0 is 1. The numerator uses g₁ from the second evaluation, and the denominator

@@ -8,8 +8,8 @@ Formula:
 
     The standard error of the mean over n samples is std(nll)/√n. The part that comes from the
     random probes is (Σ s²)^½/n with s = standard_error/widening. The square s² is an unbiased
-    estimate of the variance that the probes cause in the nll of one sample. The Student-t factor
-    `widening` applies to a single sample with few probes, not to a mean over many samples.
+    estimate of the variance of one sample's nll due to the probes. The Student-t factor `widening`
+    applies to a single sample with few probes, not to a mean over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -421,8 +421,8 @@ class NLLResult(Result):
             have kinks. Only `Adaptive` looks for kinks. Kinks lower the solver's order of accuracy
             and make the error estimate unreliable. `Adaptive` therefore triples the solver_error
             of a path that seems to have kinks.
-        cause: a code for the reason, named by `failures`, why the sample failed, (B,); 0 if the
-            sample did not fail.
+        cause: a code for the reason why each sample failed, (B,); 0 if it did not fail. `failures`
+            names the reasons.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²), (B,), where z is the
             latent, and m and s are the solver's data_mean and data_std. If you add `prior_error`
             to log p(x), you replace the prior with N(α m, α² s² + σ²). If the data follow N(m,

@@ -210,8 +210,8 @@ class Weights:
         """Return bounds on log Z, computed from these samples and points x drawn from the target.
 
         `result` is the result of `ode_nll` for x. The lower bound is −inf if any sample has weight
-        zero. The upper bound is inf if the path of a point of x failed, −inf if the target is zero
-        at another point, and NaN if both are the case.
+        zero. The upper bound is inf if the path of any point of x failed, −inf if the target is
+        zero at any other point, and NaN in both cases together.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats.

@@ -126,7 +126,7 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Return whether the term with this weight is needed: the weight is a tensor or not 0."""
+    """Return whether the weight is a tensor or a nonzero number, so that its term is needed."""
     return isinstance(weight, Tensor) or weight != 0
 
 

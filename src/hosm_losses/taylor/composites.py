@@ -66,7 +66,7 @@ ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 def composite(
     *names: str | Function, several: bool = True, primitive: bool = False
 ) -> Callable[[Function], Function]:
-    """Register the decorated body as the rule for PyTorch functions.
+    """Register the decorated function as the rule for PyTorch functions.
 
     Args:
         names: the functions, or their names.

@@ -371,7 +371,7 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
-    """Cast x to `dtype` and `device` under torch.compile.
+    """Cast x to `dtype` and move it to `device` under torch.compile.
 
     In eager mode, torch.as_tensor bypasses `__torch_function__` and hence this rule. The cast then
     raises TaylorError.
