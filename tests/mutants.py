@@ -674,12 +674,10 @@ losses/times.py losses/test_times.py
 + torch.ones_like(bins.masses)
 - module.training = False
 + module.training = True
-- {name: buffer.detach().clone() for
-+ {name: buffer.detach() for
 - squares @ factor.flatten()
 + squares.sum()
-- (v.float().sqrt() + eps[p])
-+ v.float().sqrt()
+- torch.float32).sqrt() + small
++ torch.float32).sqrt()
 - means / means[seen].mean()
 + means / means.mean()
 - torch.where(seen, updated.sqrt(), self.m)
@@ -691,8 +689,33 @@ losses/weighting.py losses/test_times.py
 - uniform=weighting == "likelihood"
 + uniform=False
 losses/dsm.py losses/test_times.py
-- self.time_sampler = self.options.time_sampler  # saved
-+ pass  # saved
+- own["time_sampler"] = self.time_sampler
++
+losses/times.py losses/test_times.py
+- if module.training]
++ ]
+- seed = int(torch.randint(2**62, (), device="cpu"))
++ seed = 0
+- torch.randperm(len(x0), device=device, generator=rng)
++ torch.arange(len(x0), device=device)
+- "randomness": "different"
++ "randomness": "same"
+- outside_inference_mode(), torch.enable_grad():
++ outside_inference_mode():
+- state.restore(generators=False)
++
+- p.data.copy_(value)
++ pass
+- (self.m if m.is_meta else m)
++ self.m
+- squares = [plainly(first)]
++ squares, middle = [], [first, *middle]
+- middle = middle[-1:]
++ middle = []
+- and v.shape == p.shape
++
+- roots.get(p, mean.expand(p.shape))
++ roots.get(p, torch.ones_like(p))
 schedules/base.py test_errors.py
 - if not rate.any() and
 + if False and

@@ -1,13 +1,17 @@
 """Learnt times: what they leave as it was, and what they learn."""
 
 import copy
+import io
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hosm_losses as hosm
-from hosm_losses.losses.times import BINS, FLOOR, Bins
+from hosm_losses.losses.times import BINS, FLOOR, Bins, _trained
 from hosm_losses.losses.weighting import draw_time, time_factors
 from tests.cases import MLP, MODULES, SCHEDULES, VP, OfX, assert_same, gradients
 
@@ -155,7 +159,7 @@ class Kept(nn.Module):
         self.inner, self.kept = MLP(3), kept
 
     def forward(self, x, t):
-        self.kept.append((x.detach().clone().numpy(), t.detach().clone().numpy()))
+        self.kept.append(tuple(torch.tensor(each.detach().clone().numpy()) for each in (x, t)))
         return self.inner(x, t)
 
 
@@ -174,7 +178,6 @@ def test_it_learns_from_the_gradient_of_each_samples_loss(adam, antithetic, weig
         optimizer.step()
         calls.clear()
     places, squares = squared_gradients(objective, x0, 5, optimizer)
-    calls = [(torch.tensor(x), torch.tensor(t)) for x, t in calls]
     assert [len(x) for x, _ in calls] == [2 if antithetic else 1] * 5
     low, high = VP.log_sigma_hat_range
     for (x, t), place, square in zip(list(calls), places, squares, strict=True):
@@ -244,29 +247,38 @@ def test_the_running_mean_and_a_bin_without_a_row():
 
 
 class Stateful(nn.Module):
-    """Dropout, batch norm, and a buffer that each call changes."""
+    """Dropout, batch norm, and parameters and a buffer that each call changes."""
 
-    def __init__(self):
+    def __init__(self, checkpoint):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Dropout(0.3), nn.Linear(8, 3)
-        )
+        layers = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.SiLU(), nn.Dropout(0.3)
+        self.layers, self.last = nn.Sequential(*layers), nn.Linear(8, 3)
         self.register_buffer("calls", torch.zeros(()))
+        self.checkpoint = checkpoint
 
-    def forward(self, x):
+    def body(self, x):
         self.calls += 1
         return self.layers(x)
 
+    def forward(self, x):
+        with torch.no_grad():
+            self.last.weight.copy_(F.normalize(self.last.weight) + 0.1)
+        body = checkpoint(self.body, x, use_reentrant=False) if self.checkpoint else self.body(x)
+        return self.last(body)
 
+
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("largest", [10**6, 0])
-def test_learning_changes_nothing_but_m(largest, monkeypatch):
+def test_learning_changes_nothing_but_m(largest, checkpointed, monkeypatch):
     monkeypatch.setattr("hosm_losses.losses.times.SMALL", largest)
-    objective, x0 = objective_of(network=OfX(Stateful()).double()), torch.randn(32, 3)
+    network = OfX(Stateful(checkpointed)).double()
+    objective, x0 = objective_of(network=network), torch.randn(32, 3)
     optimizer = torch.optim.AdamW(objective.parameters())
     objective(x0).backward()
     optimizer.step()
     objective.eval().train()
-    objective.model.network.network.layers[3].eval()
+    for part in network.network.layers[2::2]:
+        part.eval()
 
     def state():
         own = {name: each for name, each in objective.state_dict().items() if "m" not in name[-1:]}
@@ -276,7 +288,8 @@ def test_learning_changes_nothing_but_m(largest, monkeypatch):
 
     before = copy.deepcopy(state())
     m = objective.time_sampler.m.clone()
-    objective.time_sampler.learn(objective, x0, optimizer)
+    with torch.no_grad():
+        objective.time_sampler.learn(objective, x0, optimizer)
     after = state()
     assert not torch.equal(objective.time_sampler.m, m)
     assert before[2] == after[2]
@@ -288,12 +301,59 @@ def test_learning_changes_nothing_but_m(largest, monkeypatch):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+class Storing(OfX):
+    """Keeps tables that are made once, of x and not, by batch size too, and the latest x."""
+
+    def forward(self, x, t):
+        self.tables = getattr(self, "tables", {})
+        for key, make in (("x", lambda: x.new_ones(3)), (len(x), lambda: torch.ones(3).cos())):
+            self.tables[key] = self.tables[key] if key in self.tables else make()
+        self.latest = x.detach() * 1
+        return super().forward(x * self.tables["x"], t) * self.tables[len(x)]
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_what_a_network_stores_in_its_forward_stays_usable(order):
+    objective, x0 = objective_of(order, network=Storing(nn.Linear(3, 3))), torch.randn(8, 3)
+    objective.time_sampler.learn(objective, x0)
+    copied = copy.deepcopy(objective)
+    torch.save(copied.model.network, io.BytesIO())
+    assert torch.isfinite(copied(x0))
+
+
+def test_samples_noise_and_masks_are_drawn_anew():
+    """Every row of a batch may be chosen, and every row of a call has its own dropout mask."""
+    calls, x0 = [], torch.tensor([[1.0], [1e4]]).repeat_interleave(4, 0).expand(8, 3)
+    objective = objective_of(network=Kept(calls))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        objective.time_sampler.learn(objective, x0, rows=1)
+    assert len({bool(x.abs().max() > 50) for x, _ in calls}) == 2
+    assert len({float(t[0]) for _, t in calls}) == 8
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.dropout = nn.Parameter(torch.ones(())), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.scale * self.dropout(torch.ones_like(x))
+
+    objective = objective_of(network=OfX(Masked()))
+    _, squares = squared_gradients(objective, torch.randn(40, 1), 40, None)
+    assert 0 < int((squares[1:-1] == 0).sum()) < 38
+
+
 def test_it_is_in_the_state_of_the_module_and_of_its_copies():
     objective = objective_of()
     assert "time_sampler.m" in objective.state_dict()
     copied = copy.deepcopy(objective)
     copied.time_sampler.m.fill_(2.0)
-    assert copied.options.time_sampler is copied.time_sampler
+    objective.time_sampler = copied.time_sampler  # of which the loss draws from now on
+    copied.time_sampler.m[0] = torch.nan
+    with pytest.raises(ValueError, match=r"time_sampler.m: expected finite numbers"):
+        objective(torch.randn(4, 3))
+    objective.time_sampler = hosm.AdaptiveTimes()
     assert bool((objective.time_sampler.m == 1).all())
     assert "AdaptiveTimes(m from 1 to 1" in repr(objective)
     x0, generator = torch.randn(4, 3), torch.Generator()
@@ -307,6 +367,46 @@ def test_it_is_in_the_state_of_the_module_and_of_its_copies():
         objective(x0, generator=generator.manual_seed(0)),
     ]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
+def test_m_keeps_its_precision_and_has_to_be_finite(bad):
+    network, x0 = OfX(nn.Linear(3, 3)), torch.randn(8, 3, dtype=torch.float16)
+    objective = objective_of(network=network).half()
+    objective.time_sampler.learn(objective, x0)
+    m = objective.time_sampler.m
+    assert m.dtype == torch.float32
+    assert torch.equal(objective.bfloat16().double().time_sampler.m, m)
+    assert objective.to("meta").to_empty(device="cpu").time_sampler.m.dtype == torch.float32
+    objective = objective_of()
+    objective.time_sampler.m.fill_(bad)
+    for call in (objective, partial(objective.time_sampler.learn, objective)):
+        with pytest.raises(ValueError, match=r"time_sampler.m: .* Reset it: time_sampler.m.fill_"):
+            call(x0.double())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("other", [None, (torch.ones(3), 0), torch.ones(3, 1)])
+def test_parameters_without_adams_state_get_the_mean_scale_of_the_others(kept, other):
+    """As with Muon beside Adam, Adafactor, or a group that was added: none is left out."""
+    objective = objective_of(network=OfX(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))))
+    parameters = [*objective.parameters()]
+    optimizer = torch.optim.SGD(parameters)
+    eps = 1e-3 if other is None else 1e-8
+    optimizer.param_groups[0]["eps"] = eps if other is None else (1e-30, 1e-3)
+    for i, p in enumerate(parameters):
+        if i < kept or other is not None:
+            v = torch.full_like(p, (i + 1) ** 2) if i < kept else other
+            optimizer.state[p]["exp_avg_sq"] = v
+    sizes = torch.tensor([p.numel() for p in parameters[:kept]])
+    mean = float((sizes * (torch.arange(kept) + 1 + eps)).sum() / sizes.sum())
+    trained = _trained(objective, optimizer)
+    assert [p for p, _ in trained] == parameters
+    for i, (_, factor) in enumerate(trained):
+        wanted = 1 / (i + 1 + eps) if i < kept else 1 / mean
+        assert (factor is None) if not kept else factor.shape == parameters[i].shape
+        assert not kept or float((factor - wanted).abs().max()) < 1e-6
+    objective.time_sampler.learn(objective, torch.randn(8, 3), optimizer)
 
 
 def test_a_network_behind_a_function_needs_the_optimizer():

@@ -29,8 +29,7 @@ from hosm_losses.losses.options import (
 )
 from hosm_losses.losses.targets import AveragedTargets, Targets, TargetScores, check_targets
 from hosm_losses.losses.terms import DSMTerms, LoggedTerms
-from hosm_losses.losses.times import AdaptiveTimes
-from hosm_losses.losses.weighting import TimeSampler, Weighting
+from hosm_losses.losses.weighting import TimeSampler, Weighting, check_time_sampler
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
 
 
@@ -71,15 +70,17 @@ def first_order_dsm(
         >>> float(first_order_dsm(model, x0, noise=noise))
         1.0
     """
-    options = LossOptions(
-        1,
-        weighting=weighting,
+    return dsm(
+        model,
+        x0,
+        LossOptions(1, weighting=weighting, antithetic=antithetic, reduction=reduction),
+        t=t,
+        noise=noise,
+        targets=targets,
         time_sampler=time_sampler,
-        antithetic=antithetic,
-        reduction=reduction,
-    )
-    inputs = {"t": t, "noise": noise, "targets": targets, "generator": generator}
-    return dsm(model, x0, options, **inputs, model_kwargs=model_kwargs).loss
+        generator=generator,
+        model_kwargs=model_kwargs,
+    ).loss
 
 
 def second_order_dsm(
@@ -127,7 +128,6 @@ def second_order_dsm(
         fraction=fraction,
         engine=engine,
         weighting=weighting,
-        time_sampler=time_sampler,
         antithetic=antithetic,
         reduction=reduction,
     )
@@ -140,6 +140,7 @@ def second_order_dsm(
         probe=probe,
         targets=targets,
         weights=weights,
+        time_sampler=time_sampler,
         generator=generator,
         model_kwargs=model_kwargs,
     ).loss
@@ -260,7 +261,6 @@ def third_order_dsm(
         fraction=fraction,
         engine=engine,
         weighting=weighting,
-        time_sampler=time_sampler,
         antithetic=antithetic,
         reduction=reduction,
     )
@@ -273,6 +273,7 @@ def third_order_dsm(
         probe=probe,
         targets=targets,
         weights=weights,
+        time_sampler=time_sampler,
         generator=generator,
         model_kwargs=model_kwargs,
     ).loss
@@ -373,6 +374,7 @@ class _DSM(nn.Module):
         except TypeError as error:  # an unknown name
             raise TypeError(f"{type(self).__name__}: {error}") from None
         targets, weights = options.pop("targets", None), options.pop("weights", None)
+        check_time_sampler(time_sampler := options.pop("time_sampler", None))
         if isinstance(weights, nn.Parameter):  # nn.Module would register it for training
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
@@ -381,15 +383,14 @@ class _DSM(nn.Module):
             raise TypeError(error_message("targets", expected, targets.scores))
         self.options, self.weights = LossOptions(self.order, **options), weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
-        if isinstance(self.options.time_sampler, AdaptiveTimes):
-            self.time_sampler = self.options.time_sampler  # saved and moved with the module
+        self.time_sampler: TimeSampler = time_sampler
         if self.order > 1:
             check_weights(weights, self.order)
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments as text, for the printed form of the module."""
-        values = vars(self.options) | vars(self)
+        values = vars(self.options) | vars(self) | {"time_sampler": self.time_sampler}
         names = list(self.__signature__.parameters)[1:]
         numbers = {"weights": repr(values.get("weights"))}  # printed in full, even if a tensor
         return ", ".join(f"{name}={numbers.get(name) or shown(values[name])}" for name in names)
@@ -403,6 +404,7 @@ class _DSM(nn.Module):
         """
         check_flag("return_terms", return_terms)
         own = self._or_own(targets, weights)
+        own["time_sampler"] = self.time_sampler
         evaluated = dsm(self.model, x0, self.options, **inputs, **own)
         if not return_terms:
             return evaluated.loss

@@ -41,7 +41,7 @@ from hosm_losses.losses.terms import (
     squared_terms,
 )
 from hosm_losses.losses.times import ends_of
-from hosm_losses.losses.weighting import draw_time, time_factors
+from hosm_losses.losses.weighting import check_time_sampler, draw_time, time_factors
 from hosm_losses.model import (
     BoundModel,
     ScoreModel,
@@ -72,6 +72,7 @@ def dsm(
     probe: object = None,
     targets: object = None,
     weights: object = None,
+    time_sampler: Any = None,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LossAndTerms:
@@ -81,13 +82,14 @@ def dsm(
     drawn.
     """
     kwargs = check_model_kwargs(model_kwargs)
-    weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
+    weighting, higher = options.weighting, options.order > 1
+    check_time_sampler(time_sampler)
     targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), check_sample_batch("x0", x0)
         spread = None
         if t is None:
-            time, spread = draw_time(score_model, x0, weighting, generator, sampler)
+            time, spread = draw_time(score_model, x0, weighting, generator, time_sampler)
         else:
             time = check_time(score_model, x0, t)
         if isinstance(targets, Tensor):
@@ -96,7 +98,7 @@ def dsm(
             score_model, x0, time, options, noise, targets, weights, generator, kwargs
         )
         v = _check_probe(x0, probe, options) if higher and probe is not None else None
-        how = {"from_schedule": t is None and sampler == "schedule", "order": order}
+        how = {"from_schedule": t is None and time_sampler == "schedule", "order": order}
         factors = time_factors(score_model, x0, time, weighting, spread, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)

@@ -18,7 +18,7 @@ from hosm_losses._checks import (
     error_message,
 )
 from hosm_losses.derivatives import ENGINES, Engine
-from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
+from hosm_losses.losses.weighting import Weighting, check_weighting
 from hosm_losses.probes import Hutchinson, Paired
 
 Reduction = Literal["mean", "sum", "none"]
@@ -39,7 +39,6 @@ class LossOptions:
     engine: Engine = "auto"
     fraction: float = 1.0
     weighting: Weighting = "noise"
-    time_sampler: TimeSampler = None
     antithetic: bool = False
     reduction: Reduction = "mean"
 
@@ -52,7 +51,7 @@ class LossOptions:
         for name, value in (("order", order), ("fraction", part), ("probes", probes)):
             if value is not getattr(self, name):  # torch.compile would trace a no-op write
                 object.__setattr__(self, name, value)
-        check_weighting(self.weighting, self.time_sampler)
+        check_weighting(self.weighting)
         check_flag("antithetic", self.antithetic)
         check_choice("engine", self.engine, ENGINES)
         check_choice("reduction", self.reduction, get_args(Reduction))

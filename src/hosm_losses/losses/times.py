@@ -28,14 +28,16 @@ Source:
     differently on the noise level.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hosm_losses._checks import (
+    can_read_values,
     check_sample_batch,
     check_whole,
     error_message,
@@ -44,6 +46,7 @@ from hosm_losses._checks import (
     widest_dtype,
 )
 from hosm_losses._torch_internals import outside_inference_mode
+from hosm_losses.derivatives import NetworkState
 from hosm_losses.schedules import Schedule
 
 BINS, FLOOR, DECAY = 32, 0.15, 0.9  # the number of bins, φ, and the part of m² kept by `learn`
@@ -111,7 +114,8 @@ class Bins(NamedTuple):
         triangle = torch.ones(BINS, BINS, dtype=torch.bool, device=unit.device).tril()
         above = (weights * triangle).sum(1)
         total = above[-1]
-        bins = torch.searchsorted(above / total, unit, right=True)
+        # Clamped for an m that is NaN on an accelerator: the loss is then NaN.
+        bins = torch.searchsorted(above / total, unit, right=True).clamp(max=BINS - 1)
         inside = (1 - (above[bins] - total * unit) / weights[bins]).clamp(0, 1)
         if self.entries is None:
             t = self.schedule.time(self.low + self.width * (bins + inside))
@@ -137,7 +141,7 @@ class AdaptiveTimes(nn.Module):
 
     Attributes:
         m: for each of the 32 bins of log σ̂, the root mean square of the per-sample gradients, up
-            to a constant factor; a tensor of shape (32,).
+            to a constant factor; a tensor of shape (32,), in float32 even after `.half()`.
 
     Example:
         >>> from hosm_losses import FirstOrderDSM, ScoreModel, VPSchedule
@@ -178,8 +182,24 @@ class AdaptiveTimes(nn.Module):
 
     def _ratios(self, masses: Tensor) -> Tensor:
         """Return P_k/M_k, (32,)."""
+        if can_read_values(self.m):
+            self._check()
         m = self.m.to(masses)
         return FLOOR + (1 - FLOOR) * m / (masses * m).sum()
+
+    def _check(self) -> None:
+        total = float(self.m.detach().sum())
+        if not 0 < total < math.inf:
+            expected, remedy = "finite numbers, not all 0", "Reset it: time_sampler.m.fill_(1.0)."
+            message = error_message("time_sampler.m", expected, self.m, remedy, got=f"sum {total}")
+            raise ValueError(message)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        m = self.m
+        super()._apply(fn, recurse)
+        # Half precision would round m, or overflow.
+        self.m = (self.m if m.is_meta else m).to(self.m.device, torch.float32)
+        return self
 
     def density(self, objective: nn.Module) -> tuple[Tensor, Tensor]:
         """Return the bins' midpoints in log σ̂ and the sampling density there, for plotting.
@@ -234,9 +254,10 @@ class AdaptiveTimes(nn.Module):
                 torch.compile.
             x0: data (B, *).
             optimizer: if you pass an optimizer, only the gradients of its parameters are used. If
-                the optimizer stores a running mean v of each parameter's squared gradients (as
-                Adam does), the parameter's squared gradient is divided by √v + eps. An optimizer
-                is required if the network is wrapped in a plain function.
+                the optimizer stores a running mean v of a parameter's squared gradients (as Adam
+                does), the parameter's squared gradient is divided by √v + eps. Squared gradients
+                of other parameters are divided by the mean of these divisors. An optimizer is
+                required if the network is wrapped in a plain function.
             rows: the maximum number of samples whose gradients are computed.
             targets: as in a call to the objective.
             weights: as in a call to the objective, for orders two and three.
@@ -246,9 +267,11 @@ class AdaptiveTimes(nn.Module):
         Raises:
             TypeError: if `objective` is not the loss module that uses this sampler, or is sharded
                 by FSDP.
-            ValueError: if there are no parameters to train, or if a gradient is not finite.
+            ValueError: if there are no parameters to train, if a gradient is not finite, or if `m`
+                is not finite or all zero.
         """
         loss = self._loss_of(objective)
+        self._check()
         x0, device = check_sample_batch("x0", x0), x0.device
         count = min(check_whole("rows", rows, 1), len(x0))
         trained = _trained(loss, optimizer)
@@ -267,6 +290,9 @@ class AdaptiveTimes(nn.Module):
             evenly = torch.where(bins.masses > 0, 1 / bins.masses, 0.0)
             times, _, places = bins.place(unit, evenly)
             chosen = order[:count]
+            state = NetworkState(loss, x0)
+            # Forced weight normalization changes the parameters in each forward pass.
+            parameters = [(p, p.detach().clone()) for p, _ in trained]
             try:
                 for module in counting:
                     module.training = False
@@ -283,6 +309,9 @@ class AdaptiveTimes(nn.Module):
             finally:
                 for module in counting:
                     module.training = True
+                state.restore(generators=False)
+                for p, value in parameters:
+                    p.data.copy_(value)  # .data, since a graph of the caller may have saved p
             self._update(places[chosen], squares)
 
     @torch.no_grad()
@@ -336,7 +365,7 @@ def _trained(
     """Return each trained parameter with a factor for its squared gradient; None means 1."""
     groups = [] if optimizer is None else optimizer.param_groups
     own = [p for p in loss.parameters() if p.requires_grad]
-    eps = {p: group.get("eps", 1e-8) for group in groups for p in group["params"]}
+    eps = {p: group.get("eps") for group in groups for p in group["params"]}
     trained = own if optimizer is None else [p for p in own or eps if p in eps]
     trained = [p for p in trained if p.requires_grad]
     if not trained:
@@ -345,10 +374,18 @@ def _trained(
         remedy = "If the network is behind a plain function, pass the optimizer."
         raise ValueError(error_message("optimizer", expected, optimizer, remedy, got=got))
     state = {} if optimizer is None else optimizer.state
-    squares = {p: state[p]["exp_avg_sq"] for p in trained if "exp_avg_sq" in state.get(p, {})}
-    if not squares:
+    squares = {p: state.get(p, {}).get("exp_avg_sq") for p in trained}
+    roots: dict[nn.Parameter, Tensor] = {}
+    for p, v in squares.items():  # v is a tuple or has another shape in some optimizers
+        if isinstance(v, Tensor) and v.shape == p.shape and v.is_floating_point():
+            small = eps[p] if isinstance(eps[p], float) else 1e-8
+            roots[p] = v.to(p.device, torch.float32).sqrt() + small
+    if not roots:
         return [(p, None) for p in trained]
-    return [(p, 1 / (v.float().sqrt() + eps[p])) for p, v in squares.items()]
+    # Every other parameter gets the mean scale of those with Adam's state.
+    count = sum(root.numel() for root in roots.values())
+    mean = sum(root.sum() for root in roots.values()) / count
+    return [(p, 1 / roots.get(p, mean.expand(p.shape))) for p in trained]
 
 
 def _squared_gradients(
@@ -359,7 +396,6 @@ def _squared_gradients(
 ) -> Tensor:
     """Return Σ_θ factor_θ g_θ² (n,), where g is the gradient of the loss of a single sample."""
     index = torch.arange(count, device=device)
-    buffers = {name: buffer.detach().clone() for name, buffer in losses.named_buffers()}
     names = {p: name for name, p in losses.named_parameters()}
     size = sum(p.numel() for p, _ in trained)
 
@@ -373,22 +409,26 @@ def _squared_gradients(
 
     def of_one(parameters: dict[str, Tensor], i: Tensor) -> Tensor:
         def loss(own: dict[str, Tensor]) -> Tensor:
-            return functional_call(losses, buffers | own, (i[None],))
+            return functional_call(losses, own, (i[None],))
 
         gradients = grad(loss)(parameters)
         return square(gradients[names[p]] for p, _ in trained)
 
-    if size <= SMALL and all(p in names for p, _ in trained):
+    def plainly(i: Tensor) -> Tensor:
+        parameters = [p for p, _ in trained]
+        return square(torch.autograd.grad(losses(i), parameters, allow_unused=True))
+
+    # vmap does not get the first and the last sample. A network may store tensors: tables that it
+    # computes only once then come from the first sample, and kept activations from the last one.
+    # Tensors from inside vmap would be unusable afterwards.
+    first, *middle = index.split(1)
+    squares = [plainly(first)]
+    if count > 2 and size <= SMALL and all(p in names for p, _ in trained):
         parameters = {names[p]: p.detach() for p, _ in trained}
         options = {"randomness": "different", "chunk_size": max(1, CHUNK // size)}
         try:
-            return vmap(of_one, (None, 0), **options)(parameters, index)
+            squares += vmap(of_one, (None, 0), **options)(parameters, index[1:-1])
+            middle = middle[-1:]
         except Exception:
             pass  # a network that vmap cannot batch; its own errors are raised again below
-    squares: list[Tensor] = []
-    for i in index.split(1):
-        loss = functional_call(losses, buffers, (i,)) if buffers else losses(i)
-        squares.append(
-            square(torch.autograd.grad(loss, [p for p, _ in trained], allow_unused=True))
-        )
-    return torch.stack(squares)
+    return torch.stack(squares + [plainly(i) for i in middle])

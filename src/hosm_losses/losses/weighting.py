@@ -93,11 +93,15 @@ TimeSampler = Sampler | AdaptiveTimes | DrawTime | None
 """The sampler of t, as a name, `AdaptiveTimes()` or a callable (batch, generator) → t (B,)."""
 
 
-def check_weighting(weighting: Any, time_sampler: object) -> None:
-    """Raise an error unless the weighting and the time sampler are valid."""
+def check_weighting(weighting: Any) -> None:
+    """Raise an error unless the weighting is valid."""
     if not (callable(weighting) or isinstance(weighting, EDMWeighting)):
         expected = "weighting (or EDMWeighting(), or a callable of t)"
         check_choice(expected, weighting, get_args(Name))
+
+
+def check_time_sampler(time_sampler: object) -> None:
+    """Raise an error unless the time sampler is valid."""
     if time_sampler is not None and not callable(time_sampler):
         name = "time_sampler (or AdaptiveTimes(), or a callable of the batch size and a generator)"
         check_choice(name, time_sampler, get_args(Sampler))
