@@ -374,17 +374,18 @@ def _trained(
         remedy = "If the network is behind a plain function, pass the optimizer."
         raise ValueError(error_message("optimizer", expected, optimizer, remedy, got=got))
     state = {} if optimizer is None else optimizer.state
-    squares = {p: state.get(p, {}).get("exp_avg_sq") for p in trained}
     roots: dict[nn.Parameter, Tensor] = {}
-    for p, v in squares.items():  # v is a tuple or has another shape in some optimizers
+    for p in trained:
+        v, small = state.get(p, {}).get("exp_avg_sq"), eps.get(p)
+        # In some optimizers, v is a tuple or has another shape, and eps is a tuple.
         if isinstance(v, Tensor) and v.shape == p.shape and v.is_floating_point():
-            small = eps[p] if isinstance(eps[p], float) else 1e-8
+            small = small if isinstance(small, float) else 1e-8
             roots[p] = v.to(p.device, torch.float32).sqrt() + small
     if not roots:
         return [(p, None) for p in trained]
     # Every other parameter gets the mean scale of those with Adam's state.
-    count = sum(root.numel() for root in roots.values())
-    mean = sum(root.sum() for root in roots.values()) / count
+    sums = torch.stack([root.sum() for root in roots.values()])
+    mean = sums.sum() / sum(root.numel() for root in roots.values())
     return [(p, 1 / roots.get(p, mean.expand(p.shape))) for p in trained]
 
 
