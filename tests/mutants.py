@@ -587,7 +587,7 @@ model/adapters.py model/test_adapters.py
 + eigenvalues > 1.5
 - P @ (weights[:, None] * P)
 + P @ P
--         Q = Q * torch.where(weights @ Q < 0, -1.0, 1.0)
+-         Q = Q * torch.where(h @ Q < 0, -1.0, 1.0)
 +
 - not (projected(v) - v @ Q @ Q.mT).abs().amax() < ROUNDING
 + not (P - Q @ Q.mT).abs().amax() < ROUNDING
@@ -599,6 +599,14 @@ model/adapters.py model/test_adapters.py
 +             return
 - {**state, "_copies": {}}
 + state
+- (0.1 + h).cumsum(0)
++ n
+- torch.where(h @ Q
++ torch.where(weights @ Q
+- - Q).abs().amax() < ROUNDING
++ - Q).abs().amax() < 2
+- self._basis, self._copies = Q, {}
++ self._basis = Q
 model/adapters.py model/test_score_model.py
 - return self.network._innermost if isinstance(self.network, Wrapper) else self.network
 + return self.network

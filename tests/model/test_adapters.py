@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import AffineTransform, TransformedDistribution
 
 import hosm_losses as hosm
-from hosm_losses.model.adapters import LARGEST
+from hosm_losses.model.adapters import LARGEST, _basis
 from tests.cases import (
     FUNCTIONS,
     MLP,
@@ -103,15 +103,42 @@ def test_coordinates_of_samples(name):
     assert_same(space.expand(y), project(x), 1e-14)
 
 
-@each_projection
+def off_means(x):
+    """Doubly centred matrices, whose columns are orthogonal to whatever is linear in the index."""
+    return x - x.mean(1, keepdim=True) - x.mean(2, keepdim=True) + x.mean((1, 2), keepdim=True)
+
+
+MATRICES = {
+    "symmetric": lambda x: (x + x.mT) / 2,
+    "antisymmetric": lambda x: (x - x.mT) / 2,
+    "mirrored": lambda x: (x + x.flip(-1)) / 2,
+    "doubly centred": off_means,
+    "both": lambda x: off_means(x + x.mT) / 2,
+}
+
+
+@pytest.mark.parametrize("name", [*PROJECTIONS, *MATRICES])
 def test_the_basis_does_not_depend_on_rounding(name):
     """Without W, any rotation of Q would do, and another computer may find another."""
-    project, _ = PROJECTIONS[name]
-    P = project(torch.eye(6, dtype=torch.float64).reshape(6, *PARTICLES)).flatten(1)
-    noise = 1e-9 * points(6, 6)
-    Q = basis(by_matrix(P + noise + noise.T))
-    assert_same(Q, basis(project), 1e-6)
-    assert bool((torch.linspace(1, 2, 6).double() @ Q > 0).all())
+    shape, size = (PARTICLES, 1e-9) if name in PROJECTIONS else ((20, 20), 1e-15)
+    project, d = (PROJECTIONS.get(name) or (MATRICES[name],))[0], math.prod(shape)
+    P = project(torch.eye(d, dtype=torch.float64).reshape(d, *shape)).flatten(1)
+    noise = size * points(d, d)
+    for other in (P + noise + noise.T, P - noise - noise.T):
+        assert_same(_basis(by_matrix(other), shape), _basis(project, shape), 1e-6)
+
+
+def test_the_basis_is_saved_with_the_state():
+    """Another computer, or a later version, may find another basis."""
+    space, other = around(MLP(3, 2)), around(MLP(3, 2))
+    other._basis = -other._basis
+    y = points()
+    assert_same(other.expand(y), -space.expand(y), 1e-14)
+    other.load_state_dict(space.state_dict())
+    assert torch.equal(other.expand(y), space.expand(y))
+    for project in (by_mask(MASK), turned(3)):
+        with pytest.raises(ValueError, match="state_dict: expected the Q of this subspace"):
+            around(MLP(3, 2), project).load_state_dict(space.state_dict())
 
 
 def test_coordinates_of_a_mask_are_its_elements():
@@ -284,7 +311,10 @@ def test_the_basis_keeps_its_digits_in_any_dtype():
     space.double()
     assert torch.equal(space.expand(y), x)
     assert list(model.buffers()) == []
-    assert {key[:23] for key in model.state_dict()} == {"network.network.inside."}
+    assert {key[:23] for key in model.state_dict()} == {
+        "network._extra_state",
+        "network.network.inside.",
+    }
     expected = space.expand(y.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(space.expand(y.float()), expected)

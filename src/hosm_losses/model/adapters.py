@@ -12,12 +12,15 @@ Formula:
     orthogonal projection onto the subspace. The coordinates of a sample x are y = Qᵀ x, and
     x = Q y. As a function of y, the wrapped network is Qᵀ network(Q y, t).
 
-    The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is the
-    diagonal matrix diag(1, …, 2). All other eigenvalues are 0, so the rank is unambiguous. Without
-    W, all nonzero eigenvalues would be 1, and the eigenvectors would be ambiguous. The sign of
-    each column is chosen such that the column's dot product with the diagonal of W is not
-    negative. Therefore, Q is the same on every computer, up to rounding error. If P is a mask, the
-    columns of Q are unit vectors in the order of the elements.
+    The columns of Q are the eigenvectors of P W P whose eigenvalues lie in [1, 2], where W is a
+    diagonal matrix whose elements rise from 1 to 2. All other eigenvalues are 0, so the rank is
+    unambiguous. If W were the identity, all nonzero eigenvalues would be 1, and the eigenvectors
+    would be ambiguous. If the elements of W rose evenly, the eigenvalues would coincide for
+    symmetric matrices or mirrored rows. Their increments are therefore 0.1 + h, where
+    h_n = √2 n³ mod 1 is irregular. The sign of each column is chosen such that its dot product
+    with h is not negative. Therefore, Q is the same on every computer, up to rounding error. If P
+    is a mask, the columns of Q are unit vectors in the order of the elements. Saved coordinates
+    still have to be read with the Q that produced them, so Q is saved with the module's state.
 """
 
 import copy
@@ -90,6 +93,9 @@ class OnSubspace(Wrapper):
     everywhere: in data, noise, samples, `log_prior`, targets and their scores, and in a custom
     divergence. The arguments `output` and `call` of `ScoreModel` act on y, too.
 
+    The state_dict contains Q. `load_state_dict` replaces Q by the loaded one, and raises
+    ValueError if its columns span another subspace.
+
     Args:
         network: an nn.Module or any other callable, called as `network(x, t, **kwargs)` with
             samples x (B, *). The result must be a floating-point tensor with the shape and device
@@ -127,7 +133,8 @@ class OnSubspace(Wrapper):
     ) -> None:
         super().__init__()
         self.network, self.shape = network, tuple(shape)
-        # Not a buffer: .to(torch.bfloat16) would round a buffer, and MPS does not support float64.
+        # Not a buffer: .to(torch.bfloat16) would round a buffer, MPS does not support float64, and
+        # DDP would broadcast it.
         self._basis = _basis(project, self.shape)
         self._copies: dict[Any, Tensor] = {}
         self.dimensions = self._basis.shape[1]
@@ -136,6 +143,19 @@ class OnSubspace(Wrapper):
         """Return the state without the copies of the basis, which may be on an accelerator."""
         state: Any = super().__getstate__()
         return {**state, "_copies": {}}
+
+    def get_extra_state(self) -> Tensor:
+        """Return Q (d, d − k), for the state_dict."""
+        return self._basis
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Replace Q with a basis of the same subspace, from a state_dict."""
+        Q = state.to("cpu", torch.float64)
+        like = Q.shape == self._basis.shape
+        if not like or not (self._basis @ (self._basis.mT @ Q) - Q).abs().amax() < ROUNDING:
+            expected, remedy = "the Q of this subspace", "Pass the same `project` and `shape`."
+            raise ValueError(error_message("state_dict", expected, Q, remedy, got="another"))
+        self._basis, self._copies = Q, {}
 
     def extra_repr(self) -> str:
         """Return the shape of a sample and the dimension of the subspace, for printing."""
@@ -204,10 +224,13 @@ def _basis(project: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tenso
         return check_like("project(x)", value, tuple(x.shape), x.dtype, x.device, "x").flatten(1)
 
     with outside_inference_mode(), torch.no_grad():
-        P, weights = projected(torch.eye(d, **like)), torch.linspace(1, 2, d, **like)
+        n = torch.arange(1, d + 1, **like)
+        h = math.sqrt(2) * (n * n * n) % 1
+        rise = (0.1 + h).cumsum(0)
+        P, weights = projected(torch.eye(d, **like)), 1 + rise / rise[-1]
         eigenvalues, vectors = torch.linalg.eigh(P @ (weights[:, None] * P))
         Q = vectors[:, eigenvalues > 0.5]
-        Q = Q * torch.where(weights @ Q < 0, -1.0, 1.0)
+        Q = Q * torch.where(h @ Q < 0, -1.0, 1.0)
         v = torch.randn(2, d, generator=torch.Generator().manual_seed(0), **like)
         if not Q.shape[1] or not (projected(v) - v @ Q @ Q.mT).abs().amax() < ROUNDING:
             expected = "an orthogonal projection of each sample, onto one dimension or more"
