@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import warnings
 from functools import partial
 
@@ -116,6 +117,20 @@ def test_a_schedule_that_is_learned_has_no_gradient(frozen):
         CALLS["graph"](model, x)
     for name in ("nll", "bound", "sample"):
         CALLS[name](model, x)
+
+
+@pytest.mark.parametrize("call", ["nll", "bound"])
+def test_levels_of_images_without_dequantization(call):
+    call, k = CALLS[call], torch.randint(0, 256, (20, 1, 8, 8)).float()
+    images = {"k": k, "k / 255": k / 255, "k / 127.5 - 1": 2 * (k / 255) - 1}
+    for form, x in (*images.items(), ("k", k.flatten(1) % 17)):
+        with told(rf"^x: .* levels {re.escape(form)} of 8-bit .*dequantization=Uniform\(\)"):
+            call(gaussian(VP), x)
+    with silence():
+        u, bit = torch.rand(k.shape), (k > 99).float()
+        for x in (k % 16, bit, 2 * bit - 1, k[..., 1:], k - 1, k + 1, k / 2, k + u, (k + u) / 256):
+            call(gaussian(VP), x)
+        call(gaussian(VP), k.byte(), dequantization=hosm.Uniform())
 
 
 def built(*layers):

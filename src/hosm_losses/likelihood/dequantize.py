@@ -29,11 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import (
-    error_message,
-    sum_elements,
-    widest_dtype,
-)
+from hosm_losses._checks import can_read_values, error_message, sum_elements, warn, widest_dtype
 from hosm_losses.likelihood.divergence import DivergenceEstimator
 from hosm_losses.likelihood.paths import Coordinates
 from hosm_losses.likelihood.result import NLLResult, Quantization
@@ -172,6 +168,29 @@ def check_images(x: object) -> None:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
         raise TypeError(error_message("x", expected, x, remedy))
+
+
+def warn_of_levels(x: Tensor) -> None:
+    """Warn if x consists of 8-bit images without dequantization, in one of three usual ranges.
+
+    Samples that have fewer than 64 elements or take at most 16 different values, such as binary
+    data, are not regarded as images. Only the first samples are read, and only on the CPU.
+    """
+    if not can_read_values(x) or x[0].numel() < 64:
+        return
+    first = x[:16].detach().double()
+    forms = {"k": first, "k / 255": 255 * first, "k / 127.5 - 1": 127.5 * (first + 1)}
+    for form, k in forms.items():
+        levels = k.round()
+        whole = levels.min() >= 0 and levels.max() < LEVELS and (k - levels).abs().max() < 1e-3
+        if whole and len(levels.unique()) > 16:
+            warn(
+                f"x: expected continuous data; got only the levels {form} of 8-bit images, with k "
+                "from 0 to 255. Without noise, their nll is not that of the images: pass uint8 "
+                "images with dequantization=Uniform(), which maps k to −1 + 2 (k + u)/256. If the "
+                "network was trained on another range, add the noise u and scale k + u yourself."
+            )
+            return
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -42,6 +42,7 @@ from hosm_losses.likelihood.dequantize import (
     check_images,
     importance_weighted,
     refuse_biased_draws,
+    warn_of_levels,
 )
 from hosm_losses.likelihood.divergence import (
     Divergence,
@@ -102,6 +103,8 @@ class Job:
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         if dequantization is None:
             check_sample_batch(name, x, images=name == "x")
+            if name == "x":
+                warn_of_levels(x)
         else:
             check_images(x)
         self.divergence = resolve_divergence(divergence, x)

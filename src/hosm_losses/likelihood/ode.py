@@ -87,7 +87,8 @@ def ode_nll(
         dequantization: `Uniform()`, for uint8 images, maps x to −1 + 2 (x + u)/256 with u uniform
             on [0, 1). Pass `TruncatedNormal()`, even for uint8 images, if the network was trained
             on the quantized levels themselves. With either dequantization, `bits_per_dim` returns
-            the bits per dimension of the integers. Pass None for continuous data.
+            the bits per dimension of the integers. Pass None for continuous data. If x is on the
+            CPU and contains only the levels of 8-bit images, None causes a warning.
         batch_size: the number of samples per batch; None to process all samples in one batch.
         progress: whether to show a progress bar, which requires tqdm.
         enable_grad: whether to record an autograd graph, so that you can backpropagate through the
