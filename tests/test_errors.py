@@ -102,7 +102,7 @@ UNCHECKED = {
     *("function", "is_random", "network", "time", "output", "call", "solver", "group"),
     *("generator", "model_kwargs", "dequantization", "values", "levels", "low", "high"),
     *("steps", "offset", "model", "draws", "first", "last", "batch_size"),
-    *("tolerance", "step_tolerance", "data_mean"),
+    *("tolerance", "step_tolerance"),
     # A schedule's numbers are checked where a model is built.
     *("t_min", "t_max", "beta_min", "beta_max", "sigma_min", "sigma_max", "log_mean", "log_std"),
 }
@@ -165,18 +165,21 @@ BAD = {
     "latent": [
         *bad(TypeError, X.byte(), X.long(), X + 0j),
         *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0, (5, 0), (), []),
+        *bad(TypeError, 64, None, X.numpy()),
     ],
     "samples": bad(ValueError, 0, -2, 7),
     "log_prior": bad(ValueError, NORMAL, ROWS),
     "divergence": bad(TypeError, 4, hosm.Hutchinson) + bad(ValueError, "hutchinson"),
-    "data_std": bad(ValueError, NAN, 0.0, -1.0, X[0] * 0),
+    "data_mean": bad(ValueError, NAN, INF, -INF, X[0] * NAN),
+    "data_std": bad(ValueError, NAN, INF, 0.0, -1.0, X[0] * 0),
     "result": [
+        *bad(TypeError, X, result()),
         *bad(ValueError, replace(DRAWN, nll=None), named="nll"),
         *bad(ValueError, replace(DRAWN, standard_error=None)),
     ],
     "log_target": [
         *bad(TypeError, lambda x: 0.0),
-        *bad(ValueError, lambda x: x),
+        *bad(ValueError, lambda x: x, lambda x: x[:, 0] * NAN, lambda x: x[:, 0] + INF),
     ],
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j),
@@ -313,6 +316,8 @@ TOGETHER = [
         ([hosm.FixedGrid], ValueError, "companion", {"companion": True, "steps": n})
         for n in (6, 63)
     ],
+    (SOLVERS, ValueError, "data_std", {"solver": hosm.FixedGrid(data_std=(1.0, 2.0, 3.0))}),
+    (SOLVERS, ValueError, "data_mean", {"solver": hosm.Adaptive(data_mean=X[None])}),
     (SOLVERS, ValueError, "schedule", {"model": LEARNED, "enable_grad": True}),
     ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
@@ -536,6 +541,16 @@ TOLD = [
     (lambda: hosm.ode_sample(MODEL, X.long()), r"on cpu. Convert it with latent\.float\(\)\.$"),
     (lambda: hosm.ode_nll(MODEL, X > 0), r"on cpu. Convert it with x\.float\(\)\.$"),
     (lambda: hosm.ode_nll(MODEL, X + 0j), r"on cpu. Pass real numbers, .*view_as_real\.$"),
+    (lambda: hosm.ode_sample(MODEL, 64), r"such as \(64, \*sample shape\); got 64\.$"),
+    (
+        lambda: hosm.importance_weights(DRAWN, lambda x: torch.tensor([0.0, NAN])),
+        r"got nan at x\[1\], and NaN or \+inf at 1 of 2\. Look at x there",
+    ),
+    (lambda: hosm.importance_weights(X, torch.sum), r"Pass result = ode_sample\(model, \.\.\.\)"),
+    (
+        lambda: hosm.ode_nll(MODEL, X, solver=hosm.FixedGrid(data_std=(1.0, 2.0, 3.0))),
+        r"to that of a sample, \(2,\); got \(3,\)\. .*\(C, 1, 1\)",
+    ),
     (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network: ScoreModel\(network, "),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"from_diffusers\(network, scheduler\)"),

@@ -11,7 +11,7 @@ accelerator, reading values would force a synchronisation.
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from numbers import Integral, Number, Real
@@ -165,6 +165,13 @@ def check_number(
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))
     return number
+
+
+def check_shape(name: str, value: object, expected: str = "a shape such as (2,)") -> torch.Size:
+    """Return `value` as a shape; raise TypeError unless it is a sequence of whole numbers."""
+    if not isinstance(value, Sequence):
+        raise not_a_tensor(name, expected, value)
+    return torch.Size(value)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`ODEDistribution`: densities, samples and gradients against closed forms."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -191,11 +192,24 @@ def test_importance_sampling_with_the_density_apart_from_the_samples():
             ValueError,
             r"model_kwargs\['mean'\]: .*\(6,\).*Shared",
         ),
+        ({"batch_shape": 6}, TypeError, r"batch_shape: expected a shape .* got 6"),
     ],
 )
 def test_what_it_cannot_take_is_an_error(options, error, told):
     with pytest.raises(error, match=told):
         distribution(**options)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), ()])
+def test_a_missing_batch_shape_is_named_where_the_network_fails(shape):
+    model = hosm.ScoreModel(lambda x, t, c: torch.cat([x, c], 1)[:, :2], SCHEDULE)
+    q = hosm.ODEDistribution(model, (2,), model_kwargs={"c": torch.zeros(shape)})
+    for call in (q.sample, lambda: q.log_prob(torch.zeros(3, 2))):
+        with pytest.raises((RuntimeError, IndexError)) as caught:
+            call()
+        notes = "".join(getattr(caught.value, "__notes__", ()))
+        named = re.search(r"batch_shape is .*'c'\] \(3, 2\).* set batch_shape=\(3,\)", notes)
+        assert named if shape else "batch_shape" not in notes
 
 
 def test_a_failed_sample_and_another_shape_raise():

@@ -105,6 +105,16 @@ def test_an_unknown_error_says_why():
         assert bool(alone.expectation(lambda x: x).error.isnan())
 
 
+def test_no_sample_inside_the_target_says_so_and_failed_ones_may_be_nan():
+    nowhere = of_logs([-math.inf, math.nan, -math.inf], failed=[1])
+    assert nowhere.log_z == -math.inf
+    assert str(nowhere) == (
+        "log Z = -inf, as none of 3 samples lies inside the target: look at x and log_target; "
+        "33.33% failed, with weight zero; 66.67% outside the target, with weight zero; a mode "
+        "that the samples miss shows only in sandwich(...)"
+    )
+
+
 def test_the_interval_inverts_the_transformation_of_hall():
     logs = [0.0, 0.4, -0.3, 2.5]
     found, w = of_logs(logs), torch.tensor([*logs, 2.5], dtype=torch.float64).exp()
@@ -189,8 +199,10 @@ def test_the_sandwich_of_two_gaussians_holds_its_divergences():
     assert bounds.lower == pytest.approx(math.log(3) - m**2 / 2, abs=1e-3)
     assert bounds.upper == pytest.approx(math.log(3) + m**2 / 2, abs=1e-3)
     assert bounds.lower_error == pytest.approx(m / count**0.5, rel=1e-2)
+    lower, _, upper, _ = bounds
+    assert str(bounds) == f"log Z is between {lower:.4f} ± 0.0019 and {upper:.4f} ± 0.0019 nats"
     failed = NLLResult(nll(y), y, zero, zero, zero, torch.arange(count) == 0)
-    assert found.sandwich(y, failed).upper == math.inf
+    assert str(found.sandwich(y, failed)).endswith(" ± 0.0019 and inf nats")
 
 
 @pytest.mark.slow

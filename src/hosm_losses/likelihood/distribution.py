@@ -12,14 +12,15 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from hosm_losses._checks import check_model_kwargs, error_message, shown
+from hosm_losses._checks import check_model_kwargs, check_shape, error_message, shown
 from hosm_losses.likelihood.divergence import Divergence, check_divergence
 from hosm_losses.likelihood.job import network_options
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
@@ -49,7 +50,8 @@ class ODEDistribution(Distribution):
         batch_size: as in `ode_nll`; None to process all samples in one batch.
 
     Raises:
-        TypeError: if `model` is not a `ScoreModel`, or if `divergence` has an invalid type.
+        TypeError: if `model` is not a `ScoreModel`, if `divergence` has an invalid type, or if a
+            shape is not a sequence.
         ValueError: if `divergence` is an unknown string, or if the shape of a tensor in
             `model_kwargs` does not begin with `batch_shape`.
 
@@ -84,7 +86,8 @@ class ODEDistribution(Distribution):
         self.model, self.solver = check_model(model), solver
         self.divergence: Divergence = divergence
         self.model_kwargs, self.batch_size = check_model_kwargs(model_kwargs), batch_size
-        super().__init__(torch.Size(batch_shape), torch.Size(event_shape))
+        batch = check_shape("batch_shape", batch_shape)
+        super().__init__(batch, check_shape("event_shape", event_shape))
         self._repeated(self.batch_shape)  # raises if the shape of a tensor is invalid
 
     def __repr__(self) -> str:
@@ -115,7 +118,8 @@ class ODEDistribution(Distribution):
         outer = shape[: len(shape) - len(self.event_shape)]
         x = value.expand(shape).reshape(-1, *self.event_shape)
         options = self._options(outer, value.dtype)
-        result = ode_nll(self.model, x, solver=self.solver, divergence=self.divergence, **options)
+        with self._noting_conditions():
+            result = ode_nll(self.model, x, divergence=self.divergence, **options)
         return -_all_good(result).nll.reshape(outer)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -132,7 +136,8 @@ class ODEDistribution(Distribution):
         outer = torch.Size(sample_shape) + self.batch_shape
         dtype = network_options(self.model)["dtype"]
         size, options = (outer.numel(), *self.event_shape), self._options(outer, dtype)
-        drawn = ode_sample(self.model, size, solver=self.solver, divergence=divergence, **options)
+        with self._noting_conditions():
+            drawn = ode_sample(self.model, size, divergence=divergence, **options)
         _all_good(drawn)
         log_prob = None if drawn.nll is None else -drawn.nll.reshape(outer)
         return drawn.x.reshape(outer + self.event_shape), log_prob
@@ -143,8 +148,24 @@ class ODEDistribution(Distribution):
 
         kwargs = per_sample(self._repeated(outer), rows)
         kwargs = map_tensors(kwargs, lambda t: t.to(dtype) if t.is_floating_point() else t)
-        grad = torch.is_grad_enabled()
-        return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
+        options = {"solver": self.solver, "model_kwargs": kwargs, "batch_size": self.batch_size}
+        return options | {"enable_grad": torch.is_grad_enabled()}
+
+    @contextmanager
+    def _noting_conditions(self) -> Iterator[None]:
+        """Add notes to errors that a missing batch_shape may have caused."""
+        try:
+            yield
+        except Exception as error:
+            shapes: dict[str, tuple[int, ...]] = {}
+            per_sample(self.model_kwargs, lambda path, t: shapes.setdefault(path, tuple(t.shape)))
+            for path, shape in shapes.items():
+                if shape and not self.batch_shape:
+                    error.add_note(
+                        f"batch_shape is (), so each sample was passed all of {path} {shape}. If "
+                        f"it has one entry per distribution, set batch_shape={shape[:1]}."
+                    )
+            raise
 
     def _repeated(self, outer: torch.Size) -> dict[str, Any]:
         """Return `model_kwargs` with unshared tensors expanded from batch_shape to `outer`."""

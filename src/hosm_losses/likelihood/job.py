@@ -166,7 +166,7 @@ class Job:
             progress_bar(self.progress, total, "sample") as advance,
         ):
             _refuse_learnt(model.schedule, x.device)
-            mean, std = map(expand_moment, self.moments, (x, x))
+            mean, std = map(expand_moment, ("data_mean", "data_std"), self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
             dtype = x.dtype if x.is_floating_point() else network_options(model)["dtype"]
             coordinates = Coordinates(model, dtype, mean, std, log_size)

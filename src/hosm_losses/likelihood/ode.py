@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import error_message, sum_elements, warn
+from hosm_losses._checks import check_shape, error_message, sum_elements, warn
 from hosm_losses.likelihood.adaptive import least_tolerance, solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
@@ -424,5 +424,6 @@ def _from_clean(paths: Paths) -> Paths:
 
 
 def _draw(model: ScoreModel, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    normal = torch.randn(tuple(shape), generator=generator, **network_options(model))
+    shape = check_shape("latent", shape, "latents, or a shape such as (64, *sample shape)")
+    normal = torch.randn(shape, generator=generator, **network_options(model))
     return model.schedule.prior_std * normal

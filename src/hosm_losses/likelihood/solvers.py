@@ -6,6 +6,7 @@ coordinates in which the paths of Gaussian data are constant (see `paths`), and 
 evaluations, but not the density that the solver approximates.
 """
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -14,11 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import (
-    check_whole,
-    error_message,
-    widest_dtype,
-)
+from hosm_losses._checks import check_whole, error_message, widest_dtype
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS
 
 PlainMoment = float | tuple[Any, ...]
@@ -132,7 +129,7 @@ class ToTolerance(Solver):
         data_std: as in `FixedGrid`.
 
     Raises:
-        ValueError: if data_std is not positive.
+        ValueError: if a moment is not finite, or if data_std is not positive.
 
     Example:
         >>> ToTolerance(0.1)
@@ -165,7 +162,7 @@ class Adaptive(Solver):
         data_std: as in `FixedGrid`.
 
     Raises:
-        ValueError: if data_std is not positive.
+        ValueError: if a moment is not finite, or if data_std is not positive.
 
     Example:
         >>> Adaptive(1e-5)
@@ -182,8 +179,9 @@ def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
     """Return a moment as a number or as nested tuples; `name` is used in error messages."""
     nested = value.tolist() if isinstance(value, Tensor) else np.array(value).tolist()
     numbers = torch.as_tensor(nested, dtype=torch.float64, device="cpu")
-    if field == "data_std" and not bool((numbers > 0).all()):
-        raise ValueError(error_message(name, "positive values", value))
+    least, expected = (0.0, "positive, finite") if field == "data_std" else (-math.inf, "finite")
+    if not bool(((numbers > least) & (numbers < math.inf)).all()):
+        raise ValueError(error_message(name, f"{expected} values", value))
     return _as_tuples(nested)
 
 
@@ -191,8 +189,14 @@ def _as_tuples(nested: Any) -> Any:
     return tuple(map(_as_tuples, nested)) if isinstance(nested, list) else float(nested)
 
 
-def expand_moment(value: PlainMoment, x: Tensor) -> Tensor:
+def expand_moment(name: str, value: PlainMoment, x: Tensor) -> Tensor:
     """Expand a number or nested tuples to a tensor (1, *) for samples x (B, *)."""
     dtype = torch.float64 if isinstance(value, tuple) else None
     numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, widest_dtype(x))
-    return numbers.expand(1, *x.shape[1:])
+    try:
+        return numbers.expand(1, *x.shape[1:])
+    except RuntimeError:
+        expected = f"a shape that broadcasts to that of a sample, {tuple(x.shape[1:])}"
+        remedy = "One value for each channel of images has the shape (C, 1, 1)."
+        got = str(tuple(numbers.shape))
+        raise ValueError(error_message(name, expected, value, remedy, got=got)) from None

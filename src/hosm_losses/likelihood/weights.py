@@ -67,6 +67,12 @@ class Sandwich(NamedTuple):
     upper: float
     upper_error: float
 
+    def __str__(self) -> str:
+        """Return one line of text with both bounds; an error that is not finite is left out."""
+        pairs = self[:2], self[2:]
+        lower, upper = (f"{v:.4f}" + f" ± {e:.4f}" * math.isfinite(e) for v, e in pairs)
+        return f"log Z is between {lower} and {upper} nats"
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -103,7 +109,7 @@ class Weights:
         """Estimated standard error of `log_z`; the estimate is often too small.
 
         `log_z_interval` allows for such underestimates. The standard error is NaN if one sample
-        carries all the weight.
+        carries all the weight, or if every sample has weight zero.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
@@ -113,7 +119,7 @@ class Weights:
 
         The interval does not account for regions that the samples miss. Such a region may be a
         mode, or a tail that is much heavier than the model's tail. The interval is (NaN, NaN) if
-        one sample carries all the weight.
+        one sample carries all the weight, or if every sample has weight zero.
         """
         below = NORMAL * self.log_z_error
         if math.isnan(below):
@@ -216,7 +222,7 @@ class Weights:
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats.
         """
-        log_target = _log_target(self.log_target, x)
+        log_target = _log_target(self.log_target, x, result.failed)
         above = log_target + result.nll.detach().double()
         above = torch.where(result.failed, torch.inf, above)
         lower, upper = self.log_weights, above
@@ -243,6 +249,9 @@ class Weights:
         without = self.effective_sample_size_without_probes
         if self.probe_variance > 0 and without is not None:
             shown[1] += f", {without:.1f} without the noise of the probes"
+        if bool(self.log_weights.isneginf().all()):
+            advice = "look at x and log_target"
+            shown = [f"log Z = -inf, as none of {count} samples lies inside the target: {advice}"]
         if self.failed_share:
             shown.append(f"{self.failed_share:.2%} failed, with weight zero")
         if outside > 0:
@@ -264,14 +273,16 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
             probes to estimate a standard error.
         log_target: log π, up to a constant, as a callable x (B, *) → (B,). `log_target` is
             evaluated at the samples as they are, including their noise at t_min. A sample at which
-            log π is −inf, for example outside the support of a prior, has weight zero.
+            log π is −inf, for example outside the support of a prior, has weight zero. At other
+            samples that did not fail, log π has to be finite.
 
     Returns:
         The weights. A failed sample has weight zero, but is included in the number of samples.
 
     Raises:
+        TypeError: if `result` is not a `SampleResult`.
         ValueError: if the samples have no density or no standard error, or if log π has an invalid
-            shape.
+            shape or is NaN or +inf.
 
     Example:
         >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid
@@ -285,6 +296,9 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
         >>> print(f"{weights.log_z:.2f}, exactly {math.log(2 * math.pi):.2f}")
         1.84, exactly 1.84
     """
+    if not isinstance(result, SampleResult):
+        remedy = "Pass result = ode_sample(model, ...), which has samples and their densities."
+        raise TypeError(error_message("result", "the result of ode_sample", result, remedy))
     nll = result._density().detach().double()
     if result.standard_error is None:
         raise ValueError(
@@ -292,7 +306,7 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
             "which means that there were too few probes. Use divergence='exact', or more probes."
         )
     variance = (result.standard_error.detach().double() / result.widening).square()
-    log_weights = _log_target(log_target, result.x) + nll - variance / 2
+    log_weights = _log_target(log_target, result.x, result.failed) + nll - variance / 2
     log_weights = torch.where(result.failed, -torch.inf, log_weights)
     variance = torch.where(result.failed, 0.0, variance)
     solver_error = torch.where(result.failed, 0.0, result._errors().detach())
@@ -307,11 +321,18 @@ def importance_weights(result: SampleResult, log_target: LogTarget) -> Weights:
     return weights
 
 
-def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
+def _log_target(log_target: LogTarget, x: Tensor, failed: Tensor) -> Tensor:
     values = log_target(x.detach())
     dtype = values.dtype if isinstance(values, Tensor) else x.dtype
     values = check_like("log_target(x)", values, (len(x),), dtype, x.device, "x")
-    return values.detach().double()
+    values = values.detach().double()
+    bad = (~failed & ~(values < math.inf)).nonzero().flatten().tolist()
+    if bad:
+        expected = "finite values, or -inf outside the target, for all samples that did not fail"
+        got = f"{float(values[bad[0]])} at x[{bad[0]}], and NaN or +inf at {len(bad)} of {len(x)}"
+        remedy = "Look at x there, and return -inf where the target is zero."
+        raise ValueError(error_message("log_target(x)", expected, values, remedy, got=got))
+    return values
 
 
 def _jackknife(left_out: Tensor) -> Tensor:
