@@ -622,7 +622,7 @@ model/adapters.py model/test_adapters.py
 - (0.1 + h).cumsum(0)
 + n
 - torch.where(h @ Q
-+ torch.where(weights @ Q
++ torch.where(n @ Q
 - - Q).abs().amax() < ROUNDING
 + - Q).abs().amax() < 2
 - self._basis, self._copies = Q, {}
