@@ -744,6 +744,21 @@ losses/times.py losses/test_times.py
 +
 - roots.get(p, mean.expand(p.shape))
 + roots.get(p, torch.ones_like(p))
+losses/objective.py losses/test_times.py losses/test_ramps.py
+- first, higher = (None if f is None else f[index] for f in (of_first, of_higher))
++ first, higher = (None if f is None else f[index] for f in (of_first, None))
+- mean * len(terms.first)
++ mean * len(products[0])
+losses/targets.py losses/test_target_scores.py
+- max(count - 1, 1)
++ count
+losses/score_check.py losses/test_score_check.py
+- .any(1)  # without
++ .all(1)  # without
+- len(means) < RUNS
++ False
+- math.isnan(mean)
++ False
 schedules/base.py test_errors.py
 - if not rate.any() and
 + if False and

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import FUNCTIONS, MLP, MODULES, VP, randomise, with_gradients
+from tests.cases import FUNCTIONS, MLP, MODULES, VP, assert_same, randomise, with_gradients
 
 D, BATCH = 3, 6
 LOWER = [
@@ -66,6 +66,22 @@ def test_a_ramp_begins_without_the_higher_terms():
         assert terms.t.shape == (BATCH,)
     first, every = [True, False, False, False], [True] * 4
     assert present == [first, every, every, first]
+
+
+def test_a_sum_over_a_fraction_is_the_mean_times_the_batch():
+    model, x0 = setting()
+    results = [
+        hosm.second_order_dsm(
+            model,
+            x0,
+            fraction=0.5,
+            weights=(0, 1, 0),
+            reduction=reduction,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for reduction in ("sum", "mean")
+    ]
+    assert_same(results[0], BATCH * results[1], 1e-12)
 
 
 def test_a_probe_is_checked_before_it_is_needed():

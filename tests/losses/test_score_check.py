@@ -78,9 +78,23 @@ def test_scores_that_are_not_those_of_the_data_give_a_warning(fault):
 def test_the_mean_of_few_samples_is_not_too_small():
     """The covariance of two points is 2 with N − 1, so the scores of a Gaussian are −x/2."""
     x = torch.tensor([[-1.0], [1.0]])
-    assert said(x, -x / 2) == []
-    (message,) = said(x, -x)
-    assert message.startswith(f"{WRONG}−(x − x̄)·g is 1, the dimension; got 2 ")
+    assert [float(each) for each in score_check._products(x, -x / 2)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [2, 5, 31])
+def test_too_few_samples_never_say_that_scores_are_wrong(count):
+    """The error of a few means may be far too small by chance."""
+    for seed in range(20):
+        x = torch.randn(count, 3, generator=draws(seed))
+        (message,) = said(x, -x)
+        assert message.startswith(f"{WEAK}; got {count}, ")
+
+
+def test_particles_that_coincide_are_named():
+    x = torch.randn(4000, 4, 3, generator=draws(0))
+    x[0, 1] = x[0, 0]
+    (message,) = said(x, -x, particles=4)
+    assert message.startswith("expected particles at different positions; got some that coincide")
 
 
 def test_few_samples_say_what_they_cannot_tell():
@@ -136,10 +150,12 @@ def test_the_mean_over_pairs_is_that_of_the_scale(dimensions):
         assert error < 1.6 * scale * math.sqrt(2 / (21 * 3000))
 
 
-def test_pairs_of_gaussian_data():
-    """Springs of no length between all, of which none is stiff; particles at rest do not count."""
+@pytest.mark.parametrize("axes", [2, 3])
+def test_pairs_of_gaussian_data(axes):
+    """Springs of no length, none stiff, in a plane too; particles at rest do not count."""
     x = torch.randn(40_000, 4, 3, generator=draws(1)) / 2
     x = x - x.mean(1, keepdim=True)
+    x[..., axes:] = 0
     padding = torch.zeros(40_000, 2, 3)
     for factor, count in ((1.0, 0), (1.1, 2)):
         g = -4 * factor * x

@@ -357,6 +357,18 @@ def data_and_scores(count=20_000, seed=3):
 
 
 @few
+def test_without_information_that_of_the_other_samples_is_used():
+    model, x0, g, noise = model_of(), *torch.randn(3, 5, 2)
+    inputs = {"t": torch.linspace(0.1, 0.6, 5), "noise": noise}
+    found = hosm.dsm_terms(model, x0, order=1, targets=hosm.TargetScores(g), **inputs).first
+    for row in range(5):
+        others = torch.cat([g[:row], g[row + 1 :]]).square().mean(0)
+        targets = hosm.TargetScores(g, others)
+        known = hosm.dsm_terms(model, x0, order=1, targets=targets, **inputs).first
+        assert_same(found[row], known[row], 1e-12)
+
+
+@few
 def test_information_is_the_mean_of_products():
     x, g = data_and_scores(50)
     found = hosm.TargetScores.information_of(x.reshape(50, 1, 2), g.reshape(50, 1, 2))

@@ -220,6 +220,15 @@ def test_single_rows_and_vmap_see_the_same_gradients(order, options, monkeypatch
     assert_same(results[0][1].double(), results[1][1].double(), 1e-5)
 
 
+def test_a_weighting_of_all_terms_multiplies_the_gradients():
+    results = []
+    for height in (1.0, 4.0):
+        objective = objective_of(3, weighting=lambda t, height=height: torch.full_like(t, height))
+        inputs = {"weights": (1, 1, 1, 1), "generator": torch.Generator().manual_seed(0)}
+        results.append(squared_gradients(objective, torch.ones(6, 3), 6, None, **inputs)[1])
+    assert_same(results[1], 16 * results[0], 1e-6)
+
+
 def test_every_stratum_of_the_bins_that_have_mass_is_visited():
     """64 rows over 32 bins: two in each; over 26 that have an entry, at most four."""
     for schedule, most in ((VP, 2), (TABLES["cosine table"], 4)):
