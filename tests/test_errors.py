@@ -318,6 +318,7 @@ TOGETHER = [
     ],
     (SOLVERS, ValueError, "data_std", {"solver": hosm.FixedGrid(data_std=(1.0, 2.0, 3.0))}),
     (SOLVERS, ValueError, "data_mean", {"solver": hosm.Adaptive(data_mean=X[None])}),
+    ([TABLE.linear], ValueError, "alphas_cumprod", {"beta_start": -0.1, "scaled": True}),
     (SOLVERS, ValueError, "schedule", {"model": LEARNED, "enable_grad": True}),
     ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),

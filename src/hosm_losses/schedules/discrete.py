@@ -160,9 +160,9 @@ class DiscreteSchedule(Schedule):
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
             DiscreteSchedule(1000 entries from 0.99915 to 0.0046601)
         """
-        power = 2 if scaled else 1
-        ends = beta_start ** (1 / power), beta_end ** (1 / power)
-        return cls.from_betas(np.linspace(*ends, steps) ** power)
+        if scaled and min(beta_start, beta_end) > 0:  # others are reported as they are
+            return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
+        return cls.from_betas(np.linspace(beta_start, beta_end, steps))
 
     @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Self:
