@@ -457,8 +457,17 @@ diagnostics/wrapping.py diagnostics/test_wrapping.py
 + return torch.ones_like(shares)
 - self.predictor.expected(schedule.log_sigma_hat(t) - change)
 + self.predictor.expected(level - change)
-- before.restore()
-+ before.restore(generators=False)
+-     finally:
+-         before.restore()
++     finally:
++         before.restore(generators=False)
+-             before.restore()
+-             if count
++             if count
+- rows = (multiples % 1).argsort()[:count]
++ rows = multiples.argsort()[:count]
+- seconds = min(seconds, time.perf_counter() - start)
++ seconds = time.perf_counter()
 - return excess > max(FINE_ERRORS * error, FINE_MARGIN)
 + return excess > FINE_ERRORS * error
 -  and not self._is_clear(own, self.linear)

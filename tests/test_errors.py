@@ -271,6 +271,7 @@ MORE = {
     (THIRD, "weights"): bad(ValueError, "balanced"),
     (hosm.check_derivatives, "order"): bad(ValueError, 1),
     (hosm.check_wrapping, "x0"): bad(ValueError, X, X.repeat(4, 1) * 0, X.repeat(4, 1) * 1e-9),
+    (hosm.check_wrapping, "samples"): bad(ValueError, 15) + bad(TypeError, *NO_WHOLE),
     (interop.from_diffusers, "model"): bad(TypeError, SimpleNamespace(scheduler=0)),
     (interop.from_diffusers, "scheduler"): [
         *bad(TypeError, object()),

@@ -21,6 +21,7 @@ USES = [
     partial(hosm.ode_sample, latent=X, solver=hosm.FixedGrid(8, companion=True)),
     partial(hosm.ode_nll, x=X, solver=hosm.ToTolerance(1.0), divergence="exact"),
     partial(hosm.variational_nll, x=X, samples=4),
+    lambda model, progress, **_: hosm.check_wrapping(model, X.repeat(4, 1), progress=progress),
     partial(hosm.ode_nll, x=(127 * X).byte(), divergence="exact", **IMAGES),
 ]
 

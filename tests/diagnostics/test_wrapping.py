@@ -8,6 +8,7 @@ and time at the same noise level as in training, and reads the output in the sam
 import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.diagnostics import wrapping
+from hosm_losses.model import bind_model
 from tests.cases import PREDICTIONS, SCHEDULES, default_dtype
 from tests.oracles import PREDICTIONS_OF_ORACLE
 
@@ -600,7 +602,7 @@ def test_half_of_the_draws_are_where_the_candidates_differ():
     model = hosm.ScoreModel(ring(hosm.CosineSchedule()), VP)
     x0 = CENTRES.T.repeat(10, 1)
     with torch.no_grad():
-        search = wrapping._Search(model, x0, seeded(), {})
+        search = wrapping._Search(bind_model(model, len(x0)), x0, seeded(), float)
     counts, even = search.place.flatten().bincount(), wrapping.DRAWS * len(x0) / 12
     pair = search.losses[search.own], search.losses[search.first[0]]
     losses, first = (search._by_level(search._multiples(each)) for each in pair)
@@ -646,7 +648,8 @@ def test_right_wrappings_are_ok(name, prediction):
 
 def test_four_wrappings_are_measured_again(monkeypatch):
     network = Exact()
-    report = hosm.check_wrapping(hosm.ScoreModel(network, VP), ATOMS, generator=seeded())
+    model = hosm.ScoreModel(network, VP)
+    report = hosm.check_wrapping(model, ATOMS, samples=480, generator=seeded())
     monkeypatch.setattr(wrapping, "DRAWS", 1)
     once = hosm.check_wrapping(hosm.ScoreModel(Exact(), VP), ATOMS, generator=seeded())
     assert network.calls == report.calls == once.calls + 4 * 7
@@ -660,7 +663,7 @@ def test_nothing_is_changed_and_the_generator_decides():
     state, keys, attributes = torch.get_rng_state(), set(vars(model)), dict(model._modules)
     one, two = (hosm.check_wrapping(model, ATOMS, generator=seeded()) for _ in range(2))
     assert one == two
-    assert network.calls == one.calls + two.calls
+    assert network.calls == one.calls + two.calls + 4  # two were timed each
     assert hosm.check_wrapping(model, ATOMS) != one
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
@@ -669,18 +672,44 @@ def test_nothing_is_changed_and_the_generator_decides():
     assert (model.schedule, model.prediction, model.time) == (VP, "epsilon", None)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "used", "timed"), [(1.0, 16, 2), (3e-3, 64, 6), (1e-3, 256, 6), (5e-4, 480, 4)]
+)
+@pytest.mark.parametrize("x0", [ATOMS, ATOMS.sort(0).values])
+def test_where_calls_are_slow_fewer_samples_are_used(x0, seconds, used, timed, monkeypatch):
+    """Calls take this time for each sample and another 12 samples, and the first takes more."""
+    network, told = Exact(nn.Dropout(0.5)), []
+
+    def slow(x, t):
+        told.append(told[-1] + seconds * (len(x) + 12) if told else 1e4)
+        return network(x, t)
+
+    monkeypatch.setattr(wrapping, "time", SimpleNamespace(perf_counter=lambda: sum(told[-1:])))
+    model = hosm.ScoreModel(slow, VP)
+    torch.manual_seed(0)
+    report = hosm.check_wrapping(model, x0)
+    assert report.ok
+    assert (report.samples, report.batch_size) == (used, 480)
+    assert network.calls == report.calls + timed
+    assert (f"\n{used} of 480 samples; samples=480 uses all\n" in str(report)) is (used < 480)
+    torch.manual_seed(0)
+    assert hosm.check_wrapping(model, x0, samples=used) == report
+    assert network.calls == 2 * report.calls + timed
+
+
 def test_conditions_go_to_every_call_and_what_fails_is_left_out():
     signs = torch.ones(480, 1, dtype=torch.float64)
     network = Exact()
 
     def looked_up(x, t, sign):
         assert t.dtype == torch.int64  # as an embedding wants it
-        return network(x, t / 1000, sign)
+        return network(x + 0 * signs, t / 1000, sign)  # of no other batch size
 
     model = hosm.ScoreModel(looked_up, LINEAR)
     with torch.inference_mode():
         report = hosm.check_wrapping(model, ATOMS, model_kwargs={"sign": signs})
     assert report.ok
+    assert report.samples == 480
     with pytest.raises(AssertionError):  # its own wrapping has to work
         hosm.check_wrapping(hosm.ScoreModel(looked_up, VP), ATOMS, model_kwargs={"sign": signs})
 
@@ -694,9 +723,11 @@ def test_a_tensor_that_all_samples_share_and_is_as_long_as_the_batch_is_named():
 
     model, own = hosm.ScoreModel(network, VP), torch.randn(len(ATOMS))
     shared = {"table": hosm.Shared(table), "own": own}
-    hosm.check_wrapping(model, ATOMS, model_kwargs=shared)
-    with pytest.raises(hosm.DerivativeError, match=r"model_kwargs\['table'\]: .*Shared"):
-        hosm.check_wrapping(model, ATOMS, model_kwargs={"table": table, "own": own})
+    for samples in (None, 64):
+        options = {"samples": samples, "model_kwargs": {"table": table, "own": own}}
+        hosm.check_wrapping(model, ATOMS, **options | {"model_kwargs": shared})
+        with pytest.raises(hosm.DerivativeError, match=r"_kwargs\['table'\]: .* 480;.*Shared"):
+            hosm.check_wrapping(model, ATOMS, **options)
 
 
 def test_few_samples_of_many_elements_are_compared_with_independent_elements():

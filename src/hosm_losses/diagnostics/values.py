@@ -191,8 +191,8 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
         if all_follow(shared):
             raise DerivativeError(
                 f"{' and '.join(shared)}: expected a tensor with a row for each sample, as its "
-                f"first dimension is the batch size, {len(x)}; got one in which samples use rows "
-                "other than their own. If all samples share it, mark it: "
+                f"first dimension is the batch size, {bound.batch}; got one in which samples use "
+                "rows other than their own. If all samples share it, mark it: "
                 "hosm_losses.Shared(tensor)."
             )
     raise DerivativeError(

@@ -45,7 +45,8 @@ runs from data to noise or from noise to data; its maximum is 1 or, in diffusers
 import copy
 import math
 import operator
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -57,14 +58,16 @@ from hosm_losses._checks import (
     at_least_float32,
     check_model_kwargs,
     check_sample_batch,
+    check_whole,
     error_message,
     noised,
+    progress_bar,
     sum_elements,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.model import ScoreModel, apply_affine, bind_model, check_model
+from hosm_losses.model import BoundModel, ScoreModel, apply_affine, bind_model, check_model
 from hosm_losses.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -76,6 +79,7 @@ from hosm_losses.schedules import (
 )
 
 LEAST_SAMPLES, LEVELS = 16, 12
+SECONDS = 30.0  # fewer samples are used if the calls would take longer
 SMALLEST, LARGEST = 0.02, 0.99  # levels are used if the linear loss is between these limits
 MARGIN, ERRORS = 0.1, 2.0  # a clear difference exceeds this fraction plus these standard errors
 FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # a slight difference exceeds both of these limits
@@ -85,6 +89,7 @@ CLOSE = 0.01  # a network this much worse than the linear predictor may still be
 # predictor's. The keys are kinds of prediction; for all other kinds, the limit is 1.
 BELIEVED = {"v": 0, "velocity": -1}
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
+UNITS = 10  # other units of the data
 GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # losses within this fraction of the best count as equal
@@ -163,7 +168,9 @@ class WrappingReport:
             at levels outside the schedule of `best`, and None if `best` is None.
         is_worse: for each level, whether the network's loss is clearly larger than that of the
             linear predictor.
-        calls: the number of calls to the network.
+        calls: the number of calls to the network, without those that were only timed.
+        samples: the number of samples of x0 that were used.
+        batch_size: the number of samples in x0.
     """
 
     ok: bool
@@ -177,6 +184,8 @@ class WrappingReport:
     best_losses: list[float] | None
     is_worse: list[bool]
     calls: int
+    samples: int
+    batch_size: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields in a form that can be saved as JSON."""
@@ -193,6 +202,8 @@ class WrappingReport:
         lines = ["".join(f"{name:>10}" for name in columns)]
         for *row, worse in zip(*columns.values(), self.is_worse, strict=True):
             lines.append("".join(f"{number:10.3g}" for number in row) + "  worse" * worse)
+        used, of = self.samples, self.batch_size
+        lines += [f"{used} of {of} samples; samples={of} uses all"] * (used < of)
         return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:
@@ -260,6 +271,8 @@ def check_wrapping(
     x0: Tensor,
     *,
     model_kwargs: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    progress: bool = False,
     generator: torch.Generator | None = None,
 ) -> WrappingReport:
     """Compare the wrapping of a trained network with others that may have been used in training.
@@ -272,15 +285,21 @@ def check_wrapping(
     checked.
 
     The network is called at most 182 times, and usually about 100 times. Each call processes all
-    of x0 and computes no gradients. The states of the network and of the global random
-    generators are left unchanged. Call `model.eval()` first if the network has dropout or batch
-    norm.
+    of the samples used and computes no gradients. If these calls would take longer than about 30
+    seconds, only some samples of x0 are used, at least 16; to predict this, a few more calls are
+    timed first. The fewer the samples, the larger is the smallest gain that the check detects. The
+    states of the network and of the global random generators are left unchanged. Call
+    `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
         x0: at least 16 samples of clean data (B, *), in the units that the model expects; use a
             few hundred samples if each sample has few elements.
         model_kwargs: keyword arguments of the network.
+        samples: how many samples of x0 to use, at least 16. If None, their number depends on the
+            time that the calls take, as described above. The same samples are used whenever their
+            number is the same. To repeat a check, pass `report.samples` and the same seed.
+        progress: whether to show a progress bar, which requires tqdm.
         generator: the source of the noise, on the device of x0; the global generator if None.
 
     Returns:
@@ -295,6 +314,7 @@ def check_wrapping(
     Raises:
         DerivativeError: if the first dimension of a tensor in `model_kwargs` equals the batch
             size, but the tensor does not hold one row per sample; mark such a tensor as `Shared`.
+        ImportError: if `progress` is True and tqdm is not installed.
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape or device is invalid, if there are too few samples, or if the data
             are so small or so large that no noise level of the schedule is comparable to them.
@@ -315,17 +335,52 @@ def check_wrapping(
     kwargs = check_model_kwargs(model_kwargs)
     if len(data) < LEAST_SAMPLES:
         raise ValueError(error_message("x0", f"{LEAST_SAMPLES} samples or more", data))
+    if samples is not None:
+        check_whole("samples", samples, LEAST_SAMPLES)
+    dtype = torch.promote_types(data.dtype, torch.float32)
+    most = len(list(all_inputs(model))) + UNITS * (1 + REFINED) + DRAWS * (1 + REPEATED)
     before = NetworkState(model.network, data)
     try:
-        with outside_inference_mode(), torch.no_grad():
-            report = _Search(model, data, generator, kwargs).report()
+        with (
+            outside_inference_mode(),
+            torch.no_grad(),
+            progress_bar(progress, most, "call") as bar,
+        ):
+            t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)
+            bound = bind_model(model, len(data), kwargs, t)
+            count = _affordable(bound, data, most) if samples is None else samples
+            before.restore()
+            if count < len(data):  # rows from all parts of x0, which may be sorted or repeat
+                multiples = GOLDEN * torch.arange(len(data), device="cpu").double()
+                rows = (multiples % 1).argsort()[:count].to(data.device)
+                bound, data = bound.rows(rows), data[rows]
+            search = _Search(bound, data, generator, bar)
+            bar(most - search.calls)
             if kwargs:
-                dtype = torch.promote_types(data.dtype, torch.float32)
-                t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)
-                check_rows(bind_model(model, len(t), kwargs, t), data)
-            return report
+                check_rows(bound, data)
+            return search.report(len(x0))
     finally:
         before.restore()
+
+
+def _affordable(bound: BoundModel, data: Tensor, calls: int) -> int:
+    """Return how many samples to use so that this number of calls takes about SECONDS at most.
+
+    If that is not all samples, it is LEAST_SAMPLES times a power of two: the same number wherever
+    the calls take nearly the same time.
+    """
+    count = LEAST_SAMPLES
+    with suppress(Exception):  # such as that of a network for this batch size alone
+        while count < len(data):
+            rows, seconds = bound.rows(slice(count)).native, math.inf
+            for _ in range(2):  # the first call may compile the network
+                start = time.perf_counter()
+                rows(data[:count]).sum().item()  # waits for an accelerator
+                seconds = min(seconds, time.perf_counter() - start)
+            if (multiple := SECONDS / (calls * seconds)) < 2:
+                return count
+            count *= 2 ** int(math.log2(multiple))
+    return len(data)
 
 
 class _Linear:
@@ -381,16 +436,17 @@ class _Search:
 
     def __init__(
         self,
-        model: ScoreModel,
+        bound: BoundModel,
         data: Tensor,
         source: torch.Generator | None,
-        kwargs: Mapping[str, Any],
+        advance: Callable[[float], object],
     ) -> None:
-        self.model, self.data, self.source, self.kwargs = model, data, source, kwargs
+        self.model, self.kwargs, self.data = bound.model, bound.kwargs, data
+        self.source, self.advance = source, advance
         self.predictor, self.calls = _Linear(data), 0
-        self.levels = self.predictor.levels(model.schedule, min(LEVELS, len(data) // 2))
-        own, *others = all_inputs(model)
-        self.own = Read(own, model.prediction, 1)
+        self.levels = self.predictor.levels(self.model.schedule, min(LEVELS, len(data) // 2))
+        own, *others = all_inputs(self.model)
+        self.own = Read(own, self.model.prediction, 1)
         self._draw(1, torch.ones_like(self.levels))
         self._measure(own)
         for inputs in others:
@@ -471,6 +527,7 @@ class _Search:
         x0 = units.scale * data + units.shift
         x = noised(x0, noise, *candidate.coefficients(t, data)).to(data.dtype)
         self.calls += 1
+        self.advance(1)
         output, losses = candidate.predict(x, t, **self.kwargs), {}
         for kind in KINDS:
             p, q = _with(candidate, prediction=kind).affine(t, x)
@@ -568,7 +625,7 @@ class _Search:
             limits.append(max(FINE_ERRORS * error, FINE_MARGIN) + ERRORS * error)
         return max(limits)
 
-    def report(self) -> WrappingReport:
+    def report(self, batch_size: int) -> WrappingReport:
         """Return the verdict on the model's wrapping, with the losses by level."""
         own = self.losses[self.own]
         better = (read for read in self.first if self._is_better(self.losses[read], own))
@@ -590,6 +647,8 @@ class _Search:
             best_losses=best and by_level[2].tolist(),
             is_worse=is_worse,
             calls=self.calls,
+            samples=len(self.data),
+            batch_size=batch_size,
         )
 
 
