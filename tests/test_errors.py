@@ -276,7 +276,8 @@ MORE = {
     (interop.from_diffusers, "scheduler"): [
         *bad(TypeError, object()),
         *bad(ValueError, scheduler(None), scheduler("other")),
-        *bad(ValueError, scheduler(table=ZERO)),
+        *bad(ValueError, scheduler(table=ZERO), flow(stages=3)),
+        *bad(ValueError, type("LCMScheduler", (), vars(scheduler()))()),
         *bad(ValueError, flow(invert_sigmas=True), named="model"),
     ],
     (interop.from_guided_diffusion, "diffusion"): [

@@ -44,6 +44,13 @@ TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
 # This model computes in its timestep's dtype. UNets may index a table with integer timesteps.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
+JUMPS = ("LCM", "TCD", "DMD")  # schedulers of distilled networks
+PLAIN_FLOW = "FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps)"
+# Not from_config, which replaces betas that are defaults with defaults of its own.
+PLAIN_TABLE = (
+    "DDPMScheduler(trained_betas=scheduler.betas.tolist(), "
+    "prediction_type=scheduler.config.prediction_type)"
+)
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 FLOW = "a model that takes the noise level and predicts noise minus data"
 WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'velocity', ...)."
@@ -87,7 +94,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
             scheduler neither has a table nor is a flow-matching scheduler.
         ValueError: if the table has zero terminal SNR, if the prediction type is unknown, if a
             flow-matching scheduler is configured with `invert_sigmas`, or if the model expects
-            1 - t as its time or predicts data minus noise (Lumina2 and ZImage do both).
+            1 - t as its time or predicts data minus noise (Lumina2 and ZImage do both); also if
+            the scheduler is for networks distilled to jump to other noise levels (LCM, TCD, DMD)
+            or has several stages, each a flow of its own (Helios).
 
     Example:
         A pipeline contains both the model and the scheduler::
@@ -113,7 +122,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     kind = getattr(config, "prediction_type", None)
     # Schedulers such as UniPC can ignore their table, and sample along alpha = 1 - sigma.
     flow = getattr(config, "use_flow_sigmas", False) and kind == "flow_prediction"
-    if flow or "FlowMatch" in type(scheduler).__name__:
+    flow = flow or "FlowMatch" in type(scheduler).__name__
+    _refuse_jumps(scheduler, config, PLAIN_FLOW if flow else PLAIN_TABLE)
+    if flow:
         reversed_by = [name for name in names if name.startswith(REVERSED)]
         if getattr(config, "invert_sigmas", False):
             reversed_by.insert(0, "invert_sigmas=True")
@@ -130,6 +141,20 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     if prediction == "v" and getattr(config, "timestep_type", None) == "continuous":
         options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
     return ScoreModel(model, schedule, prediction, **options)
+
+
+def _refuse_jumps(scheduler: Any, config: Any, plain: str) -> None:
+    """Raise ValueError if a scheduler is for networks without one path from data to noise."""
+    name, stages = type(scheduler).__name__, getattr(config, "stages", 1)
+    if stages > 1:
+        got = f"{name}, whose {stages} stages are flows of their own"
+    elif any(part in name for part in JUMPS):
+        got = f"{name}, whose networks are distilled to jump to other noise levels"
+    else:
+        return
+    expected = "a scheduler for networks that predict a score or the velocity of a single flow"
+    remedy = f"If your network predicts one, pass {plain}."
+    raise ValueError(error_message("scheduler", expected, scheduler, remedy, got=got))
 
 
 def _class_names(model: nn.Module) -> list[str]:

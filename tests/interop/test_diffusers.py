@@ -1,5 +1,7 @@
 """Against diffusers itself: x_t, ε̂, the time that its models are given, and its own loss."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,13 +13,13 @@ from tests.integration.networks import NETWORKS, SHAPE, unet_2d
 from tests.interop.checks import PREDICTED, Diffusers, Net, check_one_line, close, column, noised
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # in diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # in diffusers
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 WITH_FLOW_SIGMAS = ("DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver")
 WITH_FLOW_SIGMAS += ("UniPCMultistep",)
 WITH_TABLES = ("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "CogVideoXDDIM")
-WITH_TABLES += ("PNDM", "LCM", "TCD", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")
+WITH_TABLES += ("PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")
 WITH_TABLES += WITH_FLOW_SIGMAS
 T = torch.tensor([3, 500, 997])
 
@@ -161,3 +163,26 @@ def test_zero_terminal_snr_is_refused():
         scheduler = scheduler_of(kind, rescale_betas_zero_snr=True)
         with pytest.raises(ValueError, match="zero terminal SNR"):
             from_diffusers(Diffusers(Net()), scheduler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LCM", {"prediction_type": "v_prediction"}),
+        ("TCD", {"prediction_type": "sample", "num_train_timesteps": 500}),
+        ("FlowMatchLCM", {}),
+        ("Helios", {}),
+        ("HeliosDMD", {"stages": 1}),
+    ],
+)
+def test_schedulers_of_jumps_and_stages_are_refused_with_advice(kind, options):
+    if not hasattr(diffusers, f"{kind}Scheduler"):
+        pytest.skip("diffusers is older")
+    scheduler = scheduler_of(kind, **options)
+    with pytest.raises(ValueError, match=f"got {kind}Scheduler, whose ") as refused:
+        from_diffusers(Diffusers(Net()), scheduler)
+    advised = eval(re.search(r"pass (.*)\.$", str(refused.value))[1], vars(diffusers), locals())
+    model = from_diffusers(Diffusers(Net()), advised)
+    if hasattr(scheduler, "alphas_cumprod"):
+        assert torch.equal(advised.alphas_cumprod, scheduler.alphas_cumprod)
+    assert model.prediction == {"LCM": "v", "TCD": "x0"}.get(kind, "velocity")
