@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.diagnostics import wrapping
+from hosm_losses.diagnostics import candidates, wrapping
 from hosm_losses.model import bind_model
 from tests.cases import PREDICTIONS, SCHEDULES, default_dtype
 from tests.oracles import PREDICTIONS_OF_ORACLE
@@ -251,20 +251,22 @@ def is_right(name, fault, best):
         return False
     inputs = next(
         each
-        for each in wrapping.all_inputs(model)
+        for each in candidates.all_inputs(model)
         if (each.schedule_text, each.time_text) == (best.schedule, best.time)
     )
     units = next(
-        each for each in (wrapping.Units(), *wrapping.all_units(data)) if each.text == best.units
+        each
+        for each in (candidates.Units(), *candidates.all_units(data))
+        if each.text == best.units
     )
     # What was given is scale · x + shift of the data of the training.
     one, zero = (made.given(torch.full((1,), each)) for each in (1.0, 0.0))
     scale, shift = (float(one - zero), float(zero)) if fault == "units" else (1.0, 0.0)
-    total = wrapping.Units("", units.scale * scale, units.scale * shift + units.shift)
+    total = candidates.Units("", units.scale * scale, units.scale * shift + units.shift)
     levels = torch.linspace(-3, 1, 9, dtype=torch.float64)
     found, time = given(inputs.schedule, inputs.time, total, levels)
     expected, true_time = given(
-        made.right["schedule"], made.right.get("time"), wrapping.Units(), levels
+        made.right["schedule"], made.right.get("time"), candidates.Units(), levels
     )
     near = (time - true_time).abs() <= 0.1 * true_time.abs() + 0.02 * true_time.abs().max()
     return bool(near.all()) and bool(((found - expected).abs() < 0.1).all())

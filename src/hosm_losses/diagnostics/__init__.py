@@ -1,6 +1,7 @@
 """Checks of a model's wrapping and derivatives.
 
 - `wrapping`: `check_wrapping`, which evaluates a trained network under alternative wrappings.
+- `candidates`: the wrappings that it tries.
 - `check`: `check_derivatives`, and remedies for the faults that it finds.
 - `values`: conditions that the network's values must meet before derivatives are checked.
 - `differences`: the comparison of derivatives with finite differences, and the search for jumps.

@@ -33,20 +33,13 @@ Formula:
     keeps the units of the data and makes no more changes of kind and sign than BELIEVED allows.
     The reason is that on nearly Gaussian data, even a trained network is hardly better than the
     linear predictor.
-
-The candidates are the wrappings with which networks are commonly trained. If the model's schedule
-is a table of at least LEAST_STEPS entries, the candidates' tables have the same length. Otherwise,
-their tables have 1000 entries. With a table, the network receives either the index or the index
-divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or log σ
-under VE. EDM's preconditioning passes log σ / 4 to the network as the time. In flow matching, time
-runs from data to noise or from noise to data; its maximum is 1 or, in diffusers, 1000.
 """
 
 import copy
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -66,17 +59,10 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import NetworkState
+from hosm_losses.diagnostics.candidates import AS_THEY_ARE, UNITS, Inputs, all_inputs, all_units
 from hosm_losses.diagnostics.values import check_rows
 from hosm_losses.model import BoundModel, ScoreModel, apply_affine, bind_model, check_model
-from hosm_losses.schedules import (
-    CosineSchedule,
-    DiscreteSchedule,
-    EDMSchedule,
-    LinearFlowSchedule,
-    Schedule,
-    VESchedule,
-    VPSchedule,
-)
+from hosm_losses.schedules import Schedule
 
 LEAST_SAMPLES, LEVELS = 16, 12
 SECONDS = 30.0  # fewer samples are used if the calls would take longer
@@ -89,15 +75,11 @@ CLOSE = 0.01  # a network this much worse than the linear predictor may still be
 # predictor's. The keys are kinds of prediction; for all other kinds, the limit is 1.
 BELIEVED = {"v": 0, "velocity": -1}
 REPEATED, DRAWS = 3, 8  # candidates to measure again, and fresh draws of noise for each
-UNITS = 10  # other units of the data
 GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # losses within this fraction of the best count as equal
 REFINED = 3  # schedule-time pairs that are also tried with other units of the data
 KINDS = ("epsilon", "score", "x0", "v", "velocity")
-LEAST_STEPS = 100  # with fewer steps, betas of the known tables would exceed 1
-OWN = "your schedule"
-Times = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -225,31 +207,6 @@ class WrappingReport:
             f"ok: no candidate fits better; one better by {100 * self.detectable_gain:.2g} %, "
             f"averaged over log σ/α from {low:.2g} to {high:.2g}, would have been seen; {linear}"
         )
-
-
-class Units(NamedTuple):
-    """A change of data units that maps x0 to scale · x0 + shift, and this expression as code."""
-
-    text: str = "x0"
-    scale: float = 1.0
-    shift: float = 0.0
-
-
-AS_THEY_ARE = Units()
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """The schedule, time and data units that determine a network's inputs, with their source code.
-
-    Instances are compared by identity, because a user's schedule may not be hashable.
-    """
-
-    schedule: Schedule
-    schedule_text: str
-    time: Any
-    time_text: str
-    units: Units = AS_THEY_ARE
 
 
 class Read(NamedTuple):
@@ -663,75 +620,3 @@ def _mean_square(error: Tensor) -> Tensor:
     """Return the mean squared error of each sample, as a tensor (B,) on the CPU."""
     squares = sum_elements(at_least_float32(error).square(), 1)
     return (squares / error[0].numel()).double().cpu()
-
-
-def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
-    """Yield the model's own inputs, then others that the network may have received in training."""
-    own = model.schedule
-    steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
-    steps = steps if steps >= LEAST_STEPS else 1000
-    plain: Times = {"": None}
-    for text, schedule, times in [(OWN, own, _own_times(own, steps)), *_known(steps)]:
-        if text == OWN or schedule != own:
-            times = plain | times if model.time is None else {"yours": model.time} | plain | times
-            for time_text, time in times.items():
-                # On CUDA, a network that looks up an index must not get a negative one.
-                if not (own.integer_time and "log" in time_text):
-                    yield Inputs(schedule, text, time, time_text)
-
-
-def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield each known schedule as code and as an object, with its alternative times."""
-    last: Times = {f"{steps - 1}": steps - 1.0}
-    yield "VPSchedule()", VPSchedule(), last
-    yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}
-    yield "LinearFlowSchedule()", LinearFlowSchedule(), {f"{steps}": float(steps)} | _back(steps)
-    yield "VESchedule()", VESchedule(), last | _of_sigma("VESchedule()", VESchedule())
-    logs: Times = {"torch.log": torch.log, "lambda t: t.log() / 4": lambda t: t.log() / 4}
-    yield "EDMSchedule()", EDMSchedule(), logs
-    start, end, share = 0.1 / steps, 20 / steps, _share(steps)
-    betas = "" if steps == 1000 else f", {start:g}, {end:g}"
-    table = DiscreteSchedule
-    yield f"DiscreteSchedule.linear({steps}{betas})", table.linear(steps, start, end), share
-    start, end = 0.85 / steps, 12 / steps
-    text = f"DiscreteSchedule.linear({steps}, {start:g}, {end:g}, scaled=True)"
-    yield text, table.linear(steps, start, end, scaled=True), share
-    yield f"DiscreteSchedule.cosine({steps})", table.cosine(steps), share
-
-
-def _own_times(own: Schedule, steps: int) -> Times:
-    if own.integer_time:
-        return _share(steps) | {f"lambda t: {own.t_max:g} - t": lambda t: own.t_max - t}
-    factors: Times = {f"{steps - 1}": steps - 1.0, f"{steps}": float(steps)}
-    times = factors | _back(steps) if own.t_max <= 1 else {"torch.log": torch.log}
-    explodes = float(own.alpha(torch.tensor(own.t_max))) == 1  # VE, the only kind with σ as time
-    return times | (_of_sigma("schedule", own) if explodes else {})
-
-
-def _share(steps: int) -> Times:
-    return {f"lambda t: t / {steps}": lambda t: t / steps}
-
-
-def _back(steps: int) -> Times:
-    whole = f"lambda t: {steps} * (1 - t)"
-    return {"lambda t: 1 - t": lambda t: 1 - t, whole: lambda t: steps * (1 - t)}
-
-
-def _of_sigma(text: str, schedule: Schedule) -> Times:
-    logarithm = f"lambda t: {text}.sigma(t).log()"
-    return {f"{text}.sigma": schedule.sigma, logarithm: lambda t: schedule.sigma(t).log()}
-
-
-def all_units(data: Tensor) -> Iterator[Units]:
-    """Yield other data units: image ranges, latent scales, unit variance and EDM's variance."""
-    yield Units("2 * x0 - 1", 2.0, -1.0)
-    yield Units("(x0 + 1) / 2", 0.5, 0.5)
-    yield Units("x0 / 255", 1 / 255)
-    yield Units("x0 / 127.5 - 1", 1 / 127.5, -1.0)
-    yield Units("255 * x0", 255.0)
-    yield Units("127.5 * (x0 + 1)", 127.5, 127.5)
-    yield Units("0.18215 * x0", 0.18215)
-    yield Units("x0 / 0.18215", 1 / 0.18215)
-    mean, std = float(data.double().mean()), float(data.double().std())
-    yield Units("(x0 - x0.mean()) / x0.std()", 1 / std, -mean / std)
-    yield Units("(x0 - x0.mean()) / (2 * x0.std())", 0.5 / std, -0.5 * mean / std)
