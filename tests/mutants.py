@@ -776,6 +776,9 @@ losses/score_check.py losses/test_score_check.py
 + False
 - math.isnan(mean)
 + False
+losses/targets.py test_errors.py
+- if tensor.is_floating_point():
++ if False:
 schedules/base.py test_errors.py
 - if not rate.any() and
 + if False and

@@ -564,6 +564,13 @@ TOLD = [
     (lambda: loss(NETWORK, noise=X.numpy()), r"torch\.from_numpy\(noise\)"),
     (lambda: loss(NETWORK, t=T.numpy()), r"torch\.from_numpy\(t\)"),
     (lambda: hosm.AveragedTargets(X.numpy()), r"torch\.from_numpy\(reference\)"),
+    *[
+        (
+            lambda y=y: FIRST(MODEL, X, targets=hosm.AveragedTargets(), model_kwargs={"y": y}),
+            told,
+        )
+        for y, told in ((T > 0, r"kwargs\['y'\]\[:, None\] == labels"), (T, "leave out averaged"))
+    ],
     (lambda: hosm.second_order_dsm(WRAPPED, X), r"such as model\.module"),
     (lambda: loss(module("OptimizedModule")), r"torch\.compile around ThirdOrderDSM"),
     (lambda: loss(module("FSDPModule")), "fully_shard or torch"),

@@ -609,13 +609,15 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError if averaged targets would mix samples with different conditions."""
-    paths: list[str] = []
+    found: list[tuple[str, Tensor]] = []
     averaged = targets.averaged if isinstance(targets, TargetScores) else targets
     if isinstance(averaged, AveragedTargets) and averaged.same is None:
-        per_sample(kwargs, lambda path, _: paths.append(path))
-    if paths:
+        per_sample(kwargs, lambda path, tensor: found.append((path, tensor)))
+    for path, tensor in found[:1]:
+        remedy = "Set, for example, same=lambda kwargs: kwargs['y'][:, None] == labels,"
+        if tensor.is_floating_point():
+            remedy = "If no two samples have the same condition, leave out averaged targets,"
         raise ValueError(
-            f"targets: expected AveragedTargets(same=...), since {paths[0]} differs by sample; "
-            "got same=None. Set, for example, same=lambda kwargs: kwargs['y'][:, None] == labels, "
-            "or mark the tensor as Shared(...)."
+            f"targets: expected AveragedTargets(same=...), since {path} differs by sample; "
+            f"got same=None. {remedy} or mark the tensor as Shared(...)."
         )
