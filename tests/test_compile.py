@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hosm_losses.derivatives.kinks import memory_of
 from tests.cases import (
     FUNCTIONS,
     MODULES,
+    SCHEDULES,
     VP,
     Around,
     Detaches,
@@ -203,6 +205,38 @@ def test_weights_that_follow_a_rule_and_terms_beside_the_loss():
         value, terms = step(x0, return_terms=True, **inputs)
         expected, others = module(x0, return_terms=True, **inputs)
         assert_same([value, *terms[:3], terms.t], [expected, *others[:3], inputs["t"]])
+
+
+def test_schedules_keep_their_digits_near_t_min_in_compiled_loops():
+    """Of eight elements and more: Inductor has its own formulas there, of expm1 and asinh."""
+    names = ("alpha", "sigma", "log_sigma_hat", "time", "squared_diffusion", "drift", "rates")
+    places = torch.cat([torch.zeros(1), torch.logspace(-6, -1, 39)])
+
+    def values(t, u):
+        for name, method in product(SCHEDULES, names):
+            at = u if method == "time" else t
+            found = getattr(SCHEDULES[name], method)(at[name])
+            yield from found if method == "rates" else [found]
+
+    def stacked(t, u):
+        return torch.stack([*values(t, u)])
+
+    t = {name: (s.t_min + (s.t_max - s.t_min) * places).float() for name, s in SCHEDULES.items()}
+    u = {name: s.log_sigma_hat(t[name]) for name, s in SCHEDULES.items()}
+    exact = stacked(*({name: each.double() for name, each in given.items()} for given in (t, u)))
+    step = compiled(stacked, backend="inductor")
+    error, eager = (((f(t, u) - exact) / exact).nan_to_num().abs() for f in (step, stacked))
+    assert bool((error <= 1e-6 + 4 * eager.amax(1, keepdim=True)).all())
+
+
+def test_a_loss_next_to_t_min_compiles_to_the_loss_of_eager_mode():
+    network, (x0, inputs) = nn.Linear(3, 3).float(), given((40, 3))
+    module = hosm.FirstOrderDSM(hosm.ScoreModel(OfX(network), VP, "x0"), weighting="native")
+    inputs = {"t": torch.full((40,), 1e-5).float(), "noise": inputs["noise"].float()}
+    found, expected = (
+        f(x0.float(), **inputs) for f in (compiled(module, backend="inductor"), module)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 class Conditioned(nn.Module):

@@ -125,6 +125,14 @@ def test_every_method_has_the_digits_of_the_textbook(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_formulas_that_are_compiled_have_these_digits_too(name, dtype, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    test_every_method_has_the_digits_of_the_textbook(name, dtype)
+    test_time_is_clipped_to_the_ends(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", EVERY)
 def test_time_is_clipped_to_the_ends(name, dtype):
     schedule = EVERY[name]
@@ -262,6 +270,6 @@ def test_a_search_under_vmap_finds_the_same():
 
 @pytest.mark.slow
 def test_a_search_is_compiled():
-    schedule, u = BARE["own vp"], torch.linspace(-6, 3, 40)
+    schedule, u = own(sigma=torch.square), torch.linspace(-6, 3, 40)
     compiled = torch.compile(schedule.time, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(u), schedule.time(u), rtol=0, atol=0)

@@ -81,8 +81,9 @@ class Schedule:
     checked.
 
     The check runs in float64, but losses call `alpha` and `sigma` in float32. In float32, 1 − α²
-    loses nearly all significant digits near t_min. If σ² = 1 − α² and α = exp(−B/2), compute σ as
-    torch.sqrt(-torch.expm1(-B)).
+    loses nearly all significant digits near t_min, as expm1 does if compiled on the CPU by PyTorch
+    2.13 or earlier. If σ² = 1 − α² and α = exp(−B/2), compute σ as
+    torch.sqrt(2 * alpha * torch.sinh(B / 2)).
 
     Example:
         >>> class Linear(Schedule):

@@ -72,7 +72,7 @@ class VPSchedule(_LinearBeta):
     """
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(-torch.expm1(-self.integrated_beta(t)))
+        return torch.sqrt(_one_minus_exp(self.integrated_beta(t)))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         twice = 2 * as_time(log_sigma_hat)
@@ -95,13 +95,13 @@ class SubVPSchedule(_LinearBeta):
     """
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return -torch.expm1(-self.integrated_beta(t))
+        return _one_minus_exp(self.integrated_beta(t))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        return self._time_at(2 * torch.asinh(0.5 * as_time(log_sigma_hat).exp()))
+        return self._time_at(2 * _asinh(0.5 * as_time(log_sigma_hat).exp()))
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        return -self.beta(t) * torch.expm1(-2 * self.integrated_beta(t))
+        return self.beta(t) * _one_minus_exp(2 * self.integrated_beta(t))
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         alpha = self.alpha(t)
@@ -296,6 +296,25 @@ class EDMSchedule(Schedule):
         sign = 1 if low + high <= 0 else -1
         low, high = (low, high) if sign == 1 else (-high, -low)
         return sign, low, high, _mass_below(high) - _mass_below(low)
+
+
+# On the CPU, torch.compile replaces expm1 (up to 2.13) and asinh (in 2.6) with formulas that lose
+# digits near 0, so other formulas are compiled.
+
+
+def _one_minus_exp(b: Tensor) -> Tensor:
+    """Return 1 − exp(−b) for b ≥ 0."""
+    if torch.compiler.is_compiling():
+        return 2 * torch.exp(-b / 2) * torch.sinh(b / 2)
+    return -torch.expm1(-b)
+
+
+def _asinh(h: Tensor) -> Tensor:
+    """Return asinh(h) for h ≥ 0."""
+    if torch.compiler.is_compiling():
+        h = h.clamp(max=1e18)  # whose square is finite; beyond t_max
+        return torch.log1p(h + h.square() / (1 + torch.sqrt(1 + h.square())))
+    return torch.asinh(h)
 
 
 def _mass_below(z: float) -> float:
