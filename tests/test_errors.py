@@ -378,6 +378,7 @@ def _unreached(monkeypatch):
     monkeypatch.setattr(NETWORK, "forward", unreached)
 
 
+@pytest.mark.filterwarnings("ignore:TargetScores.information_of. expected enough samples")
 @pytest.mark.parametrize("call", CALLS, ids=CALL)
 def test_the_call_without_a_bad_argument_passes(call):
     call(**CALLS[call])
