@@ -5,11 +5,11 @@
     python -m benchmarks.molecule --tutorial [--dirty]
 
 Order one trains an equivariant network with the drawn noise, with averaged targets, and with known
-scores, whose information is by element, a matrix, or depends on the configuration (`control`).
+scores, whose information is by element or a matrix.
 Quiet batches are pairs of opposite noises at learnt times; `times` are learnt times alone. Rows
-take equal processor time, counted in steps by the ratio of their times, which is measured first;
-control takes equal steps as well. All rows of a problem have one rate and three seeds. With
---checks: what the checks of scores say of alanine dipeptide at 300 K and 800 K.
+take equal processor time, counted in steps by the ratio of their times, which is measured first.
+All rows of a problem have one rate and three seeds. With --checks: what the checks of scores say
+of alanine dipeptide at 300 K and 800 K.
 
 J is ½ ∫ E‖e − ε̂‖² du over u = log σ̂, for the targets e of the matrix at held-out data and noises
 that never change. That is the error of the score plus a number that all rows share, so only its
@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from docs import pictures
 from docs.examples.equivariant import PairNetwork
-from docs.examples.pair_control import PairControl
 from matplotlib import pyplot, style
 from torch import Tensor
 from tqdm import tqdm
@@ -125,13 +124,6 @@ class Problem:
         basis = units.flatten(1)
         return basis * squares.flatten() @ basis.T
 
-    @cached_property
-    def control(self) -> PairControl:
-        torch.manual_seed(0)
-        found = PairControl(*self.train, self.schedule.sigma_min, self.schedule.sigma_max)
-        found.fit(*self.train, 2 if self.size.smoke else 300)
-        return found.requires_grad_(False)
-
 
 class Trainer:
     """A network of one seed, and the steps of a row that train it."""
@@ -151,8 +143,6 @@ class Trainer:
         """That of one batch; it has as many rows in every row."""
         y, _ = self.problem.data
         rows = torch.randint(len(y), (BATCH // 2 if self.pairs else BATCH,))
-        if "control" in self.row:
-            return self.controlled(rows)
         return self.objective(y[rows], targets=self.targets(rows))
 
     def learn(self, optimizer: torch.optim.Optimizer) -> None:
@@ -172,16 +162,6 @@ class Trainer:
         if "by element" in self.row:
             return hosm.TargetScores(scores[rows], self.problem.by_element)
         return None
-
-    def controlled(self, rows: Tensor) -> Tensor:
-        problem = self.problem
-        low, high = problem.schedule.log_sigma_hat_range
-        t = problem.schedule.time(low + (high - low) * torch.rand(len(rows)))
-        y, (x, scores) = problem.data[0][rows], (part[rows] for part in problem.train)
-        noise, sigma = torch.randn_like(y), problem.schedule.sigma(t)
-        e = problem.control.targets(x, scores, problem.space.expand(noise), sigma)
-        e = problem.space.reduce(e).float()
-        return self.objective(y, t=t, noise=noise, targets=e)
 
     def train(self, steps: int, bar: str) -> None:
         every = training(self.model, self.loss, steps, self.problem.size.rate)
@@ -324,10 +304,9 @@ def cluster(
     )
 
 
-EQUAL = ", equal steps"
-LARGE = ("plain", "matrix", "matrix, quiet", "control")
+LARGE = ("plain", "matrix", "matrix, quiet")
 CLUSTERS = (*LARGE, "averaged", "by element")
-ROWS = (*CLUSTERS, "matrix, times", "control, equal steps")
+ROWS = (*CLUSTERS, "matrix, times")
 Make = Callable[[Path, bool], Problem]
 PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
     "alanine, 800 K": (
@@ -363,7 +342,7 @@ def over_plain(report: Row) -> Row:
     }
     found: Row = {"ms": cost["ms"], "rows": {}}
     for row, every in seeds.items():
-        entry: Row = {"time": cost["steps"][row.removesuffix(EQUAL)]}
+        entry: Row = {"time": cost["steps"][row]}
         entry["steps"] = max(each["steps"] for each in every.values())
         for key in ("J", "nll"):
             less = [
@@ -449,14 +428,13 @@ class Study(NamedTuple):
 
     def run(self, problem: Problem, rows: Sequence[str], seeds: int, rounds: int) -> None:
         if not self.question("cost"):
-            timed = [row for row in rows if EQUAL not in row]
             facts = {"log_z": problem.log_z, "data": len(problem.train[0])}
-            self.keep("cost", costs(problem, timed, rounds) | facts)
+            self.keep("cost", costs(problem, rows, rounds) | facts)
         cost = self.question("cost")["steps"]
         for seed in map(str, range(seeds)):
             for row in rows:
                 if seed not in self.question(row):
-                    steps = round(problem.size.steps / (1 if EQUAL in row else cost[row]))
+                    steps = round(problem.size.steps / cost[row])
                     self.keep(row, {seed: measure(problem, row, int(seed), steps)})
 
 

@@ -75,7 +75,7 @@ def first_and_last_fall(text):
 
 
 LONGEST = {"checkerboard.py": 105, "cifar10.py": 375, "gap_1d.py": 90, "inverse_problem.py": 85}
-LONGEST |= {"many_well.py": 75, "alanine.py": 105, "equivariant.py": 75, "pair_control.py": 75}
+LONGEST |= {"many_well.py": 75, "alanine.py": 105, "equivariant.py": 75}
 nats_fall = partial(falls, pattern=r"(\S+) nats ±")
 fisher_falls = partial(falls, pattern=r"j_fisher: ([\d.]+)")  # what order one leaves
 # A command, the packages that it needs, and what is true of what it prints.

@@ -1,6 +1,5 @@
-"""Forces on molecules: the control, the molecule, the clusters and every row."""
+"""Forces on molecules: the network, the molecule, the clusters and every row."""
 
-import itertools
 import math
 import sys
 
@@ -11,7 +10,6 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import density_problems, experiment, molecule
 from docs.examples.equivariant import PairNetwork
-from docs.examples.pair_control import PairControl
 
 import hosm_losses as hosm
 
@@ -19,53 +17,6 @@ import hosm_losses as hosm
 def particles(count=3, n=4, dtype=torch.float64):
     x = torch.randn(count, n, 3, dtype=dtype)
     return x - x.mean(1, keepdim=True)
-
-
-def test_the_control_is_a_matrix_times_z_and_its_divergence():
-    """By the derivative of the matrix, which the control is linear in z for."""
-    control = PairControl(particles(50), particles(50), 0.01, 30.0)
-    sigma, unit = torch.tensor([0.7]).double(), torch.eye(12).double().reshape(12, 4, 3)
-
-    def at(x, z):
-        return control.control(x.expand(len(z), -1, -1), z, sigma.expand(len(z)))
-
-    def matrix(x):
-        return (at(x, unit) - at(x, 0 * unit)).reshape(12, 12).T
-
-    x = particles(1)
-    of_matrix = torch.autograd.functional.jacobian(matrix, x).reshape(12, 12, 12)
-    divergence = torch.einsum("ijj->i", of_matrix).reshape(1, 4, 3)
-    assert float(divergence.abs().amax()) > 0.05
-    z = particles(1)
-    expected = (matrix(x) @ z.flatten()).reshape(1, 4, 3) + 0.7 * divergence
-    torch.testing.assert_close(at(x, z), expected)
-
-
-def springs(x):
-    """Scores of particles on springs of length one, stiff along the line of each pair."""
-    apart = x[:, :, None] - x[:, None]
-    r = apart.norm(dim=3, keepdim=True) + torch.eye(4)[..., None]
-    return (-400 * (r - 1) * apart / r).sum(2)
-
-
-def test_a_fit_leaves_less_noise_than_the_start_and_than_the_matrix():
-    """At other data and noises, by five standard errors of the difference."""
-    torch.manual_seed(0)
-    x = particles(2000)
-    for _ in range(400):  # Langevin
-        x = x + 1e-3 * springs(x) + 2e-3**0.5 * particles(2000)
-    x, held = x.split(1000)
-    control = PairControl(x, springs(x), 0.01, 3.0)
-    sigma, noise = torch.full((1000,), 0.1).double(), particles(1000)
-    matrix = torch.linalg.inv(torch.eye(12).double() + 0.1**2 * control.F)
-    z = noise + 0.1 * springs(held)
-    squares = [(noise - (z.flatten(1) @ matrix).reshape(z.shape)).square().sum((1, 2))]
-    for steps in (0, 100):
-        control.fit(x, springs(x), steps, 32)
-        with torch.no_grad():
-            squares.append(control.targets(held, springs(held), noise, sigma).square().sum((1, 2)))
-    for more, less in itertools.pairwise(squares):
-        assert float((more - less).mean()) > 5 * float((more - less).std()) / 1000**0.5
 
 
 def test_the_network_turns_moves_and_mirrors_with_the_particles():
