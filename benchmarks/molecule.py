@@ -5,11 +5,10 @@
     python -m benchmarks.molecule --tutorial [--dirty]
 
 Order one trains an equivariant network with the drawn noise, with averaged targets, and with known
-scores, whose information is by element or a matrix.
-Quiet batches are pairs of opposite noises at learnt times; `times` are learnt times alone. Rows
-take equal processor time, counted in steps by the ratio of their times, which is measured first.
-All rows of a problem have one rate and three seeds. With --checks: what the checks of scores say
-of alanine dipeptide at 300 K and 800 K.
+scores, whose information is a matrix. Quiet batches are pairs of opposite noises at learnt times;
+`times` are learnt times alone. Rows take equal processor time, counted in steps by the ratio of
+their times, which is measured first. All rows of a problem have one rate and three seeds. With
+--checks: what the checks of scores say of alanine dipeptide at 300 K and 800 K.
 
 J is ½ ∫ E‖e − ε̂‖² du over u = log σ̂, for the targets e of the matrix at held-out data and noises
 that never change. That is the error of the score plus a number that all rows share, so only its
@@ -116,14 +115,6 @@ class Problem:
     def information(self) -> Tensor:
         return hosm.TargetScores.information_of(*self.data, matrix=True)
 
-    @cached_property
-    def by_element(self) -> Tensor:
-        """Qᵀ diag(F) Q."""
-        squares = self.train[1].square().mean(0)
-        units = self.space.expand(torch.eye(self.space.dimensions, dtype=squares.dtype))
-        basis = units.flatten(1)
-        return basis * squares.flatten() @ basis.T
-
 
 class Trainer:
     """A network of one seed, and the steps of a row that train it."""
@@ -159,8 +150,6 @@ class Trainer:
             return hosm.AveragedTargets()
         if "matrix" in self.row:
             return hosm.TargetScores(scores[rows], self.problem.information)
-        if "by element" in self.row:
-            return hosm.TargetScores(scores[rows], self.problem.by_element)
         return None
 
     def train(self, steps: int, bar: str) -> None:
@@ -305,7 +294,7 @@ def cluster(
 
 
 LARGE = ("plain", "matrix", "matrix, quiet")
-CLUSTERS = (*LARGE, "averaged", "by element")
+CLUSTERS = (*LARGE, "averaged")
 ROWS = (*CLUSTERS, "matrix, times")
 Make = Callable[[Path, bool], Problem]
 PROBLEMS: dict[str, tuple[Make, Sequence[str]]] = {
