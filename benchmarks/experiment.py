@@ -59,6 +59,10 @@ def environment(options: Namespace) -> Row:
     return results.environment(dirty=options.dirty or options.smoke)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def training(
     model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = 1e-3, decays=True
 ) -> Iterator[torch.optim.Adam]:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.experiment import Row
+from benchmarks.experiment import Row, seeded
 from benchmarks.networks import UNet
 from benchmarks.steps import LOSSES
 
@@ -108,10 +108,6 @@ def split(pictures: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         tenths.append(torch.full_like(tenth, WHOLE[name]) if name in WHOLE else tenth)
     every, tenth = torch.cat(tiles), torch.cat(tenths)
     return every[tenth > TEST], every[tenth == VALIDATION], every[tenth == TEST]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(tiles: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.densities import Network
-from benchmarks.experiment import Row, clocked, environment, parser
+from benchmarks.experiment import Row, clocked, environment, parser, seeded
 from benchmarks.intervals import over_seeds
 
 FILE = results.DIRECTORY / "posteriors.json"
@@ -54,10 +54,6 @@ class Size(NamedTuple):
     test: int = 2000
     width: int = 128
     elements: int = 10  # of θ
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache
