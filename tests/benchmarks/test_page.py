@@ -86,6 +86,7 @@ over 64 GPUs
 16 bytes a parameter
 gradients, 8 bytes
 """.strip().split("\n")
+VERDICT = r"\b(?:right|wrong|raises)\b"
 PLANTED = ["3", "2.5", "1/3", "1e-3", "in 12 %, and many", "0.3 nats, and many", "in 2.5"]
 
 
@@ -93,6 +94,18 @@ def test_what_is_marked_is_what_the_results_say():
     moved = [f"{name}, {each}" for name, _, several in page.filled(FOUND) for each in several]
     assert not moved, "\n".join(["see what moved: python -m benchmarks --page-only", *moved])
     assert tables.TABLES.keys() <= {mark for text in PAGES.values() for mark in marks.names(text)}
+
+
+def test_words_fit_their_mark():
+    """The last verdict between the mark before and that of a tally, or else the first after it."""
+    told = set()
+    for text in PAGES.values():
+        parts = marks.MARK.split(text)
+        for before, name, after in zip(parts[:-1:5], parts[2::5], parts[5::5], strict=True):
+            if " > tally > " in name:
+                word = [*re.findall(VERDICT, before)[-1:], *re.findall(VERDICT, after)][0]
+                told.add((name.rpartition(" > ")[2], word))
+    assert told == {("right", "right"), ("wrong", "wrong"), ("refused", "raises")}
 
 
 def unexplained(text, page=""):
