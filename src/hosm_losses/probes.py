@@ -92,8 +92,6 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
 
 
 class _Random:
-    """Base class that draws `count` random probes per sample."""
-
     count: int
     distribution: Distribution
     _fewest: ClassVar[int] = 1

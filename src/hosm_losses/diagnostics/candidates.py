@@ -73,7 +73,6 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield each known schedule as code and as an object, with its alternative times."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}

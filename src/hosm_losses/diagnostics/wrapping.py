@@ -455,7 +455,6 @@ class _Search:
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
-        """Call the network once per draw; record the loss for each kind and sign of prediction."""
         draws = [self._call(inputs, *each) for each in zip(self.noise, self.place, strict=True)]
         for read in draws[0]:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
@@ -557,7 +556,6 @@ class _Search:
         return list(dict.fromkeys([min(order, key=is_worse_or_changes), *order]))[:REPEATED]
 
     def _is_trained(self, read: Read) -> bool:
-        """Return whether a candidate's loss shows that the network is trained."""
         losses = self.losses[read]
         if self._excess(losses, self.linear)[0] > CLOSE:
             return False
@@ -583,7 +581,6 @@ class _Search:
         return max(limits)
 
     def report(self, batch_size: int) -> WrappingReport:
-        """Return the verdict on the model's wrapping, with the losses by level."""
         own = self.losses[self.own]
         better = (read for read in self.first if self._is_better(self.losses[read], own))
         best = next(filter(self._is_trained, better), None)

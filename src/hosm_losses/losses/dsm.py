@@ -362,8 +362,6 @@ def _signature(loss: Callable[..., Tensor]) -> inspect.Signature:
 
 
 class _DSM(nn.Module):
-    """Base class of the loss modules; stores the model and the options of the loss."""
-
     order: ClassVar[int]
     __signature__: ClassVar[inspect.Signature]  # also what `help` shows
 
@@ -389,7 +387,6 @@ class _DSM(nn.Module):
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments as text, for the printed form of the module."""
         values = vars(self.options) | vars(self) | {"time_sampler": self.time_sampler}
         names = list(self.__signature__.parameters)[1:]
         numbers = {"weights": repr(values.get("weights"))}  # printed in full, even if a tensor

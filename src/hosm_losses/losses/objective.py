@@ -295,7 +295,6 @@ def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
 
 
 def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTerms]:
-    """Return the function that computes all terms of a loss of order two or three."""
     if isinstance(options.probes, Paired):
         return partial(paired_terms, second=is_used(weights[1]))
     return squared_terms
@@ -388,7 +387,6 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Return the weighted sum of the terms, reduced over the batch."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

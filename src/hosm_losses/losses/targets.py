@@ -567,7 +567,6 @@ class TargetScores:
         return torch.where(eigenvalues > d * eps * eigenvalues[-1], eigenvalues, 0.0), basis
 
     def _check_information(self, name: str, information: Tensor, samples: Tensor) -> None:
-        """Raise an error unless the information tensor is valid and matches samples (B, *)."""
         shape, d = tuple(samples.shape[1:]), samples[0].numel()
         is_matrix = information.shape == (d, d) != shape
         like = (d, d) if is_matrix else information.shape and shape  # () is a number

@@ -86,7 +86,6 @@ def _autocast(kind: str) -> bool:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
-    """Return a context manager that turns autocast off."""
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
 
 

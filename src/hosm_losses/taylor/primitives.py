@@ -143,8 +143,6 @@ class ForeignCheckpointError(DerivativeError):
 
 
 class _Thread(threading.local):
-    """Thread-local state."""
-
     def __init__(self) -> None:
         # Set here, not on the class: torch.compile guards attributes, and none may come later.
         self.modes: tuple[_SafePrimitives, ...] = ()

@@ -327,7 +327,6 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
 
 
 def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
-    """Permute the axes of a stack's value from the order `order` to the order `wanted`."""
     return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 
