@@ -250,12 +250,13 @@ def _solve(
     Samples that are marked in `failed` (B,) are dropped after one evaluation.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
+    rounded = z.new_zeros(active)
     reference = float(sum_elements(coordinates.std.log(), 1).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # s has to increase, so s is −r if r decreases
 
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal active
+        nonlocal active, rounded
         r = sign * s
         paths.advance(active - len(rows))
         active = len(rows)
@@ -263,6 +264,8 @@ def _solve(
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
         row_probes = None if probes is None else probes[:, rows]
         noise, dz_du, integrand = paths.slope_at(state, level, row_probes, rows)
+        if (error := paths.rounding_error(state, integrand, level)) is not None:
+            rounded = rounded.index_copy(0, rows, torch.maximum(rounded[rows], error))
         dy_du = torch.cat([dz_du.reshape(len(y), -1), integrand.T], 1)
         covector = coordinates.covector(noise.detach(), level).reshape(len(y), -1)
         # If rounding the state alone changes the answer beyond the limit, no step is small enough.
@@ -286,7 +289,7 @@ def _solve(
     start = torch.cat([z.reshape(len(z), -1), z.new_zeros(len(z), count)], 1)
     solution = adaptive(slope, start, (sign * low, sign * high), judge, MAX_EVALUATIONS)
     paths.advance(active)
-    return solution
+    return solution._replace(error=solution.error + rounded)
 
 
 def least_tolerance(dtype: torch.dtype) -> float:

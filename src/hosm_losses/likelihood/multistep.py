@@ -393,6 +393,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     solution, coarse = AdamsSolver(z, 1 / steps, steps, *rule), None
     if companion:  # half as many steps, without a graph
         coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2, *rule)
+    rounded = z.new_zeros(len(z))
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
         level = levels(slice(place, place + 1))
@@ -405,6 +406,8 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                 for take in (solver.correct, solver.correct_again)[: 1 + twice]:
                     y = solver.y
                     noise, dz_du, integrands = paths.slope_at(y, level, probes)
+                    if (error := paths.rounding_error(y, integrands, level)) is not None:
+                        rounded = torch.maximum(rounded, error)
                     integrands, count = rates[place] * integrands, len(integrands)
                     integrand, variance = integrands[0], None
                     if count > 1:
@@ -440,7 +443,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         nfe=nfe,
         products=products,
         standard_error=standard_error,
-        solver_error=solver_error.clamp(min=rounding(paths.dtype)),
+        solver_error=(solver_error + rounded).clamp(min=rounding(paths.dtype)),
         cause=torch.zeros_like(nfe, dtype=torch.uint8),
         steps=torch.full_like(nfe, steps),
     )

@@ -45,6 +45,7 @@ class BoundModel:
         batch: the number of samples in the batch to which the arguments were bound.
         primitives: which of the safe primitives are active.
         known: (p, q) at the times t, if already computed; the schedule is then not evaluated.
+        answers: a set to which the dtypes of the predictions are added, or None.
     """
 
     model: ScoreModel
@@ -53,6 +54,7 @@ class BoundModel:
     batch: int
     primitives: Primitives
     known: Affine | None = None
+    answers: set[torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the prediction at x; the network is called with copies of its arguments."""
@@ -85,10 +87,12 @@ class BoundModel:
         # torch.compile of PyTorch 2.6 does not support dataclasses.replace.
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
-    def at(self, t: Tensor, known: Affine | None = None) -> "BoundModel":
+    def at(
+        self, t: Tensor, known: Affine | None = None, answers: set[torch.dtype] | None = None
+    ) -> "BoundModel":
         """Return the same model at times t (B,); `known` is (p, q) at t, if already computed."""
         t = leave_inference_mode(t)
-        return BoundModel(self.model, t, self.kwargs, self.batch, self.primitives, known)
+        return BoundModel(self.model, t, self.kwargs, self.batch, self.primitives, known, answers)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
         """Return the same model for the samples at `index`."""
@@ -105,7 +109,12 @@ class BoundModel:
 
     def f(self, x: Tensor) -> Tensor:
         """Return f = −ε̂ at x."""
-        return -apply_affine(self(x), x, *self.affine(x))
+        return -apply_affine(self._noted(self(x)), x, *self.affine(x))
+
+    def _noted(self, prediction: Tensor) -> Tensor:
+        if self.answers is not None:
+            self.answers.add(prediction.dtype)
+        return prediction
 
     def affine(self, like: Tensor) -> Affine:
         """Return (p, q) at the times t, in a shape (B, 1, …) that broadcasts to `like`."""
@@ -148,7 +157,8 @@ class BoundModel:
         p, q = self.affine(x)
         p_rows = None if p is None else p.flatten()
         q_rows = None if q is None else q.flatten()
-        return -apply_affine(prediction, x, p, q), -apply_affine(forms, squares, p_rows, q_rows)
+        f = -apply_affine(self._noted(prediction), x, p, q)
+        return f, -apply_affine(forms, squares, p_rows, q_rows)
 
     def derive_with_products(
         self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any
