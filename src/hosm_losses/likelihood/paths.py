@@ -19,16 +19,16 @@ Formula:
     elements of a sample.
 
 Rounding in half precision:
-    Let ε be the relative spacing of the numbers in which the network answers. With
-    ε̂ = p · prediction + q x, the target of p · prediction is ε₁ − q x for noise ε₁. Rounding changes
-    each element of ε̂ by about ½ ε √(1 + q² x²), and ∇·ε̂ by ½ ε |∇·ε̂ − q d|. Along the path, the
-    gradient of the log-density with respect to z is about 1 per element, so that per unit of u, the
-    log-density changes by
-        r = ½ ε √((σ (∇·ε̂ − q d))² + Σ_i σ̂²/c² (1 + q² x_i²)).
-    Measured errors of trained networks are alike within CORRELATION of u, however many nodes are
-    there, and independent beyond. The error of the log-density is therefore about
-    √(CORRELATION · length of the span) · r. The solvers take the largest r on the path, and add
-    this error to `solver_error` if the dtype is narrower than float32.
+    Let δ be the relative spacing of the numbers in which the network answers. Since
+    ε̂ = p · prediction + q x estimates noise of unit variance, the elements of p · prediction have
+    a size of about √(1 + q² x²). Rounding changes each element of ε̂ by about ½ δ √(1 + q² x²), and
+    ∇·ε̂ by about ½ δ |∇·ε̂ − q d|. Along the path, the gradient of the log-density with respect to
+    z is about 1 per element. Per unit of u, the log-density therefore changes by about
+        r = ½ δ √((σ (∇·ε̂ − q d))² + Σ_i σ̂²/c² (1 + q² x_i²)).
+    In measurements on trained networks, the rounding errors at levels closer than CORRELATION in
+    u were alike, and those farther apart were independent. The error of the log-density is
+    therefore about √(CORRELATION · length of the span) · r. The solvers take the largest r on the
+    path, and add this error to `solver_error` if the dtype is narrower than float32.
 
 Source:
     Kingma et al., "Variational Diffusion Models", arXiv 2107.00630; Karras et al.,
@@ -67,7 +67,7 @@ from hosm_losses.schedules import Schedule
 from hosm_losses.taylor import refuse_constants
 
 Span = tuple[float, float]  # u = log σ̂ at the start of a path and at its end
-CORRELATION = 0.1
+CORRELATION = 0.1  # distance in log σ̂ within which rounding errors are alike
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
@@ -388,8 +388,8 @@ class Paths:
 
         None if the network receives and returns float32 or a wider dtype. `integrand` is (K, n).
         """
-        eps = max(torch.finfo(dtype).eps for dtype in (self.dtype, *self.watch.answers))
-        if eps <= torch.finfo(torch.float32).eps:
+        delta = max(torch.finfo(dtype).eps for dtype in (self.dtype, *self.watch.answers))
+        if delta <= torch.finfo(torch.float32).eps:
             return None
         q, (low, high) = level.affine[1], self.coordinates.span
         squares, moved = level.ratio.square(), 0.0
@@ -398,7 +398,7 @@ class Paths:
             own = own - self.dimensions * (level.sigma * q).reshape(-1)
             moved = (q * self.coordinates.to_x(z, level)).square()
         effect = own.square() + sum_elements(squares * (1 + moved) + torch.zeros_like(z), 1)
-        return eps / 2 * torch.sqrt(CORRELATION * (high - low) * effect).nan_to_num(0, 0)
+        return delta / 2 * torch.sqrt(CORRELATION * (high - low) * effect).nan_to_num(0, 0)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """The log-density (B,) of the prior at latents (B, *), in the dtype of the latents.
