@@ -21,6 +21,6 @@ def test_a_fault_that_is_not_found_once_is_an_error():
             plant(Mutant("file.py", "", "f", old, "pass"), source)
     faults = [("f#2", "y = x", "pass"), ("f", "with x:", "if x:"), ("text", "return y", "return")]
     planted = [plant(Mutant("file.py", "", *fault), source) for fault in faults]
-    assert (
-        planted[0].count("y = x") == 1 and "if x:" in planted[1] and "return y" not in planted[2]
-    )
+    assert planted[0].count("y = x") == 1
+    assert "if x:" in planted[1]
+    assert "return y" not in planted[2]
