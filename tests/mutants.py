@@ -532,10 +532,11 @@ MUTANTS = read(FAULTS)
 
 def scopes(source: str, function: str) -> list[ast.AST]:
     """The functions or classes of a dotted name, which overloads and properties share."""
-    found, named = [ast.parse(source)], ast.FunctionDef | ast.ClassDef
+    found: list[ast.AST] = [ast.parse(source)]
     for name in function.split(".") if function != "module" else []:
         inner = [node for scope in found for node in ast.walk(scope) if node is not scope]
-        found = [node for node in inner if isinstance(node, named) and node.name == name]
+        named = [node for node in inner if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        found = [node for node in named if node.name == name]
     return found
 
 
@@ -545,8 +546,9 @@ def find(scope: ast.AST, old: str) -> Iterator[tuple[Any, Any]]:
     for node in ast.walk(scope):
         if isinstance(node, ast.expr | ast.keyword) and ast.unparse(node) == old:
             yield node, node
-        for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-            for place, first in enumerate(body if isinstance(body, list) else []):
+        bodies = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
+        for body in (body for body in bodies if isinstance(body, list)):
+            for place, first in enumerate(body):
                 run = body[place : place + length]
                 if isinstance(first, ast.stmt) and "; ".join(map(ast.unparse, run)) == old:
                     yield first, run[-1]
