@@ -92,6 +92,7 @@ autosummary_context = {
         "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
         "OnSubspace": "reduce, expand, project, forward",
         "DivergenceEstimator": "products, is_random, draw, estimate",
+        "Solver": "integrate",
         "AdaptiveTimes": "learn, density",
         "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob, expand",
         "TargetScores": "information_of",

@@ -320,28 +320,28 @@ solve_on_grid: place == stride * (runge_kutta + 1) → place == stride and (not 
 solve_on_grid: 3 * runge_kutta * (1 + companion) → 3 * runge_kutta
 likelihood/multistep.py test_half_precision.py
 solve_on_grid: solver_error + rounded → solver_error
-likelihood/ode.py likelihood/test_tolerance.py
-_solve_to_tolerance: dist.ReduceOp.MAX → dist.ReduceOp.SUM
-_solve_to_tolerance: torch.cat(places).argsort() → torch.cat(places)
-_solve_to_tolerance: error > tolerance → (error > tolerance).any().expand_as(rows)
-likelihood/ode.py likelihood/test_random_settings.py
-solve: (paths.x, -integral) if backwards else (x, integral) →
+likelihood/solvers.py likelihood/test_tolerance.py
+ToTolerance.solve: dist.ReduceOp.MAX → dist.ReduceOp.SUM
+ToTolerance.solve: torch.cat(places).argsort() → torch.cat(places)
+ToTolerance.solve: error > self.tolerance → (error > self.tolerance).any().expand_as(rows)
+likelihood/solvers.py likelihood/test_random_settings.py
+Solver.solve: (paths.x, -integral) if backwards else (x, integral) →
     (paths.x if backwards else x, integral)
 likelihood/ode.py likelihood/test_ode.py
 _prior_error: coordinates.log_gaussian(latent, end) - paths.log_prior_at(latent) →
     paths.log_prior_at(latent) - coordinates.log_gaussian(latent, end)
-likelihood/ode.py likelihood/test_sample.py
-_compare_with_way_back: torch.maximum(difference.abs(), back.solver_error) → back.solver_error
-_compare_with_way_back: error.masked_fill(back.failed, math.inf) → error.nan_to_num(0.0)
+likelihood/solvers.py likelihood/test_sample.py
+FixedGrid.compare: torch.maximum(difference.abs(), back.solver_error) → back.solver_error
+FixedGrid.compare: error.masked_fill(back.failed, math.inf) → error.nan_to_num(0.0)
 likelihood/ode.py likelihood/test_interrupt.py
 _samples: latent[:len(result.latent)] → latent
-likelihood/ode.py likelihood/test_failures.py
-solve: [(Cause.OUTPUT, ~all_finite(x)), (Cause.DIVERGENCE, ~integral.isfinite()), (Cause.RANGE,
-    ~all_finite(at_end))] →
+likelihood/solvers.py likelihood/test_failures.py
+Solver.solve: [(Cause.OUTPUT, ~all_finite(x)), (Cause.DIVERGENCE, ~integral.isfinite()),
+    (Cause.RANGE, ~all_finite(at_end))] →
     [(Cause.OUTPUT, ~all_finite(x)), (Cause.RANGE, ~all_finite(at_end))]
-solve: solution.cause.masked_fill(~all_finite(paths.x), Cause.START) → solution.cause
-solve: [(Cause.OUTPUT, ~all_finite(x)), (Cause.DIVERGENCE, ~integral.isfinite()), (Cause.RANGE,
-    ~all_finite(at_end))] →
+Solver.solve: cause.masked_fill(~starts, Cause.START) → cause
+Solver.solve: [(Cause.OUTPUT, ~all_finite(x)), (Cause.DIVERGENCE, ~integral.isfinite()),
+    (Cause.RANGE, ~all_finite(at_end))] →
     [(Cause.OUTPUT, ~all_finite(x)), (Cause.DIVERGENCE, ~integral.isfinite())]
 likelihood/paths.py likelihood/test_said.py
 FirstEvaluation.compare: not all(map(torch.equal, before, after)) → False
@@ -359,8 +359,11 @@ likelihood/job.py test_errors.py
 _refuse_learnt: any((part.requires_grad for part in parts)) → parts[0].requires_grad
 likelihood/job.py likelihood/test_interrupt.py
 Job._joined: results[:len(results) // batches * batches] or results → list(results)
-likelihood/job.py likelihood/test_failures.py
+likelihood/result.py likelihood/test_failures.py
 mark_failed: failed & holds & (cause == 0) → failed & holds
+likelihood/solvers.py likelihood/test_own_solver.py
+Solver.solve: torch.full_like(result.solver_error, math.nan) → result.solver_error
+Solver.solve: nfe * paths.divergence.products → nfe
 likelihood/dequantize.py likelihood/test_ode.py
 importance_weighted: corrected.logsumexp(0) - log_density.detach().logsumexp(0) →
     stacked('prior_error').mean(0)

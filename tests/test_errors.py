@@ -502,6 +502,7 @@ def test_times_are_checked_by_models_and_schedules():
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule", "AdaptiveTimes"),
     *("NLLSummary", "SampleResult", "Shared", "checkpoint", "DivergenceEstimator"),
+    *("Solver", "ODESolution"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
     "NLLResult",  # whose methods are those of its base

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.likelihood.job import mark_failed
+from hosm_losses.likelihood.result import mark_failed
 from tests.cases import VP
 from tests.likelihood.problems import gaussian, total
 from tests.likelihood.test_result import full

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.likelihood import ode
+from hosm_losses.likelihood import solvers
 from tests.cases import VP
 from tests.oracles import mixture_noise, ring
 
@@ -31,7 +31,7 @@ def points(count=6):
 
 @pytest.fixture(autouse=True)
 def coarse_grids(monkeypatch):
-    monkeypatch.setattr(ode, "GRIDS", GRIDS)
+    monkeypatch.setattr(solvers, "GRIDS", GRIDS)
 
 
 class Stiff(nn.Module):

@@ -36,7 +36,6 @@ Source:
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -45,8 +44,8 @@ from torch import Tensor
 from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import combine
-from hosm_losses.likelihood.paths import ODESolution, Paths, Span, all_finite, rounding
-from hosm_losses.likelihood.result import Cause, solver_limit
+from hosm_losses.likelihood.paths import Paths, Span, rounding
+from hosm_losses.likelihood.result import Cause, ODESolution, all_finite, solver_limit
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 # fmt: off
@@ -182,12 +181,10 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
             end,
             zero,
             nfe=fine.evaluations,
-            products=torch.zeros_like(fine.evaluations),
-            standard_error=None,
             solver_error=zero,
             cause=fine.cause,
         )
-    paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
+    paths = paths.at_half_speed()
     with torch.no_grad():
         coarse = _solve(paths, z, span, probes, tolerance)
     fine = _solve(paths, z, span, probes, tolerance / FINER, coarse.cause > 0)

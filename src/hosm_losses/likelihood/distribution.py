@@ -24,7 +24,7 @@ from hosm_losses._checks import check_model_kwargs, check_shape, error_message, 
 from hosm_losses.likelihood.divergence import Divergence, check_divergence
 from hosm_losses.likelihood.job import network_options
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
-from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
+from hosm_losses.likelihood.solvers import FixedGrid, Solver
 from hosm_losses.model import ScoreModel, check_model, map_tensors, per_sample
 
 
@@ -76,7 +76,7 @@ class ODEDistribution(Distribution):
         model: ScoreModel,
         event_shape: Sequence[int],
         *,
-        solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
+        solver: Solver = FixedGrid(),  # noqa: B008, it is frozen
         divergence: Divergence = "exact",
         model_kwargs: Mapping[str, Any] | None = None,
         batch_shape: Sequence[int] = (),

@@ -13,7 +13,6 @@ Failures:
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,11 +52,10 @@ from hosm_losses.likelihood.paths import (
     Coordinates,
     FirstEvaluation,
     Paths,
-    all_finite,
     buffers_restored,
     warn_of_training_mode,
 )
-from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
+from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.schedules import Schedule
@@ -253,26 +251,6 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
             "schedule's numbers, or set log_prior and draw the latents of ode_sample from that "
             "prior."
         )
-
-
-def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
-    """Mark unusable samples as failed, set their nll to NaN, and record the cause.
-
-    The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
-    finite in this dtype or in float32, whichever has the larger range. A cause that is already
-    recorded in the result is kept. Otherwise, the cause recorded for a sample is that of the first
-    condition (B,) that is true for it.
-    """
-    dtype, limit = result.latent.dtype, solver_limit(result._d)
-    in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
-    inaccurate = ~(result.solver_error.detach() <= limit)
-    failed = result.failed | inaccurate | ~(torch.isfinite(in_range) & all_finite(result.latent))
-    own = result.cause
-    cause = torch.zeros_like(failed, dtype=torch.uint8) if own is None else own
-    for value, holds in (*conditions, (Cause.SOLVER, inaccurate), (Cause.RANGE, failed)):
-        cause = cause.masked_fill(failed & holds & (cause == 0), value)
-    nll = result.nll.masked_fill(failed, math.nan)
-    return replace(result, nll=nll, failed=failed, cause=cause)
 
 
 def network_options(model: ScoreModel) -> dict[str, Any]:

@@ -127,7 +127,8 @@ from torch import Tensor
 
 from hosm_losses._checks import expand_right, sum_elements
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
-from hosm_losses.likelihood.paths import ODESolution, Paths, Span, rounding
+from hosm_losses.likelihood.paths import Paths, Span, rounding
+from hosm_losses.likelihood.result import ODESolution
 from hosm_losses.schedules import LinearFlowSchedule
 
 WIDTH = 1.0  # scale of the logistic distribution
@@ -444,7 +445,6 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         products=products,
         standard_error=standard_error,
         solver_error=(solver_error + rounded).clamp(min=rounding(paths.dtype)),
-        cause=torch.zeros_like(nfe, dtype=torch.uint8),
         steps=torch.full_like(nfe, steps),
     )
 

@@ -12,35 +12,28 @@ Source:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import check_shape, error_message, sum_elements, warn
-from hosm_losses.likelihood.adaptive import least_tolerance, solve_adaptive
+from hosm_losses._checks import check_shape, sum_elements
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
-from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
-from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
-from hosm_losses.likelihood.multistep import solve_on_grid
-from hosm_losses.likelihood.paths import Paths, all_finite, rounding
-from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
-from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance
+from hosm_losses.likelihood.divergence import Divergence, check_divergence
+from hosm_losses.likelihood.job import Job, LogPrior, network_options
+from hosm_losses.likelihood.paths import Paths
+from hosm_losses.likelihood.result import NLLResult, SampleResult
+from hosm_losses.likelihood.solvers import FixedGrid, Solver
 from hosm_losses.model import ScoreModel, check_model
-
-# The numbers of steps that ToTolerance tries. Below 32, the error estimate is unreliable.
-GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 def ode_nll(
     model: ScoreModel,
     x: Tensor,
     *,
-    solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
+    solver: Solver = FixedGrid(),  # noqa: B008, it is frozen
     divergence: Divergence = "auto",
     log_prior: LogPrior | None = None,
     clean: bool = False,
@@ -142,7 +135,8 @@ def ode_nll(
     )
 
     def solve_batch(batch: Paths, steps: Tensor | None) -> NLLResult:
-        result = solve(batch, solver, steps, clean=clean)
+        solver.check(batch.dtype)  # before `_from_clean` calls the network
+        result = solver.solve(_from_clean(batch) if clean else batch, steps)
         prior_error = _prior_error(batch, result) if solver.knows_data else None
         return replace(result, nfe=result.nfe + clean, prior_error=prior_error)
 
@@ -153,7 +147,7 @@ def ode_sample(
     model: ScoreModel,
     latent: Tensor | Sequence[int],
     *,
-    solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
+    solver: Solver = FixedGrid(),  # noqa: B008, it is frozen
     divergence: Divergence | None = "auto",
     log_prior: LogPrior | None = None,
     batch_size: int | None = None,
@@ -229,10 +223,12 @@ def ode_sample(
         name="latent",
         of_prior=drawn,
     )
-    return job.run(
-        lambda batch, steps: solve(batch, solver, steps, backwards=True),
-        lambda result: _samples(result, start, divergence),
-    )
+
+    def solve_batch(batch: Paths, steps: Tensor | None) -> NLLResult:
+        solver.check(batch.dtype)
+        return solver.solve(batch, steps, backwards=True)
+
+    return job.run(solve_batch, lambda result: _samples(result, start, divergence))
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
@@ -244,152 +240,6 @@ def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}
     return SampleResult(**fields)
-
-
-def solve(
-    paths: Paths,
-    solver: FixedGrid | ToTolerance | Adaptive,
-    steps: Tensor | None = None,
-    *,
-    backwards: bool = False,
-    clean: bool = False,
-) -> NLLResult:
-    """Solve the ODE from data to latents, or from latents to data if `backwards` is True.
-
-    The `latent` of the result contains the end points of the paths. `steps` contains the numbers
-    of steps that `ToTolerance` chose for the samples of the first batch.
-    """
-    _check_tolerance(solver, paths.dtype)
-    if clean:
-        paths = _from_clean(paths)
-    if isinstance(solver, ToTolerance):
-        return _solve_to_tolerance(paths, solver, steps, backwards=backwards)
-    companion = solver.companion and paths.divergence != NO_DIVERGENCE
-    way_back = None
-    if isinstance(solver, FixedGrid) and companion and backwards:
-        way_back, advance = FixedGrid(solver.steps), paths.advance
-        paths = replace(paths, advance=lambda samples: advance(samples / 2))
-    coordinates = paths.coordinates
-    low, high = coordinates.span
-    data, noise = coordinates.ends((low, high))
-    start, end, span = (noise, data, (high, low)) if backwards else (data, noise, (low, high))
-    z = coordinates.to_z(paths.x, start)
-    if isinstance(solver, Adaptive):
-        solution = solve_adaptive(paths, z, span, tolerance=solver.step_tolerance)
-    else:
-        solution = solve_on_grid(paths, z, span, solver.steps, companion and not backwards)
-    cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
-    fields: dict[str, Any] = solution._asdict() | {"cause": cause, "failed": cause > 0}
-    x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
-    latent, integral = (paths.x, -integral) if backwards else (x, integral)
-    # log p_x(x₀) − log p_T(x_T), see `paths`
-    log_density = coordinates.log_volume(noise) - coordinates.log_volume(data) + integral
-    at_end = x.to(paths.dtype)
-    causes = [
-        (Cause.OUTPUT, ~all_finite(x)),  # NaN stays in the state
-        (Cause.DIVERGENCE, ~integral.isfinite()),
-        (Cause.RANGE, ~all_finite(at_end)),
-    ]
-    if paths.divergence != NO_DIVERGENCE:
-        log_prior = paths.log_prior_at(latent)
-        log_density = log_density + log_prior
-        of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
-        causes.append((of_prior, ~log_prior.isfinite()))
-    nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
-    result = NLLResult(nll, at_end, **fields)
-    if way_back is not None:
-        result = _compare_with_way_back(paths, result, way_back)
-    return mark_failed(result, *causes)
-
-
-@torch.no_grad()
-def _compare_with_way_back(paths: Paths, result: NLLResult, way_back: FixedGrid) -> NLLResult:
-    """Set `solver_error` to an estimate of the error in log p(x), where x is the end of a path.
-
-    The path starts at a latent z. The ODE is then solved back from x on the same grid, and this
-    second path ends at a latent z'. Let D be the difference between the values of log p(x) from
-    these two solutions. The estimate is the larger of |D| and the `solver_error` of the second
-    path, or infinity if the second path fails. If the probes are random, the probe noise in the
-    two integrals exceeds the solver's error. In that case, D is log p_T(z) − log p_T(z').
-    """
-    dtype = paths.x.dtype
-    back: Any = solve(replace(paths, x=result.latent.to(dtype)), way_back)
-    difference = result.nll - back.nll
-    if paths.divergence.is_random:
-        difference = paths.log_prior_at(paths.x) - paths.log_prior_at(back.latent.to(dtype))
-    error = torch.maximum(difference.abs(), back.solver_error)
-    return replace(
-        result,
-        nfe=result.nfe + back.nfe,
-        products=result.products + back.products,
-        solver_error=error.masked_fill(back.failed, math.inf),
-    )
-
-
-def _check_tolerance(solver: FixedGrid | ToTolerance | Adaptive, dtype: torch.dtype) -> None:
-    """Raise ValueError if a network's rounding error in this dtype exceeds the tolerance."""
-    if isinstance(solver, FixedGrid):
-        return
-    if isinstance(solver, Adaptive):
-        name, value, least = "step_tolerance", solver.step_tolerance, least_tolerance(dtype)
-    else:
-        name, value, least = "tolerance", solver.tolerance, rounding(dtype)
-    if not value >= least:
-        expected = f"at least {least:.2g} nats, because of rounding in {dtype}"
-        remedy = "Few networks get below 1e-06 in float32: pass that, or x in float64."
-        raise ValueError(error_message(f"solver.{name}", expected, value, remedy))
-
-
-def _solve_to_tolerance(
-    paths: Paths, solver: ToTolerance, steps: Tensor | None, *, backwards: bool
-) -> NLLResult:
-    """Compute each path on successively finer grids until its error is within the tolerance.
-
-    If the `solver_error` of a path exceeds the tolerance, the path is computed again on the next
-    grid with new probes. If the error is NaN or infinite on two grids in a row, the path is not
-    computed again. Later batches start with the median number of steps that the samples of the
-    first batch needed.
-
-    All processes of a group must evaluate the network the same number of times. In the first
-    batch, the processes therefore exchange their largest errors after solving the ODE on each
-    grid. They then recompute either all paths or none.
-    """
-    first, tolerance = GRIDS[0] if steps is None else int(steps.median()), solver.tolerance
-    grids = [FixedGrid(each, companion=solver.companion) for each in GRIDS if each >= first]
-    if solver.group is not None and steps is not None:
-        return solve(paths, grids[0], backwards=backwards)
-    rows = torch.arange(len(paths.x), device=paths.x.device)
-    nfe = products = torch.zeros_like(rows)
-    lost = torch.zeros_like(rows, dtype=torch.bool)
-    parts: list[NLLResult] = []
-    places: list[Tensor] = []
-    for grid in grids:
-        chosen = replace(paths.rows(paths.x, rows, paths.nll_offset), advance=lambda _: None)
-        part: Any = solve(chosen, grid, backwards=backwards)
-        nfe, products = nfe + part.nfe, products + part.products
-        lost_before, lost = lost, ~part.solver_error.isfinite()
-        error = part.solver_error.masked_fill(lost, math.inf)
-        error = error.masked_fill(lost & lost_before, -math.inf)
-        if solver.group is not None:
-            most = error.max()
-            dist.all_reduce(most, dist.ReduceOp.MAX, solver.group)
-            error = most.expand_as(error)
-        again = error > tolerance
-        if grid is grids[-1] and bool(again.any()):
-            warn(
-                f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at "
-                f"most {grid.steps} steps; got {float(error.max()):.2g} on the finest grid. Use a "
-                "larger tolerance, float64 if rounding limits the error, or Adaptive()."
-            )
-            again = torch.zeros_like(again)
-        if not bool(again.all()):
-            parts.append(replace(part, nfe=nfe, products=products)[~again])
-            places.append(rows[~again])
-            paths.advance(len(places[-1]))
-        rows, nfe, products, lost = (each[again] for each in (rows, nfe, products, lost))
-        if not len(rows):
-            break
-    return NLLResult.cat(parts)[torch.cat(places).argsort()]
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ from hosm_losses._torch_internals import is_traced
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, DivergenceEstimator
+from hosm_losses.likelihood.result import all_finite
 from hosm_losses.model import Affine, BoundModel, ScoreModel
 from hosm_losses.schedules import Schedule
 from hosm_losses.taylor import refuse_constants
@@ -253,11 +254,6 @@ class FirstEvaluation:
             )
 
 
-def all_finite(samples: Tensor) -> Tensor:
-    """Return a mask (B,) of the samples (B, *) whose elements are all finite."""
-    return torch.isfinite(samples).reshape(len(samples), -1).all(1)
-
-
 @dataclass(frozen=True)
 class Paths:
     """Samples at one end of their paths, with everything needed to solve the ODE from that end."""
@@ -288,6 +284,10 @@ class Paths:
     def dimensions(self) -> int:
         """The dimension d of a sample."""
         return self.x[0].numel()
+
+    def at_half_speed(self) -> "Paths":
+        """The same paths, for one of two solutions: the progress bar advances half as far."""
+        return replace(self, advance=lambda samples: self.advance(samples / 2))
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Draw noise ε and return (α x + σ ε, ε), with α and σ at the given noise level."""
@@ -336,6 +336,12 @@ class Paths:
             expected = f"n estimates (n, {len(z)}) for {len(z)} samples"
             raise ValueError(error_message("divergence.estimate(...)[1]", expected, divergences))
         return noise, slope, self.coordinates.integrand(-divergences, level)
+
+    def rates(self, z: Tensor, u: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return dz/du (B, *) and the integrand (B,) at states z, for one u = log σ̂."""
+        level = self.coordinates.level(torch.tensor([u], dtype=z.dtype, device=z.device))
+        _, slope, integrands = self.slope_at(z, level, probes)
+        return slope, integrands.mean(0)
 
     def _evaluate(
         self,
@@ -422,18 +428,3 @@ class Paths:
             dtype = own if is_wide else wide
             check_like("log_prior(latent)", value, (len(points),), dtype, points.device, "x")
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
-
-
-class ODESolution(NamedTuple):
-    """The end states of the paths, the integrals along the paths, and diagnostics."""
-
-    z: Tensor  # the states at the other end, (B, *)
-    integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du from the start to the other end, (B,)
-    nfe: Tensor  # network evaluations, (B,)
-    products: Tensor  # products with the network's Jacobian, (B,)
-    standard_error: Tensor | None  # error of the integral due to the probes, (B,); None if unknown
-    solver_error: Tensor  # estimate, (B,)
-    cause: Tensor  # why the solver gave up on a path, (B,); 0 if it did not, see `result`
-    steps: Tensor | None = None  # number of steps of the grid, (B,)
-    widening: float = 1.0  # Student-t factor in standard_error
-    kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if unknown

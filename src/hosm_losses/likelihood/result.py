@@ -17,7 +17,7 @@ Source:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
 
@@ -462,3 +462,58 @@ class SampleResult(Result):
     """
 
     x: Tensor = field(kw_only=True)
+
+
+class ODESolution(NamedTuple):
+    """What `Solver.integrate` returns: the ends of B paths, the integrals and their errors.
+
+    Attributes:
+        z: the states at the other end of the span, (B, *).
+        integral: the integral of the second value of `Paths.rates` from the start of the span to
+            its end, (B,).
+        nfe: the number of network evaluations, as one number or for each sample, (B,).
+        products: the number of products with the network's Jacobian, (B,); None if each evaluation
+            estimated the divergence once.
+        standard_error: the error of `integral` due to random probes, (B,); None if unknown.
+        solver_error: an estimate of the error of the log-density, in nats, (B,); None if unknown.
+        cause: why the solver gave up on a path, as a `Cause`, (B,); None if it never does.
+        steps: the number of steps of a grid, (B,); None without a grid.
+        widening: as in `NLLResult`.
+        kinks: as in `NLLResult`.
+    """
+
+    z: Tensor
+    integral: Tensor
+    nfe: Tensor | int
+    products: Tensor | None = None
+    standard_error: Tensor | None = None
+    solver_error: Tensor | None = None
+    cause: Tensor | None = None
+    steps: Tensor | None = None
+    widening: float = 1.0
+    kinks: Tensor | None = None
+
+
+def all_finite(samples: Tensor) -> Tensor:
+    """Return a mask (B,) of the samples (B, *) whose elements are all finite."""
+    return torch.isfinite(samples).reshape(len(samples), -1).all(1)
+
+
+def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
+    """Mark unusable samples as failed, set their nll to NaN, and record the cause.
+
+    The latent has to be finite in its own dtype, which is the network's dtype. The nll has to be
+    finite in this dtype or in float32, whichever has the larger range. A cause that is already
+    recorded in the result is kept. Otherwise, the cause recorded for a sample is that of the first
+    condition (B,) that is true for it.
+    """
+    dtype, limit = result.latent.dtype, solver_limit(result._d)
+    in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
+    inaccurate = ~(result.solver_error.detach() <= limit)
+    failed = result.failed | inaccurate | ~(torch.isfinite(in_range) & all_finite(result.latent))
+    own = result.cause
+    cause = torch.zeros_like(failed, dtype=torch.uint8) if own is None else own
+    for value, holds in (*conditions, (Cause.SOLVER, inaccurate), (Cause.RANGE, failed)):
+        cause = cause.masked_fill(failed & holds & (cause == 0), value)
+    nll = result.nll.masked_fill(failed, math.nan)
+    return replace(result, nll=nll, failed=failed, cause=cause)

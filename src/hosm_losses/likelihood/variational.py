@@ -43,9 +43,9 @@ from torch import Tensor
 
 from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
-from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
-from hosm_losses.likelihood.paths import NoiseLevel, Paths, all_finite
-from hosm_losses.likelihood.result import Cause, NLLResult
+from hosm_losses.likelihood.job import Job, LogPrior
+from hosm_losses.likelihood.paths import NoiseLevel, Paths
+from hosm_losses.likelihood.result import Cause, NLLResult, all_finite, mark_failed
 from hosm_losses.likelihood.solvers import Moment, plain_moment
 from hosm_losses.model import ScoreModel
 
