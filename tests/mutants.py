@@ -299,10 +299,10 @@ Hutchinson.estimate: probes.square() → probes.abs()
 taylor/_torch.py losses/test_random_options.py
 _left: with torch.inference_mode(False), torch.no_grad(): → with torch.inference_mode(False):
 likelihood/multistep.py likelihood/test_multistep.py
-AdamsSolver.quadrature_error: difference / 15 → difference / 7
+Quadrature.error: difference / 15 → difference / 7
 AdamsSolver.correct: index == 4 → index == -1
-AdamsSolver.correct_again: self.effects.pop() → self.effects[-1]
-AdamsSolver._estimate: share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2) → pass
+PathError.replace_first: self.effects.pop() → self.effects[-1]
+PathError.add: share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2) → pass
 AdamsSolver.correct: self._move_slope(self.secant * self.correction) → pass
 AdamsSolver._weight_of_order_five: self._turned(4) → ~self._turned(3)
 AdamsSolver._weight_of_order_five: ratio.square() → 0 * ratio
@@ -312,7 +312,7 @@ velocity_mesh_points: 1 + torch.sqrt(1 - t) → 2
 solve_on_grid: is_flow and coordinates.model.prediction == 'velocity' →
     coordinates.model.prediction == 'velocity'
 velocity_mesh_points: centre + torch.log(square * (2 - square)) → torch.log(square * (2 - square))
-AdamsSolver.quadrature_error: q.diff(n=7, dim=0).norm(dim=0) →
+Quadrature.error: q.diff(n=7, dim=0).norm(dim=0) →
     q.diff(n=7, dim=0).norm(dim=0).amax()
 solve_on_grid: (solver_error + rounded).clamp(min=rounding(paths.dtype)) → solver_error + rounded
 likelihood/multistep.py likelihood/test_start.py

@@ -93,7 +93,7 @@ def recorded(monkeypatch):
 def error(walk):
     """Of y + ∫ q at the end, (B,)."""
     exact = START * growth(END) + SHARE * START * (growth(END) - 1)
-    return (walk.y - exact)[:, 0] + walk.integral()
+    return (walk.y - exact)[:, 0] + walk.quadrature.integral()
 
 
 def given(integrand, steps, covector=lambda s: 1.0, slope=lambda s: 0.0, **rule):
@@ -281,12 +281,14 @@ def test_the_solution_and_its_error_by_hand(kappa, rate, order, blends, first_st
     assert (0.0 in weights) == (rate < 0)
     assert any(0.0 < weight < 1.0 for weight in weights) == blends
     torch.testing.assert_close(found.y, torch.tensor(y).expand(2, 2))
-    torch.testing.assert_close(found.integral(), torch.full((2,), h * rule_of(q)).double())
+    torch.testing.assert_close(
+        found.quadrature.integral(), torch.full((2,), h * rule_of(q)).double()
+    )
     stretches = [
         sum(effects[j:k]) for j in range(len(effects)) for k in range(j, len(effects) + 1)
     ]
     expected = torch.full((2,), float(np.abs(stretches).max())).double()
-    torch.testing.assert_close(found.path_error, expected)
+    torch.testing.assert_close(found.error.largest_sum(), expected)
 
 
 def rule_of(values):
@@ -298,9 +300,9 @@ def rule_of(values):
 def test_the_sum_of_the_effects_is_the_error(steps, apart, order):
     """To first order, where the covector is the true one; the error's order is one more."""
     walk = solve(steps, order)
-    total = torch.stack(walk.effects).sum(0)
+    total = torch.stack(walk.error.effects).sum(0)
     torch.testing.assert_close(total, error(walk), rtol=apart, atol=0)
-    assert bool((walk.path_error >= total.abs()).all())
+    assert bool((walk.error.largest_sum() >= total.abs()).all())
     fall = error(walk) / error(solve(2 * steps, order)) / 2 ** (order + 1)
     assert bool(((fall > 0.6) & (fall < 1.25)).all())
 
@@ -326,7 +328,7 @@ def test_the_error_of_the_integral_by_hand(steps, order, share, kind):
     apart = abs(rule(q, 1 / steps, 2 * count) - rule(q, 2 / steps, count))
     rough = np.linalg.norm(np.diff([q(i / steps) for i in range(steps + 1)], 7)) / steps
     expected = max(apart / 15, rough / share) if steps >= 16 else apart
-    found = given(q, steps, order=order, blends=share == 20).quadrature_error
+    found = given(q, steps, order=order, blends=share == 20).quadrature_error()
     torch.testing.assert_close(found, torch.full((2,), expected).double())
     exact = {"smooth": (math.exp(3) - 1) / 3, "jump": 1 - JUMP}
     exact["kink"] = (JUMP**2 + (1 - JUMP) ** 2) / 2
@@ -343,8 +345,8 @@ def test_the_variance_of_one_probe_is_that_of_its_neighbours():
 
     walk = walk_of(node, y, 0.125, 8)
     expected = sum((0.125 * weight) ** 2 for weight in gregory_weights(8))
-    assert float(walk.integral().var()) == pytest.approx(expected, rel=0.05)
-    assert float(walk.variance.mean()) == pytest.approx(expected, rel=0.05)
+    assert float(walk.quadrature.integral().var()) == pytest.approx(expected, rel=0.05)
+    assert float(walk.quadrature.variance().mean()) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("steps", [8, 64])
@@ -358,10 +360,13 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps, monkeypatch):
         hosm.ode_nll(model, x, solver=solver, divergence="exact")
     fine, coarse, *alone = solutions
     for solution, other in zip((fine, coarse), alone, strict=True):
-        for name in ("y", "path_error", "quadrature_error"):
-            mine, theirs = getattr(solution, name), getattr(other, name)
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(solution.integral(), other.integral(), rtol=1e-12, atol=0)
+        mine, theirs = (
+            torch.cat([each.y.flatten(), each.error.largest_sum(), each.quadrature_error()])
+            for each in (solution, other)
+        )
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
+        mine, theirs = (each.quadrature.integral() for each in (solution, other))
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
 
 
 def test_a_companion_raises_an_estimate_to_a_fifth_of_the_difference():
@@ -369,8 +374,11 @@ def test_a_companion_raises_an_estimate_to_a_fifth_of_the_difference():
     plain, difference = torch.tensor(
         [[1.0, 1.0, 1.0, 1.0], [8.0, -40.0, 160.0, math.nan]]
     ).double()
-    zero = {"integral": lambda *_: 0.0, "steps": 8}
-    found, other = (SimpleNamespace(y=y, path_error=plain, **zero) for y in (difference, 0.0))
+    parts = {
+        "quadrature": SimpleNamespace(integral=lambda *_: 0.0),
+        "error": SimpleNamespace(largest_sum=lambda: plain),
+    }
+    found, other = (SimpleNamespace(y=y, steps=8, **parts) for y in (difference, 0.0))
     there = SimpleNamespace(to_x=lambda y, _: y, ends=lambda span: span)
     paths = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
     assert companion_error(paths, found, other, (0, 1)).tolist() == [1.6, 8.0, 32.0, 1.0]

@@ -202,6 +202,80 @@ def gregory_weights(steps: int) -> list[float]:
     return weights
 
 
+class Quadrature:
+    """∫ q ds over a grid of `steps` steps of length h, and the errors of this integral."""
+
+    def __init__(self, h: float, steps: int) -> None:
+        self.h, self.steps = h, steps
+        self.values: list[Tensor] = []  # q at the nodes so far
+        self.variances: list[Tensor] = []  # of q, if there are several probes per node
+
+    def store(self, node: NodeValue, *, again: bool) -> None:
+        """Store q at the next node or, if `again` is True, replace q at the latest node."""
+        kept = len(self.values) - again
+        self.values = [*self.values[:kept], node.integrand]
+        if node.variance is not None:
+            self.variances = [*self.variances[:kept], node.variance]
+
+    def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
+        """Return ∫ q ds, (B,), computed from every `stride`-th node.
+
+        `steps` is the number of intervals between these nodes, or None for all steps of the grid.
+        """
+        steps = self.steps if steps is None else steps
+        chosen = self.values[: stride * steps + 1 : stride]
+        return self.h * stride * weighted_sum(gregory_weights(steps), chosen)
+
+    def variance(self) -> Tensor:
+        """Return the integral's variance (B,), from several probes or from adjacent nodes."""
+        variances = self.variances
+        if not variances:  # one probe per node
+            q = torch.stack(self.values).detach()
+            inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
+            variances = [inner[0], *inner, inner[-1]]
+        weights = [weight**2 for weight in gregory_weights(self.steps)]
+        return self.h**2 * weighted_sum(weights, variances)
+
+    def error(self, divisor: float) -> Tensor:
+        """Return an estimate (B,) of the integral's error, valid only if q is free of noise."""
+        count, q = self.steps // 2, torch.stack(self.values).detach()
+        difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
+        if self.steps < KNOWN_ORDER:
+            return difference
+        rough = self.h * q.diff(n=7, dim=0).norm(dim=0)
+        return torch.maximum(difference / 15, rough / divisor)
+
+
+class PathError:
+    """The effects e_i of the steps' errors on the log-density."""
+
+    def __init__(self, y: Tensor, h: float, steps: int) -> None:
+        self.h, self.steps, self.covector = h, steps, y  # the covector at the latest node
+        self.share = y.new_ones(len(y))  # ρ
+        self.effects: list[Tensor] = []  # e_i
+
+    def add(
+        self, index: int, covector: Tensor, correction: Tensor, omitted: Tensor | None
+    ) -> None:
+        """Append e_i for i = `index`; h · `omitted` is the first term that the corrector omits."""
+        share = self.share
+        if index >= 4:
+            share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
+        effect = expand_right(share, covector) * (covector - self.covector) * correction
+        if omitted is not None:
+            effect = effect + covector * self.h * omitted
+        self.effects.append(sum_elements(effect, 1))
+
+    def replace_first(self, size: Tensor) -> None:
+        """Omit e₁, and let ρ be the ratio of its known size (B,) to e₁."""
+        self.share = (size / self.effects.pop().abs()).nan_to_num(1.0).clamp(max=1.0)
+
+    def largest_sum(self) -> Tensor:
+        """Return the estimate p of the path's error, (B,)."""
+        sums = torch.stack(self.effects).cumsum(0)
+        return sums.amax(0).clamp(min=0) - sums.amin(0).clamp(max=0)
+
+
 class AdamsSolver:
     """The state of the multistep method.
 
@@ -219,22 +293,17 @@ class AdamsSolver:
     ) -> None:
         self.h, self.steps, self.order, self.runge_kutta = h, steps, order, runge_kutta
         self.blends = blends  # whether growing differences reduce the weight of order five
-        self.y = self.first = self.covector = y
-        self.share = y.new_ones(len(y))  # ρ
-        self.effects: list[Tensor] = []  # e_i
+        self.y = self.first = y
+        self.quadrature, self.error = Quadrature(h, steps), PathError(y, h, steps)
         self.differences: list[Tensor] = []  # f, ∇f, … at the latest node
         self.correction = y  # c at the latest node
         self.secant: Tensor | None = None  # λ, (B, 1, …), at order five
         self.weight: Tensor | None = None  # weight of order five in the next step, (B,)
-        self.integrands: list[Tensor] = []
-        self.variances: list[Tensor] = []
 
     def correct(self, node: NodeValue) -> None:
         """Store the values at the next node, and correct the state there if it was predicted."""
-        index = len(self.integrands)
-        self.integrands.append(node.integrand)
-        if node.variance is not None:
-            self.variances.append(node.variance)
+        index = len(self.quadrature.values)
+        self.quadrature.store(node, again=False)
         earlier = self.differences[: self.order + 1]
         self.differences = [*accumulate(earlier, torch.sub, initial=node.slope)]
         if index > self.runge_kutta:
@@ -242,10 +311,13 @@ class AdamsSolver:
             if index == 4:
                 corrected = self.first + self.h * combine(BOOLE, self.differences)
             self.correction, self.y = corrected - self.y, corrected
-            self._estimate(index, node.covector, self.correction.detach())
+            omitted = None
+            if index > self.order:
+                omitted = self._term(NEXT_TERM, self.order + 1).detach()
+            self.error.add(index, node.covector, self.correction.detach(), omitted)
             if self.secant is not None and index <= 4:
                 self._move_slope(self.secant * self.correction)
-        self.covector = node.covector
+        self.error.covector = node.covector
 
     def correct_again(self, node: NodeValue) -> None:
         """Replace the values at the latest node with values computed at the corrected state."""
@@ -257,15 +329,12 @@ class AdamsSolver:
                 product = sum_elements(self.correction * change, 1)
                 self.secant = expand_right(product / square, change)
             with torch.no_grad():
-                moved = node.integrand - self.integrands[1]
+                moved = node.integrand - self.quadrature.values[1]
                 moved = moved + sum_elements(node.covector * change, 1)
-                true = 2 * (self.h * moved / self.effects.pop()).abs()
-                self.share = true.nan_to_num(1.0).clamp(max=1.0)
-        self.integrands[-1] = node.integrand
+                self.error.replace_first(2 * (self.h * moved).abs())
+        self.quadrature.store(node, again=True)
         self._move_slope(change)
-        if node.variance is not None:
-            self.variances[-1] = node.variance
-        self.covector = node.covector
+        self.error.covector = node.covector
 
     def _move_slope(self, change: Tensor) -> None:
         """Add `change` to f at the latest node, and thereby to all backward differences there."""
@@ -273,7 +342,7 @@ class AdamsSolver:
 
     def predict(self) -> None:
         """Predict the state at the next node, if there is one."""
-        if len(self.integrands) > self.steps:
+        if len(self.quadrature.values) > self.steps:
             return
         terms = self.differences[: self.order]
         if self.order == 5 and len(self.differences) > 5:
@@ -308,52 +377,9 @@ class AdamsSolver:
         now, change = (each.detach() for each in self.differences[k : k + 2])
         return sum_elements(now * (now - change), 1) < 0
 
-    def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Append e_i, the change in the log-density caused by the error of the step to node i."""
-        share = self.share
-        if index >= 4:
-            share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
-        effect = expand_right(share, covector) * (covector - self.covector) * correction
-        if index > self.order:
-            effect = effect + covector * self.h * self._term(NEXT_TERM, self.order + 1).detach()
-        self.effects.append(sum_elements(effect, 1))
-
-    def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
-        """Return ∫ q ds, (B,), computed from every `stride`-th node.
-
-        `steps` is the number of intervals between these nodes, or None for all steps of the grid.
-        """
-        steps = self.steps if steps is None else steps
-        chosen = self.integrands[: stride * steps + 1 : stride]
-        return self.h * stride * weighted_sum(gregory_weights(steps), chosen)
-
-    @property
-    def path_error(self) -> Tensor:
-        """The estimate p of the path's error, (B,)."""
-        sums = torch.stack(self.effects).cumsum(0)
-        return sums.amax(0).clamp(min=0) - sums.amin(0).clamp(max=0)
-
-    @property
-    def variance(self) -> Tensor:
-        """The integral's variance (B,), estimated from the probes or from adjacent nodes."""
-        variances = self.variances
-        if not variances:  # one probe per node
-            q = torch.stack(self.integrands).detach()
-            inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
-            variances = [inner[0], *inner, inner[-1]]
-        weights = [weight**2 for weight in gregory_weights(self.steps)]
-        return self.h**2 * weighted_sum(weights, variances)
-
-    @property
     def quadrature_error(self) -> Tensor:
-        """An estimate (B,) of the integral's error, valid only if q is free of noise."""
-        count, q = self.steps // 2, torch.stack(self.integrands).detach()
-        difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
-        if self.steps < KNOWN_ORDER:
-            return difference
-        rough = self.h * q.diff(n=7, dim=0).norm(dim=0)
-        share = 30 if self.order == 4 else 20 if self.blends else 45
-        return torch.maximum(difference / 15, rough / share)
+        """Return an estimate (B,) of the integral's error, valid only if q is free of noise."""
+        return self.quadrature.error(30 if self.order == 4 else 20 if self.blends else 45)
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
@@ -416,7 +442,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                         variance = integrands.detach().var(0) / count
                     covector = coordinates.covector(noise.detach(), level)
                     take(NodeValue(rates[place] * dz_du, integrand, variance, covector))
-                if len(solver.integrands) > runge_kutta:
+                if len(solver.quadrature.values) > runge_kutta:
                     solver.predict()
                 else:
                     y, h, first = solver.y, solver.h, solver.differences[0]
@@ -425,14 +451,14 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
                     fourth = slope(place + stride, y + h * third)
                     solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
 
-    solver_error, standard_error = solution.path_error, None
+    solver_error, standard_error = solution.error.largest_sum(), None
     if coarse is not None:
         with torch.no_grad():
             solver_error = companion_error(paths, solution, coarse, span)
     if divergence.is_random:
-        standard_error = solution.variance.sqrt()
+        standard_error = solution.quadrature.variance().sqrt()
     elif divergence != NO_DIVERGENCE:
-        solver_error = solver_error + solution.quadrature_error
+        solver_error = solver_error + solution.quadrature_error()
         standard_error = torch.zeros_like(solver_error)
     nodes = steps + 2 + (steps // 2 + 2 if companion else 0)  # one node is evaluated twice
     midpoints = 3 * runge_kutta * (1 + companion)
@@ -440,7 +466,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     products = torch.full_like(nfe, nodes * divergence.products)
     return ODESolution(
         solution.y,
-        solution.integral(),
+        solution.quadrature.integral(),
         nfe=nfe,
         products=products,
         standard_error=standard_error,
@@ -455,7 +481,8 @@ def companion_error(
     """Use a solution and its companion to estimate the error (B,) of a path to a latent."""
     end, log_prior = paths.coordinates.ends(span)[1], paths.log_prior_at
     latent, other = (paths.coordinates.to_x(each.y, end) for each in (solution, coarse))
-    difference = solution.integral(2, coarse.steps) - coarse.integral()
+    difference = solution.quadrature.integral(2, coarse.steps) - coarse.quadrature.integral()
     difference = difference + log_prior(latent) - log_prior(other)
-    error = torch.maximum(solution.path_error, difference.abs() / 5)
-    return torch.where(error.isfinite(), error, solution.path_error)
+    of_path = solution.error.largest_sum()
+    error = torch.maximum(of_path, difference.abs() / 5)
+    return torch.where(error.isfinite(), error, of_path)
