@@ -354,7 +354,7 @@ Paths.rounding_error: (self.dtype, *self.watch.answers) → (self.dtype,)
 Paths.rounding_error: sum_elements(squares * (1 + moved) + torch.zeros_like(z), 1) →
     100 * sum_elements(squares * (1 + moved) + torch.zeros_like(z), 1)
 likelihood/job.py likelihood/test_random_settings.py
-Job._batches: self.generator → None
+Job._batches: self.options.generator → None
 likelihood/job.py test_errors.py
 _refuse_learnt: any((part.requires_grad for part in parts)) → parts[0].requires_grad
 likelihood/job.py likelihood/test_interrupt.py

@@ -13,7 +13,7 @@ Failures:
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +69,25 @@ MISMATCH = 1e-3  # the largest mismatch of the prior without a warning, in nats 
 SCALED = 0.05  # the largest deviation of α(t_min) from 1 without a warning
 
 
+class CallOptions(NamedTuple):
+    """The options of `ode_nll` that all likelihood functions share."""
+
+    log_prior: LogPrior | None
+    batch_size: int | None
+    progress: bool
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+    enable_grad: bool = False
+
+
+class Ends(NamedTuple):
+    """What is expected of the two ends of a call's paths."""
+
+    name: str  # of x in error messages
+    at_t_min: bool = True  # whether the data end is at t_min
+    of_prior: bool = True  # whether the latents follow the prior
+
+
 class Job:
     """The checked arguments that `ode_nll`, `ode_sample` and `variational_nll` share.
 
@@ -80,47 +99,33 @@ class Job:
         model: object,
         x: Tensor,
         moments: tuple[PlainMoment, PlainMoment],
-        *,
-        log_prior: LogPrior | None,
-        batch_size: int | None,
-        progress: bool,
-        generator: torch.Generator | None,
-        model_kwargs: Mapping[str, Any] | None,
+        ends: Ends,
+        options: CallOptions,
         divergence: Divergence | None = None,
         dequantization: Dequantization | None = None,
-        enable_grad: bool = False,
-        name: str = "x",
-        at_start: bool = True,
-        of_prior: bool = True,
     ) -> None:
-        """Check the arguments.
-
-        `name` is the name of x in error messages. `at_start` is True if x or the drawn samples are
-        points at t_min. `of_prior` is True if the latents are expected to follow the prior.
-        """
+        """Check the arguments."""
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         if dequantization is None:
-            check_sample_batch(name, x, images=name == "x")
-            if name == "x":
+            check_sample_batch(ends.name, x, images=ends.name == "x")
+            if ends.name == "x":
                 warn_of_levels(x)
         else:
             check_images(x)
         self.divergence = resolve_divergence(divergence, x)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
-        self.log_prior = _log_density(log_prior, x)
-        self.generator = generator
-        self.kwargs = check_model_kwargs(model_kwargs)
-        if differentiated() and not enable_grad:
+        self.log_prior = _log_density(options.log_prior, x)
+        self.kwargs = check_model_kwargs(options.model_kwargs)
+        if differentiated() and not options.enable_grad:
             raise ValueError(
                 "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, "
                 "which would make the gradient zero. Pass it to ode_nll or ode_sample, or call "
                 "under torch.no_grad() if you only need the value."
             )
         self.draws = 1 if dequantization is None else dequantization.draws
-        self.size = len(x) if batch_size is None else int(batch_size)
-        self.moments, self.progress, self.graph = moments, progress, enable_grad
-        self.at_start, self.of_prior = at_start, of_prior
+        self.size = len(x) if options.batch_size is None else int(options.batch_size)
+        self.moments, self.ends, self.options = moments, ends, options
 
     def run(
         self,
@@ -160,8 +165,8 @@ class Job:
         with (
             buffers_restored(modules, x),
             outside_inference_mode(),
-            torch.set_grad_enabled(self.graph),
-            progress_bar(self.progress, total, "sample") as advance,
+            torch.set_grad_enabled(self.options.enable_grad),
+            progress_bar(self.options.progress, total, "sample") as advance,
         ):
             _refuse_learnt(model.schedule, x.device)
             mean, std = map(expand_moment, ("data_mean", "data_std"), self.moments, (x, x))
@@ -170,15 +175,15 @@ class Job:
             coordinates = Coordinates(model, dtype, mean, std, log_size)
             if self.dequantization is not None:
                 coordinates = self.dequantization.start_coordinates(coordinates)
-            start = self.at_start and coordinates.start is None
-            prior = self.log_prior is None and self.of_prior
+            start = self.ends.at_t_min and coordinates.start is None
+            prior = self.log_prior is None and self.ends.of_prior
             _warn_of_ends(coordinates, start=start, prior=prior)
             yield Paths(
                 x=leave_inference_mode(x),
-                model=bind_model(model, len(x), self.kwargs, graph=self.graph),
+                model=bind_model(model, len(x), self.kwargs, graph=self.options.enable_grad),
                 coordinates=coordinates,
                 log_prior=self.log_prior,
-                generator=self.generator,
+                generator=self.options.generator,
                 advance=advance,
                 watch=watch,
                 divergence=self.divergence,
@@ -190,7 +195,8 @@ class Job:
         for _ in range(self.draws):
             x, nll_offset = paths.x, None
             if self.dequantization is not None:
-                x, nll_offset = self.dequantization.draw(self.x, paths.coordinates, self.generator)
+                generator = self.options.generator
+                x, nll_offset = self.dequantization.draw(self.x, paths.coordinates, generator)
             for rows in torch.arange(len(x), device=x.device).split(self.size):
                 yield paths.rows(x, rows, nll_offset)
 

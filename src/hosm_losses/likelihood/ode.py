@@ -22,7 +22,7 @@ from torch import Tensor
 from hosm_losses._checks import check_shape, sum_elements
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import Divergence, check_divergence
-from hosm_losses.likelihood.job import Job, LogPrior, network_options
+from hosm_losses.likelihood.job import CallOptions, Ends, Job, LogPrior, network_options
 from hosm_losses.likelihood.paths import Paths
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import FixedGrid, Solver
@@ -123,15 +123,10 @@ def ode_nll(
         model,
         x,
         solver.moments,
-        log_prior=log_prior,
-        batch_size=batch_size,
-        progress=progress,
-        generator=generator,
-        model_kwargs=model_kwargs,
-        divergence=divergence,
-        dequantization=dequantization,
-        enable_grad=enable_grad,
-        at_start=not clean,
+        Ends("x", at_t_min=not clean),
+        CallOptions(log_prior, batch_size, progress, generator, model_kwargs, enable_grad),
+        divergence,
+        dequantization,
     )
 
     def solve_batch(batch: Paths, steps: Tensor | None) -> NLLResult:
@@ -213,15 +208,9 @@ def ode_sample(
         model,
         start,
         solver.moments,
-        log_prior=log_prior,
-        batch_size=batch_size,
-        progress=progress,
-        generator=generator,
-        model_kwargs=model_kwargs,
-        divergence=divergence,
-        enable_grad=enable_grad,
-        name="latent",
-        of_prior=drawn,
+        Ends("latent", of_prior=drawn),
+        CallOptions(log_prior, batch_size, progress, generator, model_kwargs, enable_grad),
+        divergence,
     )
 
     def solve_batch(batch: Paths, steps: Tensor | None) -> NLLResult:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from hosm_losses._checks import error_message, sum_elements
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
-from hosm_losses.likelihood.job import Job, LogPrior
+from hosm_losses.likelihood.job import CallOptions, Ends, Job, LogPrior
 from hosm_losses.likelihood.paths import NoiseLevel, Paths
 from hosm_losses.likelihood.result import Cause, NLLResult, all_finite, mark_failed
 from hosm_losses.likelihood.solvers import Moment, plain_moment
@@ -104,13 +104,9 @@ def variational_nll(
         model,
         x,
         (mean, std),
-        log_prior=log_prior,
-        batch_size=batch_size,
-        progress=progress,
-        generator=generator,
-        model_kwargs=model_kwargs,
+        Ends("x", at_t_min=False),
+        CallOptions(log_prior, batch_size, progress, generator, model_kwargs),
         dequantization=dequantization,
-        at_start=False,
     )
     return job.run(lambda batch, _: _bound(batch, samples))
 
