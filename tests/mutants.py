@@ -261,8 +261,7 @@ model/score_model.py schedules/test_discrete.py test_half_precision.py
 ScoreModel.time_in: torch.promote_types(like.dtype, torch.float32) → like.dtype
 model/score_model.py model/test_score_model.py
 _raised_by_the_call: names <= {nn.Module.__module__} → True
-module: {'sample': 'x0', 'denoiser': 'x0', 'v_prediction': 'v', 'flow_prediction': 'velocity'} →
-    {'sample': 'x0', 'denoiser': 'x0', 'v_prediction': 'velocity', 'flow_prediction': 'velocity'}
+module: ('flow_prediction',) → ('flow_prediction', 'v_prediction')
 model/score_model.py model/test_posterior.py
 ScoreModel.affine_of_data: (-sigma / wronskian, b / wronskian) →
     (-sigma / wronskian, alpha / wronskian)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from traceback import walk_tb
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,26 @@ Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
 Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
 """The predicted quantity; the last four names are synonyms, three of them from diffusers."""
 Affine = tuple[Tensor | None, Tensor | None]  # (p, q); None means p = 1 or q = 0
-SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+Coefficient = float | Tensor
+Rates = Callable[[], tuple[Tensor, Tensor]]
+
+
+class Target(NamedTuple):
+    """A kind of prediction, whose target is a x₀ + b ε."""
+
+    # α, σ and a function that returns their rates α′ and σ′ → (a, b)
+    coefficients: Callable[[Tensor, Tensor, Rates], tuple[Coefficient, Coefficient]]
+    synonyms: tuple[str, ...] = ()
+
+
+TARGETS = {
+    "epsilon": Target(lambda *_: (0.0, 1.0)),
+    "score": Target(lambda _, sigma, __: (0.0, -1 / sigma)),
+    "x0": Target(lambda *_: (1.0, 0.0), ("sample", "denoiser")),
+    "v": Target(lambda alpha, sigma, _: (-sigma, alpha), ("v_prediction",)),
+    "velocity": Target(lambda _, __, rates: rates(), ("flow_prediction",)),
+}
+NAMES = {name: kind for kind, row in TARGETS.items() for name in (kind, *row.synonyms)}
 UNSHARD = (
     "If the network is wrapped in fully_shard, its parameters are sharded between steps: call "
     "unshard() on the sharded loss module in every process before this call, and reshard() after."
@@ -121,9 +140,9 @@ class ScoreModel(Wrapper):
     ) -> None:
         super().__init__()
         check_schedule(schedule)
-        check_choice("prediction", prediction, [*get_args(Kind), *SAME])
+        check_choice("prediction", prediction, [*NAMES])
         self.network = network
-        self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
+        self.schedule, self.prediction = schedule, NAMES[prediction]
         self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 
@@ -195,24 +214,17 @@ class ScoreModel(Wrapper):
         alpha, sigma, a, b = self._target(t, x0)
         return alpha / (alpha * b - sigma * a) * (a * x0 + b * noise)
 
-    def _target(
-        self, t: Tensor, like: Tensor
-    ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
+    def _target(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
         """Return α, σ, a and b for the target a x₀ + b ε, shaped to broadcast to `like`."""
-        alpha, sigma = self.coefficients(t, like)
-        alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
-        if self.prediction == "epsilon":
-            return alpha, sigma, 0.0, 1.0
-        if self.prediction == "score":
-            return alpha, sigma, 0.0, -1 / sigma
-        if self.prediction == "x0":
-            return alpha, sigma, 1.0, 0.0
-        if self.prediction == "v":
-            return alpha, sigma, -sigma, alpha
-        if self.prediction == "velocity":
-            alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
-            return alpha, sigma, expand_right(alpha_rate, like), expand_right(sigma_rate, like)
-        raise ValueError(error_message("prediction", "a kind with a formula", self.prediction))
+
+        def expanded(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return expand_right(pair[0], like), expand_right(pair[1], like)
+
+        def rates() -> tuple[Tensor, Tensor]:
+            return expanded(self.schedule.rates(self.time_in(t, like)))
+
+        alpha, sigma = expanded(self.coefficients(t, like))
+        return alpha, sigma, *TARGETS[self.prediction].coefficients(alpha, sigma, rates)
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
         """Return the ratio (B,) of the prediction's squared error to the squared error of ε̂."""
