@@ -221,18 +221,18 @@ losses/objective.py losses/test_ramps.py
 _prepare: needed_order(options.order, checked) → options.order
 losses/objective.py losses/test_antithetic.py
 _noise: torch.cat([eps, -eps]) → torch.cat([eps, eps])
-_both: [rows, batch + rows] → [rows, rows]
-_of_samples: term.reshape(2, -1).mean(0) → term.reshape(-1, 2).mean(1)
-_probes: torch.cat([v, v], 1) → v.repeat_interleave(2, 1)
-_first: _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options).first →
-    first_term(residual[:, :len(batch.x) // (1 + options.antithetic)], batch.dimensions)
+Perturbed.rows: [rows, len(self.batch.x) // 2 + rows] → [rows, rows]
+Perturbed._of_samples: term.reshape(2, -1).mean(0) → term.reshape(-1, 2).mean(1)
+Perturbed.terms: torch.cat([v, v], 1) → v.repeat_interleave(2, 1)
+Perturbed.first_term: self._of_samples({'first': first_term(residual, self.batch.x[0].numel())}) →
+    {'first': first_term(residual[:, :len(self.batch.x) // 2], self.batch.x[0].numel())}
 dsm: check_result(loss, terms, time) → check_result(loss, terms, batch.t)
 _check_tensor_targets: t is None or noise is None → False
 losses/objective.py losses/test_times.py
 row_losses: options.is_uniform → False
 losses/objective.py losses/test_times.py losses/test_ramps.py
 row_losses.loss: (of_first, of_higher) → (of_first, None)
-_reduce: len(terms.first) → len(products[0])
+_reduce: len(terms['first']) → len(products[0])
 losses/score_check.py losses/test_score_check.py
 check_scores: abs(mean - wanted) <= 5 * error → abs(mean - wanted) <= 50 * error
 _products: min(RUNS, len(x)) → len(x)
@@ -253,8 +253,8 @@ time_factors: schedule.t_max - schedule.t_min + indices → schedule.t_max - sch
 losses/weighting.py losses/test_times.py
 draw_time: uniform=weighting == 'likelihood' → uniform=False
 losses/options.py losses/test_ramps.py
-needed_order: is_used(weights[1]) or is_used(weights[2]) → is_used(weights[1])
-needed_order: not is_used(weights[3]) → weights[3] is None
+needed_order: is_used(weight) → is_used(weight) and term != 'trace'
+needed_order: is_used(weight) → is_used(weight) or term == 'third'
 model/score_model.py test_transforms.py
 ScoreModel.predict: self.primitives → not self.primitives
 model/score_model.py schedules/test_discrete.py test_half_precision.py

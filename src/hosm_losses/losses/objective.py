@@ -9,7 +9,6 @@ term's values for the sample's two rows.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,20 @@ from hosm_losses._torch_internals import (
     outside_inference_mode,
     versions,
 )
-from hosm_losses.losses.options import LossOptions, Weights, check_weights, is_used, needed_order
+from hosm_losses.losses.options import (
+    ORDERS,
+    LossOptions,
+    NamedWeights,
+    check_weights,
+    is_used,
+    needed_order,
+)
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.targets import Targets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
     NoisyBatch,
+    Terms,
     check_result,
     first_residual,
     first_term,
@@ -51,6 +58,50 @@ from hosm_losses.model import (
     refuse_wrapped,
 )
 from hosm_losses.probes import Paired, unit_vectors
+
+
+class Perturbed(NamedTuple):
+    """A noisy batch of B samples, and the terms that are computed from it.
+
+    With antithetic noise, the batch and the conditions have 2B rows.
+    """
+
+    model: BoundModel
+    batch: NoisyBatch
+    options: LossOptions
+    weights: NamedWeights
+    order: int  # the highest order whose terms are needed
+
+    def rows(self, rows: Tensor) -> "Perturbed":
+        """Return the samples at `rows`, (n,)."""
+        if self.options.antithetic:
+            rows = torch.cat([rows, len(self.batch.x) // 2 + rows])
+        return self._replace(model=self.model.rows(rows), batch=self.batch.at(rows))
+
+    def first_term(self, residual: Tensor) -> Tensor:
+        """Return the first term of each sample for the residuals r1 of all rows."""
+        return self._of_samples({"first": first_term(residual, self.batch.x[0].numel())})["first"]
+
+    def first(self) -> Tensor:
+        """Evaluate the network, and return the first term of each sample."""
+        prediction = self.model.native(self.batch.x)
+        return self.first_term(first_residual(self.model, self.batch, prediction))
+
+    def terms(self, v: Tensor) -> Terms:
+        """Return all terms of each sample for probes v, (K, B, *)."""
+        probes = torch.cat([v, v], 1) if self.options.antithetic else v
+        given = self.model, self.batch, probes, self.order, self.options
+        if isinstance(self.options.probes, Paired):
+            terms = paired_terms(*given, second=is_used(self.weights["second"]))
+        else:
+            terms = squared_terms(*given)
+        return self._of_samples(terms)
+
+    def _of_samples(self, terms: Terms) -> Terms:
+        """Average the terms of the two rows of each sample if the noise is antithetic."""
+        if not self.options.antithetic:
+            return terms
+        return {name: term.reshape(2, -1).mean(0) for name, term in terms.items()}
 
 
 class LossAndTerms(NamedTuple):
@@ -81,55 +132,46 @@ def dsm(
     Random values are drawn in the order t, ε, rows, v. Values that the caller passes are not
     drawn.
     """
-    kwargs = check_model_kwargs(model_kwargs)
-    weighting, higher = options.weighting, options.order > 1
+    kwargs, higher = check_model_kwargs(model_kwargs), options.order > 1
     check_time_sampler(time_sampler)
     targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), check_sample_batch("x0", x0)
         spread = None
         if t is None:
-            time, spread = draw_time(score_model, x0, weighting, generator, time_sampler)
+            time, spread = draw_time(score_model, x0, options.weighting, generator, time_sampler)
         else:
             time = check_time(score_model, x0, t)
         if isinstance(targets, Tensor):
             targets = _check_tensor_targets(targets, x0, t, noise, options)
-        batch, bound, weights, order = _prepare(
+        noisy = _prepare(
             score_model, x0, time, options, noise, targets, weights, generator, kwargs
         )
         v = _check_probe(x0, probe, options) if higher and probe is not None else None
-        how = {"from_schedule": t is None and time_sampler == "schedule", "order": order}
-        factors = time_factors(score_model, x0, time, weighting, spread, **how)
+        how = {"from_schedule": t is None and time_sampler == "schedule", "order": noisy.order}
+        factors = time_factors(score_model, x0, time, options.weighting, spread, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         rows = None
-        if order == 1:
+        if noisy.order == 1:
             # A single call to the network without primitives or copies, as in any trainer.
+            bound, batch = noisy.model, noisy.batch
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            # torch.compile in PyTorch 2.6 does not support properties of named tuples.
-            terms = DSMTerms(first_term(residual, x0[0].numel()))
-            reduced = terms = _of_samples(terms, options)
+            reduced = terms = {"first": noisy.first_term(residual)}
             if factors[0] is None and options.reduction == "mean":
-                reduced = DSMTerms(residual.square())  # a single mean, as in any trainer
+                reduced = {"first": residual.square()}  # a single mean, as in any trainer
         else:
             rows, remaining = _select_rows(x0, options, generator)
             v = _probes(x0, rows, v, options, generator)
-            bound_rows, noisy_rows = bound, batch
-            if rows is not None:
-                both = _both(rows, len(x0), options)
-                bound_rows, noisy_rows = bound.rows(both), batch.at(both)
-            terms = _higher_terms(options, weights)(bound_rows, noisy_rows, v, order, options)
-            terms = _of_samples(terms, options)
+            reduced = terms = (noisy if rows is None else noisy.rows(rows)).terms(v)
             if rows is not None and remaining is not None:
-                first = _first_of_all(terms.first, bound, batch, rows, remaining, options)
-                terms = terms._replace(first=first)
-            reduced = terms
-        loss = _reduce(reduced, weights, factors, rows, options.reduction)
+                terms["first"] = _first_of_all(terms["first"], noisy, rows, remaining)
+        loss = _reduce(reduced, noisy.weights, factors, rows, options.reduction)
         check_result(loss, terms, time)
     # The return statement is outside the block, because torch.compile only resumes a graph in a
     # block with a single exit.
-    return LossAndTerms(loss, terms, time, rows)
+    return LossAndTerms(loss, DSMTerms(**terms), time, rows)
 
 
 class RowLosses(nn.Module):
@@ -163,26 +205,18 @@ def row_losses(
     terms are computed for every sample in `rows`.
     """
     kwargs, targets = check_model_kwargs(model_kwargs), check_targets(targets, tensor=False)
-    batch, bound, weights, order = _prepare(
-        model, x0, t, options, None, targets, weights, generator, kwargs
-    )
+    noisy = _prepare(model, x0, t, options, None, targets, weights, generator, kwargs)
     spread = ends_of(model.schedule)[1] if options.is_uniform else None
-    factors = time_factors(model, x0, t, options.weighting, spread, order=order)
-    v = None if order == 1 else _probes(x0, rows, None, options, generator)
-    both = _both(rows, len(x0), options)
-    bound, batch = bound.rows(both), batch.at(both)
+    factors = time_factors(model, x0, t, options.weighting, spread, order=noisy.order)
+    v = None if noisy.order == 1 else _probes(x0, rows, None, options, generator)
+    noisy = noisy.rows(rows)
     of_first, of_higher = (None if factor is None else factor[rows] for factor in factors)
 
     def loss(index: Tensor) -> Tensor:
-        own = _both(index, len(rows), options)
-        of_own = bound.rows(own), batch.at(own)
-        if v is None:
-            terms = DSMTerms(_first(*of_own, options))
-        else:
-            terms = _higher_terms(options, weights)(*of_own, v[:, own], order, options)
-            terms = _of_samples(terms, options)
+        own = noisy.rows(index)
+        terms = {"first": own.first()} if v is None else own.terms(v[:, index])
         first, higher = (None if f is None else f[index] for f in (of_first, of_higher))
-        return _reduce(terms, weights, (first, higher), None, "sum")
+        return _reduce(terms, noisy.weights, (first, higher), None, "sum")
 
     return RowLosses(model, loss)
 
@@ -197,14 +231,14 @@ def _prepare(
     weights: object,
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
-) -> tuple[NoisyBatch, BoundModel, Weights, int]:
+) -> Perturbed:
     batch = perturb(model, x0, t, _noise(x0, noise, options, generator), targets, kwargs)
     checked = _weights(weights, options, x0[0].numel())
     bound = bind_model(model, len(x0), kwargs, t)
     check_conditions(targets, bound.kwargs)
     if options.antithetic:
         bound = bound.repeat(2)
-    return batch, bound, checked, needed_order(options.order, checked)
+    return Perturbed(bound, batch, options, checked, needed_order(options.order, checked))
 
 
 def _check_tensor_targets(
@@ -273,7 +307,7 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     return tensor
 
 
-def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
+def _weights(weights: object, options: LossOptions, dimensions: int) -> NamedWeights:
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', where only the "
@@ -282,46 +316,14 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
     return check_weights(weights, options.order, dimensions)
 
 
-def _both(rows: Tensor, batch: int, options: LossOptions) -> Tensor:
-    """Return the indices of the given samples' rows in the noisy batch."""
-    return torch.cat([rows, batch + rows]) if options.antithetic else rows
-
-
-def _of_samples(terms: DSMTerms, options: LossOptions) -> DSMTerms:
-    """Return the terms of each sample, averaged over its two rows if the noise is antithetic."""
-    if not options.antithetic:
-        return terms
-    return DSMTerms._make(None if term is None else term.reshape(2, -1).mean(0) for term in terms)
-
-
-def _higher_terms(options: LossOptions, weights: Weights) -> Callable[..., DSMTerms]:
-    if isinstance(options.probes, Paired):
-        return partial(paired_terms, second=is_used(weights[1]))
-    return squared_terms
-
-
-def _first(bound: BoundModel, batch: NoisyBatch, options: LossOptions) -> Tensor:
-    residual = first_residual(bound, batch, bound.native(batch.x))
-    return _of_samples(DSMTerms(first_term(residual, batch.dimensions)), options).first
-
-
-def _first_of_all(
-    first: Tensor,
-    bound: BoundModel,
-    batch: NoisyBatch,
-    rows: Tensor,
-    remaining: Tensor,
-    options: LossOptions,
-) -> Tensor:
+def _first_of_all(first: Tensor, noisy: Perturbed, rows: Tensor, remaining: Tensor) -> Tensor:
     """Return the first term of all samples; call the network only on the `remaining` samples."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
-    trained = [p for p in bound.model.parameters() if p.requires_grad and graph]
+    trained = [p for p in noisy.model.model.parameters() if p.requires_grad and graph]
     before = versions(trained)
-    both = _both(remaining, len(rows) + len(remaining), options)
-    bound, batch = bound.rows(both), batch.at(both)
-    others = _first(bound, batch, options)
+    others = noisy.rows(remaining).first()
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "
@@ -350,16 +352,11 @@ def _probes(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors.
-
-    With antithetic noise, the second half of the noisy batch reuses the same probes: (K, 2n, *).
-    """
+    """Return probes (K, n, *) for the rows: the caller's, all unit vectors, or random vectors."""
     if probe is not None:
-        v = probe if rows is None else probe[:, rows]
-    else:
-        like, probes = x if rows is None else x[rows], options.probes
-        v = unit_vectors(like) if isinstance(probes, str) else probes.draw(like, generator)
-    return torch.cat([v, v], 1) if options.antithetic else v
+        return probe if rows is None else probe[:, rows]
+    like, probes = x if rows is None else x[rows], options.probes
+    return unit_vectors(like) if isinstance(probes, str) else probes.draw(like, generator)
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
@@ -381,8 +378,8 @@ def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
 
 
 def _reduce(
-    terms: DSMTerms,
-    weights: Weights,
+    terms: Terms,
+    weights: NamedWeights,
     factors: tuple[Tensor | None, Tensor | None],
     rows: Tensor | None,
     reduction: str,
@@ -392,8 +389,9 @@ def _reduce(
         of_higher = of_higher[rows]
     copied = reduction == "none"  # so that the loss is not itself a term
     products: list[Tensor] = []
-    for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
-        if term is not None and is_used(weight):
+    for name, order in ORDERS.items():
+        if name in terms and is_used(weight := weights[name]):
+            term, factor = terms[name], of_first if order == 1 else of_higher
             is_one = not isinstance(weight, Tensor) and weight == 1
             product = term if is_one and not copied else weight * term
             products.append(product if factor is None else product * factor)
@@ -402,4 +400,4 @@ def _reduce(
     # A mean over a random fraction estimates the batch mean, so the sum is B times the mean.
     means = [product.mean() for product in products]
     mean = sum(means[1:], means[0])
-    return mean if reduction == "mean" else mean * len(terms.first)
+    return mean if reduction == "mean" else mean * len(terms["first"])

@@ -27,7 +27,8 @@ Probes = int | Literal["exact"] | Hutchinson | Paired
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
 TermWeights = Weights | Literal["paper", "paper-toy"]
 """Weights of the terms (first, second, trace, third), or the name of a set of weights."""
-COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # allowed numbers of weights, by order
+ORDERS = {"first": 1, "second": 2, "trace": 2, "third": 3}  # of each term, in the order of weights
+NamedWeights = dict[str, float | Tensor]  # by term
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         order = check_whole("order", self.order, 1)
-        if order not in COUNTS:
+        if order not in ORDERS.values():
             raise ValueError(error_message("order", "1, 2 or 3", order))
         part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
         probes = _check_probes(self.probes)
@@ -82,8 +83,8 @@ def _check_probes(probes: object) -> Any:
     )
 
 
-def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
-    """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
+def check_weights(weights: object, order: int, elements: int = 1) -> NamedWeights:
+    """Return the weights of the terms, by name, as numbers and 0-dim tensors.
 
     The number of weights must equal the number of terms, except that a fourth weight is accepted
     and ignored at order 2. The weight of at least one term must be a tensor or a nonzero number.
@@ -94,10 +95,11 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     if weights is None:
         # Each term is already divided by its power of d, so a weight of 0.1 d² is too large once
         # it exceeds 1, the weight for images.
-        return (1.0, 0.5, 0.0, min(1.0, toy))
-    recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
-    if isinstance(weights, str) and weights in recipes:
-        return recipes[weights]
+        return {"first": 1.0, "second": 0.5, "trace": 0.0, "third": min(1.0, toy)}
+    if isinstance(weights, str) and weights == "paper":
+        return dict.fromkeys(ORDERS, 1.0)
+    if isinstance(weights, str) and weights == "paper-toy":
+        return {"first": 1.0, "second": 0.5, "trace": 0.0, "third": toy}
     expected = (
         "four numbers (first, second, trace, third), or three or four at order 2, or 'paper' or "
         "'paper-toy'"
@@ -106,22 +108,23 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     if is_scalar or not isinstance(weights, Sequence | np.ndarray | Tensor):
         kind = ValueError if isinstance(weights, str) else TypeError
         raise kind(error_message("weights", expected, weights))
-    if len(weights) not in COUNTS[order]:
+    own = [term for term, of_term in ORDERS.items() if of_term <= order]
+    if len(weights) not in (len(own), len(ORDERS)):
         got = f"{len(weights)} at order {order}"
         raise ValueError(error_message("weights", expected, weights, got=got))
-    checked = tuple(check_weight("weights", weight) for weight in weights)
-    if not any(map(is_used, checked[: order + 1])):
+    checked = {
+        term: check_weight("weights", weight)
+        for term, weight in zip(ORDERS, weights, strict=False)
+    }
+    if not any(is_used(checked[term]) for term in own):
         raise ValueError(f"weights: expected at least one that is not 0; got {weights!r}.")
     return checked
 
 
-def needed_order(order: int, weights: Weights) -> int:
+def needed_order(order: int, weights: NamedWeights) -> int:
     """Return the lowest order that includes every term whose weight is a tensor or not 0."""
-    if order == 3 and not is_used(weights[3]):
-        order = 2
-    if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):
-        order = 1
-    return order
+    used = [ORDERS[term] for term, weight in weights.items() if is_used(weight)]
+    return max([1, *(of_term for of_term in used if of_term <= order)])
 
 
 def is_used(weight: float | Tensor) -> bool:

@@ -42,8 +42,8 @@ from hosm_losses._checks import at_least_float32, expand_right, sum_elements
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import (
-    DSMTerms,
     NoisyBatch,
+    Terms,
     dot,
     first_term,
     mean_over_probes,
@@ -66,7 +66,7 @@ def paired_terms(
     options: LossOptions,
     *,
     second: bool = True,
-) -> DSMTerms:
+) -> Terms:
     """Return the terms of each sample, including the second term only if `second` is True."""
     x, noise = batch.x, at_least_float32(batch.noise_without_x)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
@@ -92,15 +92,15 @@ def paired_terms(
     trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)
     first = first_term(residual, batch.dimensions)
-    terms = DSMTerms(first, None, first_half * second_half / d**2)
+    terms = {"first": first, "trace": first_half * second_half / d**2}
     if second and vjp_c is not None:
         cross = dot(ell, sigma * at_least_float32(vjp_c) + ell_minus_C2ell)
         value = (sum_elements(Dv_plus_v.square()) + d_minus_vv).mean(0)
         value = value + (square.square() - 2 * cross).mean(0)
-        terms = terms._replace(second=value / d**2)
+        terms["second"] = value / d**2
     if third is None or jvp_c is None:
         return terms
     A_ell_plus_ell = (sigma * at_least_float32(jvp_c)).detach() + ell_minus_C2ell
     estimate = at_least_float32(third) + C3v - scale_rows(trace.detach(), ell)
     first_half, second_half = means_of_halves(estimate - 2 * A_ell_plus_ell)
-    return terms._replace(third=sum_elements(first_half * second_half, 1) / d**3)
+    return terms | {"third": sum_elements(first_half * second_half, 1) / d**3}

@@ -73,6 +73,8 @@ from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.targets import ControlledMoments, NoiseMoments, cumulants
 from hosm_losses.model import BoundModel, apply_affine
 
+Terms = dict[str, Tensor]  # the terms of each sample that are needed, by name
+
 
 class DSMTerms(NamedTuple):
     """The unweighted terms of a loss, per sample.
@@ -199,7 +201,7 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
-) -> DSMTerms:
+) -> Terms:
     """Return the terms of each sample, computed from squared residuals along the probes v."""
     exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
@@ -215,24 +217,23 @@ def squared_terms(
     second_term = sum_elements(r2.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
     first, trace_term = first_term(r1, batch.dimensions), mean_over_probes(trace.square())
-    terms = DSMTerms(first, second_term / d**2, trace_term / d**2)
+    terms = {"first": first, "second": second_term / d**2, "trace": trace_term / d**2}
     if derived.third is None:
         return terms
     third, target = at_least_float32(derived.third), target - C3v
     if exact:
         third, target = third.sum(0, keepdim=True), target.sum(0, keepdim=True)
     squares = sum_elements((third - target).square())
-    return terms._replace(third=mean_over_probes(squares) / d**3)
+    return terms | {"third": mean_over_probes(squares) / d**3}
 
 
-def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
+def check_result(loss: Tensor, terms: Terms, t: Tensor) -> None:
     """If a loss on the CPU is not finite, raise an error naming the terms or times at fault."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
-    present = {name: term for name, term in terms._asdict().items() if term is not None}
-    names = [name for name, term in present.items() if not bool(torch.isfinite(term).all())]
+    names = [name for name, term in terms.items() if not bool(torch.isfinite(term).all())]
     if "first" in names:
-        bad = ~torch.isfinite(terms.first)
+        bad = ~torch.isfinite(terms["first"])
         times = t[bad]
         raise ValueError(
             "network: expected finite outputs; got NaN, infinite or huge ones for "
@@ -241,7 +242,7 @@ def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
             "and look for a division by zero, a root or a logarithm."
         )
     if names:
-        first = terms.first.max().item()  # float() warns of the graph
+        first = terms["first"].max().item()  # float() warns of the graph
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but the terms "
             f"{', '.join(names)} are not. If the first term, here up to {first:.1e}, is large as "
