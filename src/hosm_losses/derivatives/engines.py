@@ -1,49 +1,38 @@
 r"""The two engines, which compute a network's value, derivatives and Jacobian products.
 
 Formula:
-    D = ∂f/∂x w is the derivative of the network's value f along a direction w = σ v.
+    D = ∂f/∂x w is the derivative of the value f along a direction w = σ v, and G is the gradient
+    of w·D with respect to x.
 
-    To compute D, the taylor engine calls the network on a `Jet` of x. A backward pass then
-    computes G, the gradient of w·D with respect to x.
+    The taylor engine calls the network on a `Jet` of x, which carries D. A backward pass from w·D
+    computes G or, at the same cost, the sum of G over directions that share one f.
 
     Reverse mode starts from g = (∂f/∂x)ᵀ c, which is linear in c. Hence ∂(w·g)/∂c = ∂f/∂x w = D,
-    a product with the Jacobian itself and not with its transpose. At c = w, the same backward pass
-    also computes ∂(w·g)/∂x = G.
+    and at c = w, the same backward pass also computes ∂(w·g)/∂x = G.
 
-    If only the sum of G over the directions is needed, the taylor engine computes this sum in a
-    single backward pass. All directions then share one f.
+    The Jacobian products are vjp_c = (∂f/∂x)ᵀ c and jvp_c = ∂f/∂x c with c = cotangent(f). Since
+    vjp_c is linear in c, the gradient of vjp_c·v with respect to c is ∂f/∂x v.
 
-    The two Jacobian products use a fixed c = cotangent(f), where f is the network's value.
-    A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. Since
-    vjp_c is linear in c, the gradient of vjp_c·v with respect to c is ∂f/∂x v. At v = c, this
-    gradient is the product jvp_c = ∂f/∂x c.
-
-    The network is called once. Reverse mode computes vjp_c even if no products are requested,
-    because D is the gradient of vjp_c·w with respect to c. In reverse mode with products, all
-    directions share f. In all other cases, a separate G for each direction requires a
-    separate copy of x for each direction. Each copy has its own dropout mask.
+    In reverse mode with products, all directions share f. Otherwise, a separate G for each
+    direction requires a separate copy of x, which has its own dropout mask.
 
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
-    whose backward returns gradients without a graph. A second backward pass would then compute
-    wrong values. As soon as a cut is detected, the engine raises an error that names the remedy.
-    Two kinds of cut go undetected: a .detach() on only one of several paths from x to the output,
-    and a Function that drops only part of its graph.
+    whose backward returns gradients without a graph. As second backward passes would then be
+    wrong, the engine raises an error that names the remedy. Two kinds of cut go undetected: a
+    .detach() on only one of several paths from x to the output, and a Function that drops only
+    part of its graph.
 
     Unless x itself requires grad, the graph of a derivative ends at the engine's own copy of x. If
-    the graph has no other leaf, for example because all parameters are frozen, there is nothing to
-    train. The engine then returns tensors without a graph. If a loss is computed from these
-    tensors, its backward pass raises PyTorch's usual error.
+    it has no other leaf, for example because all parameters are frozen, there is nothing to train,
+    and the results have no graph.
 
 Cost:
-    Costs are counted in evaluations of the network, and a backward pass counts as two
-    evaluations. A training step of order one thus costs as much as 3 evaluations. A training step
-    with Jacobian products and K directions costs:
+    In evaluations of the network, where a backward pass counts as two, a training step with
+    Jacobian products and K directions costs:
 
-    - at order 2 in reverse mode, 6 + 3·K evaluations;
-    - at order 2 in the taylor engine, 6 + 6·K evaluations;
-    - at order 3 in reverse mode, 7 + 9·K evaluations;
-    - at order 3 in the taylor engine, 20·K evaluations, because each direction has its own f.
+    - at order 2, 6 + 3·K in reverse mode and 6 + 6·K in the taylor engine;
+    - at order 3, 7 + 9·K in reverse mode and 20·K in the taylor engine.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994). The double reverse pass is
@@ -135,14 +124,10 @@ def refuse_scripted(engine: str, error: Exception) -> None:
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make the backward pass from `value` raise an error if a Function drops the graph.
+    """Make the backward pass from `value` to `point` raise an error if a Function drops the graph.
 
-    A Function that drops the graph receives a gradient that requires grad, but returns only
-    gradients that cannot be differentiated again. The check follows the graph from `value` to
-    `point`. If `wanted` is False, no node is checked.
-
-    Returns whether any of the checked nodes belongs to a custom Function. If so, the caller must
-    avoid vmap, because this check cannot inspect a Function's gradients under vmap.
+    Returns whether it meets a custom Function, whose gradients the check cannot inspect under
+    vmap. If `wanted` is False, nothing is checked.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -184,11 +169,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return the point at which to differentiate: x itself or a detached copy of x.
-
-    Under torch.compile and torch.func, the point is x itself. Otherwise, it is x only if `wanted`
-    is True and x requires grad.
-    """
+    """Return where to differentiate: x if it is traced or its gradient is wanted, or a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -201,11 +182,9 @@ def vjp(
 ) -> tuple[Tensor, Any, PassBack]:
     """Call `function`; return its two results (value, more) and the value's backward pass.
 
-    The backward pass maps a cotangent of the value's shape to one gradient per point. The
-    gradients can be differentiated again if `graph` is True. If the value does not depend on a
-    point, the gradient with respect to that point is zero. If `lost` is given and the value does
-    not depend on the last point, the backward pass raises a DerivativeError with the text `lost`.
-    Under torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
+    The backward pass maps a cotangent to one gradient per point, zero for a point that the value
+    does not depend on; for the last point, it raises a DerivativeError with the text `lost` if
+    that is given. The gradients have a graph if `graph` is True.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -249,10 +228,9 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return the K gradients (K, B, *) that a backward pass computes for K cotangents.
+    """Return the gradients (K, B, *) for K cotangents of a backward pass to a single point.
 
-    `back` must return a single gradient. It is called once, under vmap. If `in_turn` is True, or
-    if vmap cannot be used or fails, `back` is called K times instead. For example, vmap may fail
+    `back` is called once, under vmap, or K times if `in_turn` is True or vmap fails, for example
     in the backward of a custom autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
@@ -460,10 +438,9 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return the derivatives that `derive` computes, and Jacobian products.
+    """Return the derivatives that `derive` computes, and Jacobian products by backward passes.
 
-    A backward pass from the value computes vjp_c. A second backward pass, from vjp_c, computes
-    jvp_c. If `copied` is True, each direction has its own copy of x and its own value.
+    If `copied` is True, each direction has its own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:
@@ -505,9 +482,8 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
-    The network is evaluated once. Each chunk (k, B, *) of directions then requires either one
-    backward pass under vmap or k separate backward passes. Raises DerivativeError if no graph
-    leads from the output to x, or if a custom autograd.Function drops the graph.
+    Raises DerivativeError if no graph leads from the output to x, or if a custom
+    autograd.Function drops the graph.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False

@@ -2,10 +2,9 @@ r"""Warnings about discontinuous derivatives, and facts learned from earlier cal
 
 Purpose:
     In a ReLU network, ∂f/∂x is piecewise constant as a function of the bias before a ReLU. The
-    gradient of a second-order term with respect to that bias is therefore zero, and the term's
-    gradient with respect to other parameters is incomplete. Yet the mean of the term over the data
-    depends on all these parameters, because they determine on which side of a kink each sample
-    lies. Derivatives of the network do not show this dependence, whichever engine computes them.
+    gradient of a second-order term with respect to that bias is therefore zero, although the mean
+    of the term over the data depends on the bias, which determines on which side of a kink each
+    sample lies. No derivative of the network shows this dependence.
 
     Therefore, when a network is first called with gradients enabled, the operators between x and
     the output are checked for discontinuous derivatives. Clamps are ignored, because most of them
@@ -85,11 +84,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return `field`, wrapped in a check that warns about discontinuous derivatives.
-
-    `field` itself is returned if this order needs no more checks, if no gradients are needed, or
-    under torch.compile.
-    """
+    """Return `field`, wrapped in a check for discontinuous derivatives if that is still due."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 

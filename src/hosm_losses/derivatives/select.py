@@ -2,16 +2,13 @@ r"""Choose the engine that differentiates a network, and remember which attempts
 
 Purpose:
     "auto" tries the taylor engine first, except for Jacobian products in eager mode, for which it
-    tries reverse mode first. If the taylor engine cannot differentiate the network, reverse mode
-    takes over, but only in eager mode. Before the other engine is tried, the network's buffers and
-    the random generators are reset to their states from before the failed attempt. The first time
-    that reverse mode takes over for a network, the user is warned.
+    tries reverse mode first. If the taylor engine cannot differentiate the network in eager mode,
+    reverse mode takes over from the same buffers and random states, and the user is warned once.
 
-    If an engine refuses a call, the refusal is remembered immediately for all calls of the same
-    kind. Any other error may be due to a bad batch, so the engine is abandoned only if the next
-    call of the same kind fails too. Once a call has succeeded with an engine, errors in later
-    calls of the same kind reach the user, and the other engine is not tried. `check_derivatives`
-    finds errors that only a backward pass would raise.
+    An engine's refusal is remembered for all calls of the same kind. Any other error may be due to
+    a bad batch, so the engine is abandoned only if the next call of the same kind fails too. Once
+    a call has succeeded with an engine, errors in later calls of the same kind reach the user.
+    `check_derivatives` finds errors that only a backward pass would raise.
 
     If an error is raised here while torch.compile is tracing, the graph breaks and the call is
     repeated in eager mode. With fullgraph=True, the error reaches the user.
@@ -64,11 +61,7 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 
 
 class NetworkState:
-    """Saved copies of a network's buffers and of the states of torch's random generators.
-
-    Buffers are saved only if the network is a Module or a method of a Module. The random states
-    of the CPU and of x's device are saved, except while a CUDA graph is being captured.
-    """
+    """Copies of a network's buffers, and of the random states of the CPU and of x's device."""
 
     def __init__(self, network: object, x: Tensor) -> None:
         owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
@@ -174,8 +167,7 @@ def derive_with_products(
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
     The products are (∂f/∂x)ᵀ c and, if `push` is True, (∂f/∂x) c. In eager mode, "auto" tries
-    reverse mode first, because it computes products at a lower cost than the taylor engine. If
-    that attempt fails, "auto" proceeds as in `derive`.
+    reverse mode first, which computes products at a lower cost.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -219,10 +211,7 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, order: int) -> None:
-    """Raise an error if a compiled loss of order three would update running statistics.
-
-    PyTorch would otherwise raise an error after which the loss could not fall back to eager mode.
-    """
+    """Raise an error before PyTorch's own, after which a loss cannot fall back to eager mode."""
     for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
