@@ -40,23 +40,32 @@ WARNING = (
 )
 
 
+class Past(NamedTuple):
+    """What earlier calls of one kind have shown about an engine.
+
+    Attributes:
+        served: the surroundings, that is, transforms and modes, in which a call has succeeded.
+        failure: why the last failed call has failed.
+        refused: whether the engine is no longer tried, because the next call would fail too.
+    """
+
+    served: frozenset[tuple[Any, ...]] = frozenset()
+    failure: str = ""
+    refused: bool = False
+
+
 @dataclass
 class NetworkMemory:
     """Facts about a network, learned from earlier calls.
 
     Attributes:
-        refused: for each (engine, kind), why the engine refuses this kind of call.
-        failed: for each (engine, kind), why the first call failed. The next call may succeed.
-        served: each (engine, kind, surroundings) with which a call has succeeded. `surroundings`
-            describes the transforms and modes that were active.
+        engines: the past of each (engine, kind of call).
         warned: whether the user has been warned that reverse mode takes over.
         orders: the orders (2, 3) at which the network is no longer checked for discontinuous
             derivatives.
     """
 
-    refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
-    failed: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
-    served: set[tuple[Any, ...]] = field(default_factory=set)
+    engines: dict[tuple[str, tuple[Any, ...]], Past] = field(default_factory=dict)
     warned: bool = False
     orders: set[int] = field(default_factory=set)
 
@@ -66,9 +75,9 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 def refusal(owner: object, order: int) -> str | None:
     """Return why the taylor engine refuses calls of this order, or None if no refusal is known."""
-    for (engine, kind), why in memory_of(owner).refused.items():
-        if engine == "taylor" and kind[0] == order:
-            return why
+    for (engine, kind), past in memory_of(owner).engines.items():
+        if engine == "taylor" and kind[0] == order and past.refused:
+            return past.failure
     return None
 
 

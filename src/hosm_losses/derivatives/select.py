@@ -16,8 +16,9 @@ Purpose:
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ from hosm_losses.derivatives.engines import (
     Products,
     refuse_scripted,
 )
-from hosm_losses.derivatives.kinks import memory_of
+from hosm_losses.derivatives.kinks import Past, memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
@@ -136,18 +137,15 @@ def _derive_eagerly(
         except RuntimeError as error:
             _explain_engine(engine, error)
             raise
-    attempts, derivatives = EngineAttempts(network, x, order, summed, len(w) > 1), None
-    if not attempts.is_refused("taylor"):
-        with attempts.attempt("taylor"):
-            return engines.taylor(network, x, w, order, summed)
-    if not attempts.is_refused("reverse"):
-        with attempts.attempt("reverse"):
-            derivatives = engines.reverse(network, x, w, order)
-    if derivatives is not None:
-        attempts.remember()
-        _warn_once(attempts)
-        return derivatives
-    why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
+    attempts = {
+        "taylor": partial(engines.taylor, network, x, w, order, summed),
+        "reverse": partial(engines.reverse, network, x, w, order),
+    }
+    return _first_to_serve(network, x, (order, summed, len(w) > 1), attempts, _neither)
+
+
+def _neither(failures: dict[str, str]) -> NoReturn:
+    why = "; ".join(f"{engine}: {why}" for engine, why in failures.items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got an operator that "
         f"neither engine can differentiate ({why}). {ASK_THE_CHECK}"
@@ -186,23 +184,17 @@ def _products(
     engine: str,
     push: bool,
 ) -> Products:
-    attempts = None
-    if engine in ("auto", "reverse") and not is_traced():
-        if engine == "reverse":
-            return engines.reverse_products(network, x, w, order, cotangent, push)
-        attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
-        if not attempts.is_refused("reverse"):
-            with attempts.attempt("reverse"):
-                return engines.reverse_products(network, x, w, order, cotangent, push)
+    def beside(_: object = None) -> Products:
+        derived, copied = partial(derive, order=order, engine=engine), order == 3
+        return engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
 
-    def derived(network: Network, x: Tensor, w: Tensor) -> Derivatives:
-        return derive(network, x, w, order=order, engine=engine)
-
-    copied = order == 3
-    products = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
-    if attempts is not None:
-        attempts.remember()
-    return products
+    if engine == "taylor" or is_traced():
+        return beside()
+    reverse = partial(engines.reverse_products, network, x, w, order, cotangent, push)
+    if engine == "reverse":
+        return reverse()
+    kind = "products", order, push, len(w) > 1
+    return _first_to_serve(network, x, kind, {"reverse": reverse}, beside)
 
 
 def unknown(error: TaylorError) -> DerivativeError:
@@ -231,58 +223,57 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
         ) from error
 
 
-class EngineAttempts:
-    """The engines that are tried in turn for one call.
+def _first_to_serve(
+    network: Network,
+    x: Tensor,
+    kind: tuple[Any, ...],
+    attempts: Mapping[str, Callable[[], Any]],
+    otherwise: Callable[[dict[str, str]], Any],
+) -> Any:
+    """Return the result of the first engine that succeeds or, if none does, of `otherwise`.
 
-    Each attempt starts from the same state of the network.
+    Each attempt starts from the same state of the network. `otherwise` receives the reason of each
+    engine's failure.
     """
-
-    def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
-        self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
-        self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
-        self.surroundings = surroundings()
-        self.reasons: dict[str, str] = {}
-        self.notes: dict[Any, dict[Any, str]] = {}
-
-    def is_refused(self, engine: str) -> bool:
-        """Return whether this engine has already refused a call of this kind."""
-        why = self.memory.refused.get((engine, self.kind))
-        if why is not None:
-            self.reasons[engine] = why
-        return why is not None
-
-    @contextlib.contextmanager
-    def attempt(self, engine: str) -> Iterator[None]:
-        """Run an attempt, and suppress its error if the other engine may succeed."""
-        call = engine, self.kind
-        served = (*call, self.surroundings)
-        if served in self.memory.served:  # no copy of the buffers, which may be large
-            try:
-                yield
-            except TaylorError as error:
-                raise unknown(error) from error
-            return
-        before = NetworkState(self.owner, self.x)
+    owner, here = network.owner, surroundings()
+    kind = (*kind, x.dtype, x.device.type, getattr(owner, "training", None))
+    memory, learned = memory_of(owner), dict[tuple[str, tuple[Any, ...]], Past]()
+    failures: dict[str, str] = {}
+    for engine, run in attempts.items():
+        past = memory.engines.get((engine, kind), Past())
+        if past.refused:
+            failures[engine] = past.failure
+            continue
+        # No copy of the buffers, which may be large, if this engine has served before.
+        before = None if here in past.served else NetworkState(owner, x)
         try:
-            yield
+            result = run()
         except Exception as error:
+            if before is None and isinstance(error, TaylorError):
+                raise unknown(error) from error
             refuse_scripted(engine, error)
-            if not _another_may_do(engine, error):
+            if before is None or not _another_may_do(engine, error):
                 raise
             before.restore()
-            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            # A RecursionError is not remembered: call depth also depends on the caller.
-            if not any(self.surroundings) and not isinstance(error, RecursionError):
+            why = failures[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+            # Outer transforms or modes may be the cause and, of a RecursionError, the caller.
+            if not any(here) and not isinstance(error, RecursionError):
                 sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
-                sure = sure or call in self.memory.failed
-                self.notes[call] = self.memory.refused if sure else self.memory.failed
+                sure = sure or past.failure != ""
+                learned[engine, kind] = past._replace(failure=why, refused=sure)
         else:
-            self.memory.served.add(served)
-
-    def remember(self) -> None:
-        """Store why engines failed, unless outer transforms or modes may be the cause."""
-        for call, notes in self.notes.items():
-            notes[call] = self.reasons[call[0]]
+            learned[engine, kind] = past._replace(served=past.served | {here})
+            break
+    else:
+        result = otherwise(failures)
+    memory.engines.update(learned)
+    if "taylor" in failures and not memory.warned:
+        memory.warned = True
+        warn(
+            f"engine='auto': the engine 'taylor' could not differentiate {type(owner).__name__} "
+            f"({failures['taylor']}), so reverse mode, which is slower, took its place."
+        )
+    return result
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
@@ -301,16 +292,6 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)
     )
-
-
-def _warn_once(attempts: EngineAttempts) -> None:
-    if not attempts.memory.warned:
-        attempts.memory.warned = True
-        warn(
-            f"engine='auto': the engine 'taylor' could not differentiate "
-            f"{type(attempts.owner).__name__} ({attempts.reasons['taylor']}), so reverse "
-            "mode, which is slower, took its place."
-        )
 
 
 def never_warn(owner: object) -> None:
