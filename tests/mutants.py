@@ -138,7 +138,7 @@ pull_each: not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) i
 derivatives/engines.py losses/test_paired.py
 products_beside: wanted or push → push
 derivatives/engines.py losses/test_frozen.py
-may_train: {point_node} → set()
+may_train: internals.graph_nodes([value], point) → internals.graph_nodes([value])
 products_beside: wanted = wanted and may_train(value, x, point) → pass
 derivatives/engines.py likelihood/test_graph.py
 quadratic_forms: wanted = wanted and may_train(value, x, point) → pass
@@ -149,14 +149,16 @@ _between: (set[Any](), [internals.gradient_node(point)]) → (set[Any](above), [
 watch_once.first: (2, 3) if jumping or order == 3 else (2,) → (2, 3)
 _Watch.find: [max(n, 1) for n in powers if name == 'relu' or n % 2] → [max(n, 1) for n in powers]
 derivatives/select.py taylor/test_primitive_mode.py
-EngineAttempts.attempt: before.restore() → pass
+_first_to_serve: before.restore() → pass
 derivatives/select.py derivatives/test_choice.py
-EngineAttempts.__init__: (*kind, x.dtype, x.device.type, getattr(self.owner, 'training', None)) →
-    (x.dtype, x.device.type, getattr(self.owner, 'training', None))
-EngineAttempts.attempt: not any(self.surroundings) and (not isinstance(error, RecursionError)) →
+_first_to_serve: (*kind, x.dtype, x.device.type, getattr(owner, 'training', None)) →
+    (x.dtype, x.device.type, getattr(owner, 'training', None))
+_first_to_serve: not any(here) and (not isinstance(error, RecursionError)) →
     not isinstance(error, RecursionError)
-EngineAttempts.attempt: return → pass
-EngineAttempts.attempt: sure or call in self.memory.failed → True
+_first_to_serve: before is None or not _another_may_do(engine, error) →
+    not _another_may_do(engine, error)
+_first_to_serve: None if here in past.served else NetworkState(owner, x) → NetworkState(owner, x)
+_first_to_serve: sure or past.failure != '' → True
 derivatives/select.py losses/test_dropout.py
 _products: order == 3 → False
 derivatives/checkpointing.py taylor/test_in_place.py

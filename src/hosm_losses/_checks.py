@@ -1,11 +1,9 @@
 """Shared helpers: argument checks, error messages, per-sample sums and a progress bar.
 
-Before it does any work, every public function checks option names, shapes, dtypes and devices.
-These checks take almost no time. An argument is not checked if Python, PyTorch or a type checker
-would report the mistake just as clearly. A wrong type or dtype raises TypeError, and any other
-invalid argument raises ValueError. The values in a tensor are checked only where reading them is
-free, that is, on the CPU and outside `torch.compile` and `torch.func` transforms. On an
-accelerator, reading values would force a synchronisation.
+Before it does any work, every public function checks option names, shapes, dtypes and devices. A
+wrong type or dtype raises TypeError, any other invalid argument ValueError. The values in a tensor
+are checked only on the CPU and outside `torch.compile` and `torch.func` transforms, because
+reading them from an accelerator would force a synchronisation.
 """
 
 import math
@@ -40,19 +38,13 @@ BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fm
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """Return an error message that says what was expected, what was received and what to do.
-
-    `got` says what was received. If `got` is None, the message describes `value`.
-    """
+    """Return an error message; if `got` is None, it describes `value`."""
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """Return the TypeError for a value that is not a tensor.
-
-    For a NumPy array, the message also says how to convert it.
-    """
+    """Return the TypeError for a value that is not a tensor."""
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -96,11 +88,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def owns_values(tensor: Tensor) -> bool:
-    """Return whether a tensor stores its own values.
-
-    Fake tensors and the tensors inside torch.func transforms do not. The result is also True for a
-    meta tensor, although a meta tensor has no values.
-    """
+    """Return whether a tensor is neither fake nor inside a torch.func transform."""
     try:
         return tensor.untyped_storage().device.type == tensor.device.type
     except (NotImplementedError, RuntimeError):
@@ -137,11 +125,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_whole(name: str, value: object, minimum: int) -> int:
-    """Return `value` as an int.
-
-    Raise TypeError unless `value` is a Python or NumPy integer. Raise ValueError if it is less
-    than `minimum`.
-    """
+    """Return `value`, a Python or NumPy integer of at least `minimum`, as an int."""
     expected = f"a whole number of at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(error_message(name, expected, value))
@@ -153,11 +137,7 @@ def check_whole(name: str, value: object, minimum: int) -> int:
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """Return `value` as a float.
-
-    Raise TypeError unless `value` is a real Python or NumPy number. Raise ValueError unless it is
-    finite and in (above, at_most]. In both messages, `what` describes the expected number.
-    """
+    """Return `value`, a finite real number in (above, at_most], which `what` describes."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_message(name, what, value))
     number = float(value)
@@ -180,10 +160,9 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def check_sample_batch(name: str, value: object, *, images: bool = True) -> Tensor:
-    """Return `value`; raise an error unless it is a non-empty, finite floating-point batch (B, *).
+    """Return `value`, a non-empty, finite floating-point batch (B, *).
 
-    If `images` is True, the error message for an integer tensor explains how to scale integer
-    images.
+    If `images` is True, the error for an integer tensor explains how to scale integer images.
     """
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
@@ -214,10 +193,9 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value`; raise an error unless it is a tensor of this shape, dtype and device.
+    """Return `value`, a tensor of this shape, dtype and device; `of` names what it must match.
 
-    A tensor created in inference mode is cloned. Error messages use `of` to name what `value`
-    must match.
+    A tensor created in inference mode is cloned.
     """
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
@@ -288,11 +266,7 @@ def widest_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
-    """Sum the elements of each sample; for a tensor (K, B, *), the result has shape (K, B).
-
-    The sums are computed in at least float32. `leading` is the number of dimensions that precede
-    the dimensions of a sample, for example 1 for a tensor (B, *).
-    """
+    """Sum the elements of each sample, in at least float32, over all but `leading` dimensions."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(*tensor.shape[:leading], -1).sum(-1, dtype=wide)
 
@@ -315,11 +289,7 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function that advances a progress bar by the number of units passed to it.
-
-    The bar is full after `total` units. A visible bar requires tqdm, which the `progress` extra
-    installs.
-    """
+    """Yield a function that advances a progress bar; a visible one requires tqdm."""
     if not visible:
         yield lambda _: None
         return

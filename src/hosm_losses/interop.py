@@ -65,22 +65,20 @@ DISCRETE_VE = (
 def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """Return a ScoreModel built from a diffusers model and its scheduler.
 
-    A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) is
-    converted to a DiscreteSchedule. With such a schedule, t is the timestep, which is an integer
-    in training and may be fractional when a likelihood is computed. A HunyuanDiT receives t in the
-    dtype of x. The ScoreModel passes x to the model without scaling it. With an Euler scheduler, x
-    is therefore the sample after scaling by `scheduler.scale_model_input`.
+    A scheduler with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) becomes a
+    DiscreteSchedule, whose t is the timestep, an integer in training and possibly a fraction in a
+    likelihood. A HunyuanDiT receives t in the dtype of x. With timestep_type="continuous" and
+    prediction_type="v_prediction", the model receives ¼ log(σ/α) as its timestep. The model
+    receives x unscaled: with an Euler scheduler, x is the sample after
+    `scheduler.scale_model_input`.
 
-    A flow-matching scheduler is converted to a LinearFlowSchedule. A scheduler such as UniPC is
-    converted in the same way if it is configured with `use_flow_sigmas` and "flow_prediction".
-    With such a schedule, t is the scheduler's sigma, and the model receives
-    t · num_train_timesteps. Flux, QwenImage, AuraFlow and others receive t itself, as in their
+    A flow-matching scheduler, or one such as UniPC with `use_flow_sigmas` and "flow_prediction",
+    becomes a LinearFlowSchedule, whose t is the scheduler's sigma. The model receives
+    t · num_train_timesteps; Flux, QwenImage, AuraFlow and others receive t itself, as in their
     pipelines. A scheduler's shift is ignored, because it affects only which times are drawn. To
-    apply a shift, draw shifted times yourself and pass them as t.
+    apply it, pass shifted times as t.
 
-    If the scheduler has a table and is configured with timestep_type="continuous" and
-    prediction_type="v_prediction", the model receives ¼ log(σ/α) as its timestep. Pass class
-    labels, text embeddings and other inputs in `model_kwargs`.
+    Pass class labels, text embeddings and other inputs in `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -194,11 +192,10 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     `diffusion.normalize(images)` to the losses and to `ode_nll`. With the default weighting, the
     first term of this package's losses equals the project's own loss. To reproduce
     min_snr_loss_weight, pass the weighting min(SNR, min_snr_gamma)/SNR, whatever the objective is.
-    The ScoreModel uses `diffusion.model` itself, not a copy, so the project's Trainer, optimizer
-    and EMA work on the same parameters. In training mode, a network from the project's
-    `classifier_free_guidance` drops class labels at random in every call, as in the project's
-    loss. After `.eval()`, the network drops no labels. The variance that a
-    LearnedGaussianDiffusion predicts is not used.
+    The ScoreModel uses `diffusion.model` itself, so the project's Trainer, optimizer and EMA work
+    on the same parameters. In training mode, a network from the project's
+    `classifier_free_guidance` drops class labels at random, as in the project's loss; after
+    `.eval()`, it drops none. The variance that a LearnedGaussianDiffusion predicts is not used.
 
     Raises:
         TypeError: if `diffusion` is not a GaussianDiffusion.
@@ -323,15 +320,14 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return a ScoreModel for a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index into the diffusion's own table. As in the project, the model receives the number
-    of the step in the original table, before respacing. If t lies between two indices, the model
-    receives the fractional step number that corresponds to the noise level at t. If
-    `rescale_timesteps` is set, this number is multiplied by 1000 and divided by the original
-    number of steps. Pass class labels in `model_kwargs` as y. If the model learns its variance,
-    only the first half of its output channels is used.
+    of the step in the original table, before respacing; between two indices, the fractional number
+    at the noise level of t. If `rescale_timesteps` is set, this number is multiplied by 1000 and
+    divided by the original number of steps. Pass class labels in `model_kwargs` as y. If the model
+    learns its variance, only the first half of its output channels is used.
 
-    The project's own checkpoint function does not record a graph in its backward pass. The
-    attention blocks call this function even if `use_checkpoint` is False. For orders two and
-    three, replace this function with a function that calls `hosm_losses.checkpoint`.
+    For orders two and three, replace the project's checkpoint function, which loses second
+    derivatives and which attention blocks call even if `use_checkpoint` is False, with one that
+    calls `hosm_losses.checkpoint`.
 
     Raises:
         TypeError: if `diffusion` is neither a GaussianDiffusion nor a SpacedDiffusion.
@@ -369,10 +365,9 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     Args:
         model: the network, called as model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
-        continuous: the value of `config.training.continuous`. Except with a subVPSDE, a network
-            trained with continuous=False expects step numbers. Such a network is rejected, and the
-            error says what to write instead. If a network stores its configuration, as NCSN++
-            does, the value of `continuous` in that configuration is checked as well.
+        continuous: the value of `config.training.continuous`, also checked in the configuration
+            that a network such as NCSN++ stores. Except with a subVPSDE, a network trained with
+            continuous=False expects step numbers; the error says what to write instead.
 
     Raises:
         TypeError: if the SDE's attributes or its `marginal_prob` match none of these SDEs.

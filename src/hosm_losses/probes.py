@@ -151,15 +151,13 @@ class Hutchinson(_Random):
 class Paired(_Random):
     """Random probes whose estimates are multiplied in pairs rather than squared.
 
-    On average, the square of an unbiased estimate exceeds the square of the true value by the
-    variance of the estimate. The product of two independent estimates is unbiased. The terms of
-    the loss therefore have the same mean as with `probes="exact"`, but may be negative for
-    individual samples.
+    The mean of an unbiased estimate's square exceeds the square of the true value by the variance.
+    The product of two independent estimates is unbiased. The terms of the loss therefore have the
+    same mean as with `probes="exact"`, but may be negative for individual samples.
 
     Args:
-        count: K, the number of independent probes per sample, at least 2. The mean of the
-            estimates from the first K // 2 probes is multiplied by the mean of the estimates from
-            the remaining probes.
+        count: K, the number of independent probes per sample, at least 2. The mean estimate from
+            the first K // 2 probes is multiplied by the mean estimate from the others.
         distribution: as in `Hutchinson`.
 
     Raises:

@@ -19,9 +19,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     This function calls `torch.utils.checkpoint.checkpoint` with use_reentrant=False, and works
     with both engines. The reverse engine replaces some of PyTorch's operators with safe
-    primitives, whose double backward is correct. If the first computation used these primitives,
-    the recomputation uses them too. Torch's own checkpoint does not ensure this, so the reverse
-    engine raises an error if that checkpoint wraps an operator that the primitives replace.
+    primitives, whose double backward is correct; the recomputation uses them too. With torch's own
+    checkpoint it would not, so the reverse engine raises an error around such an operator.
 
     Args:
         function: a part of the network.

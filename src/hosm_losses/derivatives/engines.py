@@ -1,49 +1,38 @@
 r"""The two engines, which compute a network's value, derivatives and Jacobian products.
 
 Formula:
-    D = ∂f/∂x w is the derivative of the network's value f along a direction w = σ v.
+    D = ∂f/∂x w is the derivative of the value f along a direction w = σ v, and G is the gradient
+    of w·D with respect to x.
 
-    To compute D, the taylor engine calls the network on a `Jet` of x. A backward pass then
-    computes G, the gradient of w·D with respect to x.
+    The taylor engine calls the network on a `Jet` of x, which carries D. A backward pass from w·D
+    computes G or, at the same cost, the sum of G over directions that share one f.
 
     Reverse mode starts from g = (∂f/∂x)ᵀ c, which is linear in c. Hence ∂(w·g)/∂c = ∂f/∂x w = D,
-    a product with the Jacobian itself and not with its transpose. At c = w, the same backward pass
-    also computes ∂(w·g)/∂x = G.
+    and at c = w, the same backward pass also computes ∂(w·g)/∂x = G.
 
-    If only the sum of G over the directions is needed, the taylor engine computes this sum in a
-    single backward pass. All directions then share one f.
+    The Jacobian products are vjp_c = (∂f/∂x)ᵀ c and jvp_c = ∂f/∂x c with c = cotangent(f). Since
+    vjp_c is linear in c, the gradient of vjp_c·v with respect to c is ∂f/∂x v.
 
-    The two Jacobian products use a fixed c = cotangent(f), where f is the network's value.
-    A backward pass from f computes the product vjp_c = (∂f/∂x)ᵀ c together with its graph. Since
-    vjp_c is linear in c, the gradient of vjp_c·v with respect to c is ∂f/∂x v. At v = c, this
-    gradient is the product jvp_c = ∂f/∂x c.
-
-    The network is called once. Reverse mode computes vjp_c even if no products are requested,
-    because D is the gradient of vjp_c·w with respect to c. In reverse mode with products, all
-    directions share f. In all other cases, a separate G for each direction requires a
-    separate copy of x for each direction. Each copy has its own dropout mask.
+    In reverse mode with products, all directions share f. Otherwise, a separate G for each
+    direction requires a separate copy of x, which has its own dropout mask.
 
 Lost graphs:
     A network may cut the graph, either through .detach() or through a custom autograd.Function
-    whose backward returns gradients without a graph. A second backward pass would then compute
-    wrong values. As soon as a cut is detected, the engine raises an error that names the remedy.
-    Two kinds of cut go undetected: a .detach() on only one of several paths from x to the output,
-    and a Function that drops only part of its graph.
+    whose backward returns gradients without a graph. As second backward passes would then be
+    wrong, the engine raises an error that names the remedy. Two kinds of cut go undetected: a
+    .detach() on only one of several paths from x to the output, and a Function that drops only
+    part of its graph.
 
     Unless x itself requires grad, the graph of a derivative ends at the engine's own copy of x. If
-    the graph has no other leaf, for example because all parameters are frozen, there is nothing to
-    train. The engine then returns tensors without a graph. If a loss is computed from these
-    tensors, its backward pass raises PyTorch's usual error.
+    it has no other leaf, for example because all parameters are frozen, there is nothing to train,
+    and the results have no graph.
 
 Cost:
-    Costs are counted in evaluations of the network, and a backward pass counts as two
-    evaluations. A training step of order one thus costs as much as 3 evaluations. A training step
-    with Jacobian products and K directions costs:
+    In evaluations of the network, where a backward pass counts as two, a training step with
+    Jacobian products and K directions costs:
 
-    - at order 2 in reverse mode, 6 + 3·K evaluations;
-    - at order 2 in the taylor engine, 6 + 6·K evaluations;
-    - at order 3 in reverse mode, 7 + 9·K evaluations;
-    - at order 3 in the taylor engine, 20·K evaluations, because each direction has its own f.
+    - at order 2, 6 + 3·K in reverse mode and 6 + 6·K in the taylor engine;
+    - at order 3, 7 + 9·K in reverse mode and 20·K in the taylor engine.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994). The double reverse pass is
@@ -51,6 +40,7 @@ Source:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -64,7 +54,7 @@ from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged, propagate
 
 Cotangent = Callable[[Tensor], Tensor]
-PassBack = Callable[..., tuple[Tensor, ...]]  # maps a cotangent to one gradient per point
+PassBack = Callable[..., tuple[Tensor, ...]]  # see `vjp`
 LOST_ONCE = (
     "network: expected a graph from the output to x; got none. Remove .detach(), .data and "
     "torch.no_grad() from its forward, and pass create_graph=True wherever it takes a gradient."
@@ -106,7 +96,6 @@ SCRIPTED_FUNCTION = (
     "was compiled from (PYTORCH_JIT=0 does so for all functions) or, if it contains no norm, "
     "engine='reverse'."
 )
-EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
 REMEDIES = {
     internals.REENTRANT_CHECKPOINT: REENTRANT,
     internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
@@ -119,13 +108,18 @@ class DroppedGraphError(DerivativeError):
     """Raised by either engine if the backward of a custom autograd.Function drops the graph."""
 
 
-def explain(error: Exception) -> None:
-    """Raise a DerivativeError that names the remedy for a PyTorch error, if a remedy is known."""
-    if isinstance(error, CheckpointError):
-        raise DerivativeError(CHECKPOINT_ADVICE) from error
-    for words, advice in REMEDIES.items():
-        if words in str(error):
-            raise DerivativeError(advice) from error
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn a PyTorch error with a known remedy into a DerivativeError that names it."""
+    try:
+        yield
+    except (CheckpointError, RuntimeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise DerivativeError(CHECKPOINT_ADVICE) from error
+        for words, advice in REMEDIES.items():
+            if words in str(error):
+                raise DerivativeError(advice) from error
+        raise
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
@@ -135,14 +129,10 @@ def refuse_scripted(engine: str, error: Exception) -> None:
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make the backward pass from `value` raise an error if a Function drops the graph.
+    """Make the backward pass from `value` to `point` raise an error if a Function drops the graph.
 
-    A Function that drops the graph receives a gradient that requires grad, but returns only
-    gradients that cannot be differentiated again. The check follows the graph from `value` to
-    `point`. If `wanted` is False, no node is checked.
-
-    Returns whether any of the checked nodes belongs to a custom Function. If so, the caller must
-    avoid vmap, because this check cannot inspect a Function's gradients under vmap.
+    Returns whether it meets a custom Function, whose gradients the check cannot inspect under
+    vmap. If `wanted` is False, nothing is checked.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -170,72 +160,40 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
     """Return True if `point` is x or if the graph of `value` has a leaf other than `point`."""
     if point is x:
         return True
-    point_node = internals.gradient_node(point)
-    seen, nodes = {point_node}, [] if value.grad_fn is None else [value.grad_fn]
-    while nodes:
-        for node, _ in nodes.pop().next_functions:
-            if node is None or node in seen:
-                continue
-            if type(node) is type(point_node):  # accumulates the gradient of another leaf
-                return True
-            seen.add(node)
-            nodes.append(node)
-    return False
+    leaf_node = type(internals.gradient_node(point))  # accumulates the gradient of a leaf
+    return any(type(node) is leaf_node for node in internals.graph_nodes([value], point))
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return the point at which to differentiate: x itself or a detached copy of x.
-
-    Under torch.compile and torch.func, the point is x itself. Otherwise, it is x only if `wanted`
-    is True and x requires grad.
-    """
+    """Return where to differentiate: x if it is traced or its gradient is wanted, or a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
 
 def vjp(
-    function: Callable[..., tuple[Tensor, Any]],
-    *points: Tensor,
-    graph: bool = True,
-    lost: str | None = None,
+    function: Callable[..., tuple[Tensor, Any]], *points: Tensor, lost: str | None = None
 ) -> tuple[Tensor, Any, PassBack]:
     """Call `function`; return its two results (value, more) and the value's backward pass.
 
-    The backward pass maps a cotangent of the value's shape to one gradient per point. The
-    gradients can be differentiated again if `graph` is True. If the value does not depend on a
-    point, the gradient with respect to that point is zero. If `lost` is given and the value does
-    not depend on the last point, the backward pass raises a DerivativeError with the text `lost`.
-    Under torch.compile and torch.func, the backward pass comes from `torch.func.vjp`.
+    The backward pass maps a cotangent to one gradient per point, with a graph unless `graph` is
+    False. A gradient is zero for a point that the value does not depend on; for the last point, a
+    DerivativeError with the text `lost` is raised if that is given.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
-        value, back, more = result
-        return value, more, back
-    try:
-        with torch.enable_grad():
-            value, more = function(*points)
-    except EXPLAINED as error:
-        explain(error)
-        raise
-    return value, more, pass_back(value, points, graph, lost)
+        value, traced, more = result
+        return value, more, lambda cotangent, **_: traced(cotangent)
+    with torch.enable_grad(), explained():
+        value, more = function(*points)
 
-
-def pass_back(
-    value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
-) -> PassBack:
-    """Return the `PassBack` for a value that was already computed in eager mode."""
-
-    def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
+    def back(cotangent: Tensor, graph: bool = True, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
             raise DerivativeError(lost)
         options: Any = {"create_graph": graph, "is_grads_batched": batched}
-        try:
+        with explained():
             gradients = torch.autograd.grad(
                 value, points, cotangent, retain_graph=True, allow_unused=True, **options
             )
-        except EXPLAINED as error:
-            explain(error)
-            raise
         if lost is not None and gradients[-1] is None:
             raise DerivativeError(lost)
         if len(points) == 1 and gradients[0] is not None:
@@ -245,17 +203,16 @@ def pass_back(
             for point, gradient in zip(points, gradients, strict=True)
         )
 
-    return back
+    return value, more, back
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return the K gradients (K, B, *) that a backward pass computes for K cotangents.
+    """Return the gradients (K, B, *) for K cotangents of a backward pass to a single point.
 
-    `back` must return a single gradient. It is called once, under vmap. If `in_turn` is True, or
-    if vmap cannot be used or fails, `back` is called K times instead. For example, vmap may fail
+    `back` is called once, under vmap, or K times if `in_turn` is True or vmap fails, for example
     in the backward of a custom autograd.Function.
     """
-    in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
+    in_turn = in_turn or len(cotangents) == 1 or internals.is_traced()
     # A checkpoint around the loss recomputes the loss here, and vmap would forbid random draws.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
@@ -349,30 +306,19 @@ def taylor(
     if copied:
         network, x, w = copies(network, x, w)
         w = w.unsqueeze(0)
-    f, count = watch_once(network, order, wanted), len(w)
+    f = watch_once(network, order, wanted)
+
+    def form(point: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value, directional = propagate(f, point, w).split((1, len(w)))
+        return (w * directional).sum(), [value, directional]
+
     if order == 2:
-        parts = list(propagate(f, x, w).split((1, count)))
+        parts = list(propagate(f, x, w).split((1, len(w))))
     else:  # G, by a backward pass from w·D
-        if internals.is_traced():
-
-            def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                value, directional = propagate(f, point, w).split((1, count))
-                return (w * directional).sum(), (value, directional)
-
-            number, (value, directional), back = vjp(form, x)
-        else:  # inline, because `vjp` would put two more frames around the network
-            with torch.enable_grad():
-                point = leaf(x, wanted)
-                try:
-                    value, directional = propagate(f, point, w).split((1, count))
-                except EXPLAINED as error:
-                    explain(error)
-                    raise
-                number = (w * directional).sum()
-            wanted = wanted and may_train(number, x, point)
-            back = pass_back(number, (point,), wanted)
-        third = back(torch.ones_like(number))[0]
-        parts = [value, directional, third.unsqueeze(0)]
+        point = leaf(x, wanted)
+        number, parts, back = vjp(form, point)
+        wanted = wanted and may_train(number, x, point)
+        parts += [back(torch.ones_like(number), graph=wanted)[0].unsqueeze(0)]
     if copied:
         parts = [part.reshape(shape) for part in parts]
     return Derivatives(*parts) if wanted else Derivatives(*map(Tensor.detach, parts))
@@ -402,11 +348,12 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
         return vjp_c, value
 
     point, start = leaf(x, wanted), leaf(w if order == 3 else torch.zeros_like(x), wanted)
-    _, value, again = vjp(pull, point, start, graph=wanted, lost=LOST_TWICE)
+    _, value, again = vjp(pull, point, start, lost=LOST_TWICE)
     if order == 2:
-        parts = [value.unsqueeze(0), torch.stack([again(direction)[1] for direction in w])]
+        directional = [again(direction, graph=wanted)[1] for direction in w]
+        parts = [value.unsqueeze(0), torch.stack(directional)]
     else:
-        third, directional = again(w)
+        third, directional = again(w, graph=wanted)
         parts = [part.reshape(shape) for part in (value, directional, third)]
     trained = wanted and (w.requires_grad or may_train(value, x, point))
     return Derivatives(*parts) if trained else Derivatives(*map(Tensor.detach, parts))
@@ -433,17 +380,17 @@ def reverse_products(
         refuse_dropped(vjp_c, wanted)
         return vjp_c, ()
 
-    vjp_c, _, again = vjp(pull, leaf(c[0].clone(), False), graph=wanted, lost=LOST_TWICE)
-    jvp_c = again(c[0])[0].detach().unsqueeze(0) if push else None
+    vjp_c, _, again = vjp(pull, leaf(c[0].clone(), False), lost=LOST_TWICE)
+    jvp_c = again(c[0], graph=wanted)[0].detach().unsqueeze(0) if push else None
     if order == 2:
-        parts = [value.unsqueeze(0), pull_each(again, w)]
+        parts = [value.unsqueeze(0), pull_each(partial(again, graph=wanted), w)]
     else:
         # One direction at a time, because a batch would evaluate f once for each direction.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
-            _, _, twice = vjp(pull, point, start, graph=wanted, lost=LOST_TWICE)
-            pairs.append(twice(direction))
+            _, _, twice = vjp(pull, point, start, lost=LOST_TWICE)
+            pairs.append(twice(direction, graph=wanted))
         third, directional = map(torch.stack, zip(*pairs, strict=True))
         parts = [value.unsqueeze(0), directional, third]
     *parts, vjp_c = (part if wanted else part.detach() for part in (*parts, vjp_c.unsqueeze(0)))
@@ -460,10 +407,9 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return the derivatives that `derive` computes, and Jacobian products.
+    """Return the derivatives that `derive` computes, and Jacobian products by backward passes.
 
-    A backward pass from the value computes vjp_c. A second backward pass, from vjp_c, computes
-    jvp_c. If `copied` is True, each direction has its own copy of x and its own value.
+    If `copied` is True, each direction has its own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:
@@ -476,13 +422,14 @@ def products_beside(
         return value[0], [value[:1], *[part for part in parts if part is not None]]
 
     point = leaf(x, wanted)
-    value, parts, back = vjp(derived, point, graph=wanted or push)
+    value, parts, back = vjp(derived, point)
+    back = partial(back, graph=wanted or push)
     wanted = wanted and may_train(value, x, point)
     c = cotangent(value.reshape(shape)).detach()
     # vjp_c is linear in c, so differentiating it reveals a Function that drops the graph.
     start = leaf(c.reshape(value.shape), False)
-    vjp_c, _, again = vjp(lambda c: (back(c)[0], ()), start, graph=False)
-    jvp_c = again(start)[0].detach().reshape(shape) if push else None
+    vjp_c, _, again = vjp(lambda c: (back(c)[0], ()), start)
+    jvp_c = again(start, graph=False)[0].detach().reshape(shape) if push else None
     *parts, vjp_c = (part if wanted else part.detach() for part in (*parts, vjp_c))
     if copied:
         parts = [part.reshape(shape) for part in parts]
@@ -495,9 +442,9 @@ def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Ite
     The results have no graph. Raises DerivativeError if no graph leads from the output to x.
     """
     point = leaf(x, wanted=False)
-    _, _, back = vjp(lambda point: (network(point), ()), point, graph=False, lost=LOST_ONCE)
+    _, _, back = vjp(lambda point: (network(point), ()), point, lost=LOST_ONCE)
     for w in directions:
-        yield pull_each(back, w)
+        yield pull_each(partial(back, graph=False), w)
 
 
 def quadratic_forms(
@@ -505,30 +452,19 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return a network's value (B, *) and the quadratic forms wᵀ ∂f/∂x w (K, B).
 
-    The network is evaluated once. Each chunk (k, B, *) of directions then requires either one
-    backward pass under vmap or k separate backward passes. Raises DerivativeError if no graph
-    leads from the output to x, or if a custom autograd.Function drops the graph.
+    Raises DerivativeError if no graph leads from the output to x, or if a custom
+    autograd.Function drops the graph.
     """
     wanted = torch.is_grad_enabled()
-    f, in_turn = watch_once(network, 2, wanted), False
-    if internals.in_functorch():
-        value, _, back = vjp(lambda point: (f(point), ()), x)
-    else:
-        with torch.enable_grad():
-            point = leaf(x, wanted)
-            try:
-                value = f(point)
-            except EXPLAINED as error:
-                explain(error)
-                raise
-        wanted = wanted and may_train(value, x, point)
-        # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
-        in_turn = refuse_dropped(value, wanted, point)
-        back = pass_back(value, (point,), wanted, LOST_ONCE)
+    f, point = watch_once(network, 2, wanted), leaf(x, wanted)
+    value, _, back = vjp(lambda point: (f(point), ()), point, lost=LOST_ONCE)
+    wanted = wanted and may_train(value, x, point)
+    # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
+    in_turn = not internals.in_functorch() and refuse_dropped(value, wanted, point)
 
     def pulled(w: Tensor) -> Tensor:
         # Without a graph, two backward passes take less time and memory than one under vmap.
-        return pull_each(back, w, in_turn or (len(w) == 2 and not wanted))
+        return pull_each(partial(back, graph=wanted), w, in_turn or (len(w) == 2 and not wanted))
 
     forms = torch.cat([sum_elements(pulled(w) * w) for w in directions])
     return (value, forms) if wanted else (value.detach(), forms.detach())

@@ -2,10 +2,9 @@ r"""Warnings about discontinuous derivatives, and facts learned from earlier cal
 
 Purpose:
     In a ReLU network, ∂f/∂x is piecewise constant as a function of the bias before a ReLU. The
-    gradient of a second-order term with respect to that bias is therefore zero, and the term's
-    gradient with respect to other parameters is incomplete. Yet the mean of the term over the data
-    depends on all these parameters, because they determine on which side of a kink each sample
-    lies. Derivatives of the network do not show this dependence, whichever engine computes them.
+    gradient of a second-order term with respect to that bias is therefore zero, although the mean
+    of the term over the data depends on the bias, which determines on which side of a kink each
+    sample lies. No derivative of the network shows this dependence.
 
     Therefore, when a network is first called with gradients enabled, the operators between x and
     the output are checked for discontinuous derivatives. Clamps are ignored, because most of them
@@ -41,23 +40,32 @@ WARNING = (
 )
 
 
+class Past(NamedTuple):
+    """What earlier calls of one kind have shown about an engine.
+
+    Attributes:
+        served: the surroundings, that is, transforms and modes, in which a call has succeeded.
+        failure: why the last failed call has failed.
+        refused: whether the engine is no longer tried, because the next call would fail too.
+    """
+
+    served: frozenset[tuple[Any, ...]] = frozenset()
+    failure: str = ""
+    refused: bool = False
+
+
 @dataclass
 class NetworkMemory:
     """Facts about a network, learned from earlier calls.
 
     Attributes:
-        refused: for each (engine, kind), why the engine refuses this kind of call.
-        failed: for each (engine, kind), why the first call failed. The next call may succeed.
-        served: each (engine, kind, surroundings) with which a call has succeeded. `surroundings`
-            describes the transforms and modes that were active.
+        engines: the past of each (engine, kind of call).
         warned: whether the user has been warned that reverse mode takes over.
         orders: the orders (2, 3) at which the network is no longer checked for discontinuous
             derivatives.
     """
 
-    refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
-    failed: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
-    served: set[tuple[Any, ...]] = field(default_factory=set)
+    engines: dict[tuple[str, tuple[Any, ...]], Past] = field(default_factory=dict)
     warned: bool = False
     orders: set[int] = field(default_factory=set)
 
@@ -67,9 +75,9 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 def refusal(owner: object, order: int) -> str | None:
     """Return why the taylor engine refuses calls of this order, or None if no refusal is known."""
-    for (engine, kind), why in memory_of(owner).refused.items():
-        if engine == "taylor" and kind[0] == order:
-            return why
+    for (engine, kind), past in memory_of(owner).engines.items():
+        if engine == "taylor" and kind[0] == order and past.refused:
+            return past.failure
     return None
 
 
@@ -85,11 +93,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return `field`, wrapped in a check that warns about discontinuous derivatives.
-
-    `field` itself is returned if this order needs no more checks, if no gradients are needed, or
-    under torch.compile.
-    """
+    """Return `field`, wrapped in a check for discontinuous derivatives if that is still due."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 

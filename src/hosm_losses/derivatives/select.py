@@ -2,16 +2,13 @@ r"""Choose the engine that differentiates a network, and remember which attempts
 
 Purpose:
     "auto" tries the taylor engine first, except for Jacobian products in eager mode, for which it
-    tries reverse mode first. If the taylor engine cannot differentiate the network, reverse mode
-    takes over, but only in eager mode. Before the other engine is tried, the network's buffers and
-    the random generators are reset to their states from before the failed attempt. The first time
-    that reverse mode takes over for a network, the user is warned.
+    tries reverse mode first. If the taylor engine cannot differentiate the network in eager mode,
+    reverse mode takes over from the same buffers and random states, and the user is warned once.
 
-    If an engine refuses a call, the refusal is remembered immediately for all calls of the same
-    kind. Any other error may be due to a bad batch, so the engine is abandoned only if the next
-    call of the same kind fails too. Once a call has succeeded with an engine, errors in later
-    calls of the same kind reach the user, and the other engine is not tried. `check_derivatives`
-    finds errors that only a backward pass would raise.
+    An engine's refusal is remembered for all calls of the same kind. Any other error may be due to
+    a bad batch, so the engine is abandoned only if the next call of the same kind fails too. Once
+    a call has succeeded with an engine, errors in later calls of the same kind reach the user.
+    `check_derivatives` finds errors that only a backward pass would raise.
 
     If an error is raised here while torch.compile is tracing, the graph breaks and the call is
     repeated in eager mode. With fullgraph=True, the error reaches the user.
@@ -19,8 +16,9 @@ Purpose:
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +42,7 @@ from hosm_losses.derivatives.engines import (
     Products,
     refuse_scripted,
 )
-from hosm_losses.derivatives.kinks import memory_of
+from hosm_losses.derivatives.kinks import Past, memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
@@ -64,11 +62,7 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 
 
 class NetworkState:
-    """Saved copies of a network's buffers and of the states of torch's random generators.
-
-    Buffers are saved only if the network is a Module or a method of a Module. The random states
-    of the CPU and of x's device are saved, except while a CUDA graph is being captured.
-    """
+    """Copies of a network's buffers, and of the random states of the CPU and of x's device."""
 
     def __init__(self, network: object, x: Tensor) -> None:
         owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
@@ -143,18 +137,15 @@ def _derive_eagerly(
         except RuntimeError as error:
             _explain_engine(engine, error)
             raise
-    attempts, derivatives = EngineAttempts(network, x, order, summed, len(w) > 1), None
-    if not attempts.is_refused("taylor"):
-        with attempts.attempt("taylor"):
-            return engines.taylor(network, x, w, order, summed)
-    if not attempts.is_refused("reverse"):
-        with attempts.attempt("reverse"):
-            derivatives = engines.reverse(network, x, w, order)
-    if derivatives is not None:
-        attempts.remember()
-        _warn_once(attempts)
-        return derivatives
-    why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
+    attempts = {
+        "taylor": partial(engines.taylor, network, x, w, order, summed),
+        "reverse": partial(engines.reverse, network, x, w, order),
+    }
+    return _first_to_serve(network, x, (order, summed, len(w) > 1), attempts, _neither)
+
+
+def _neither(failures: dict[str, str]) -> NoReturn:
+    why = "; ".join(f"{engine}: {why}" for engine, why in failures.items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got an operator that "
         f"neither engine can differentiate ({why}). {ASK_THE_CHECK}"
@@ -174,8 +165,7 @@ def derive_with_products(
     """Return the derivatives that `derive` returns, and Jacobian products with c = cotangent(f).
 
     The products are (∂f/∂x)ᵀ c and, if `push` is True, (∂f/∂x) c. In eager mode, "auto" tries
-    reverse mode first, because it computes products at a lower cost than the taylor engine. If
-    that attempt fails, "auto" proceeds as in `derive`.
+    reverse mode first, which computes products at a lower cost.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -194,23 +184,17 @@ def _products(
     engine: str,
     push: bool,
 ) -> Products:
-    attempts = None
-    if engine in ("auto", "reverse") and not is_traced():
-        if engine == "reverse":
-            return engines.reverse_products(network, x, w, order, cotangent, push)
-        attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
-        if not attempts.is_refused("reverse"):
-            with attempts.attempt("reverse"):
-                return engines.reverse_products(network, x, w, order, cotangent, push)
+    def beside(_: object = None) -> Products:
+        derived, copied = partial(derive, order=order, engine=engine), order == 3
+        return engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
 
-    def derived(network: Network, x: Tensor, w: Tensor) -> Derivatives:
-        return derive(network, x, w, order=order, engine=engine)
-
-    copied = order == 3
-    products = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
-    if attempts is not None:
-        attempts.remember()
-    return products
+    if engine == "taylor" or is_traced():
+        return beside()
+    reverse = partial(engines.reverse_products, network, x, w, order, cotangent, push)
+    if engine == "reverse":
+        return reverse()
+    kind = "products", order, push, len(w) > 1
+    return _first_to_serve(network, x, kind, {"reverse": reverse}, beside)
 
 
 def unknown(error: TaylorError) -> DerivativeError:
@@ -219,10 +203,7 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, order: int) -> None:
-    """Raise an error if a compiled loss of order three would update running statistics.
-
-    PyTorch would otherwise raise an error after which the loss could not fall back to eager mode.
-    """
+    """Raise an error before PyTorch's own, after which a loss cannot fall back to eager mode."""
     for part in getattr(network.owner, "modules", list)() if order == 3 else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -242,58 +223,57 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
         ) from error
 
 
-class EngineAttempts:
-    """The engines that are tried in turn for one call.
+def _first_to_serve(
+    network: Network,
+    x: Tensor,
+    kind: tuple[Any, ...],
+    attempts: Mapping[str, Callable[[], Any]],
+    otherwise: Callable[[dict[str, str]], Any],
+) -> Any:
+    """Return the result of the first engine that succeeds or, if none does, of `otherwise`.
 
-    Each attempt starts from the same state of the network.
+    Each attempt starts from the same state of the network. `otherwise` receives the reason of each
+    engine's failure.
     """
-
-    def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
-        self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
-        self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
-        self.surroundings = surroundings()
-        self.reasons: dict[str, str] = {}
-        self.notes: dict[Any, dict[Any, str]] = {}
-
-    def is_refused(self, engine: str) -> bool:
-        """Return whether this engine has already refused a call of this kind."""
-        why = self.memory.refused.get((engine, self.kind))
-        if why is not None:
-            self.reasons[engine] = why
-        return why is not None
-
-    @contextlib.contextmanager
-    def attempt(self, engine: str) -> Iterator[None]:
-        """Run an attempt, and suppress its error if the other engine may succeed."""
-        call = engine, self.kind
-        served = (*call, self.surroundings)
-        if served in self.memory.served:  # no copy of the buffers, which may be large
-            try:
-                yield
-            except TaylorError as error:
-                raise unknown(error) from error
-            return
-        before = NetworkState(self.owner, self.x)
+    owner, here = network.owner, surroundings()
+    kind = (*kind, x.dtype, x.device.type, getattr(owner, "training", None))
+    memory, learned = memory_of(owner), dict[tuple[str, tuple[Any, ...]], Past]()
+    failures: dict[str, str] = {}
+    for engine, run in attempts.items():
+        past = memory.engines.get((engine, kind), Past())
+        if past.refused:
+            failures[engine] = past.failure
+            continue
+        # No copy of the buffers, which may be large, if this engine has served before.
+        before = None if here in past.served else NetworkState(owner, x)
         try:
-            yield
+            result = run()
         except Exception as error:
+            if before is None and isinstance(error, TaylorError):
+                raise unknown(error) from error
             refuse_scripted(engine, error)
-            if not _another_may_do(engine, error):
+            if before is None or not _another_may_do(engine, error):
                 raise
             before.restore()
-            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            # A RecursionError is not remembered: call depth also depends on the caller.
-            if not any(self.surroundings) and not isinstance(error, RecursionError):
+            why = failures[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+            # Outer transforms or modes may be the cause and, of a RecursionError, the caller.
+            if not any(here) and not isinstance(error, RecursionError):
                 sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
-                sure = sure or call in self.memory.failed
-                self.notes[call] = self.memory.refused if sure else self.memory.failed
+                sure = sure or past.failure != ""
+                learned[engine, kind] = past._replace(failure=why, refused=sure)
         else:
-            self.memory.served.add(served)
-
-    def remember(self) -> None:
-        """Store why engines failed, unless outer transforms or modes may be the cause."""
-        for call, notes in self.notes.items():
-            notes[call] = self.reasons[call[0]]
+            learned[engine, kind] = past._replace(served=past.served | {here})
+            break
+    else:
+        result = otherwise(failures)
+    memory.engines.update(learned)
+    if "taylor" in failures and not memory.warned:
+        memory.warned = True
+        warn(
+            f"engine='auto': the engine 'taylor' could not differentiate {type(owner).__name__} "
+            f"({failures['taylor']}), so reverse mode, which is slower, took its place."
+        )
+    return result
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
@@ -312,16 +292,6 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)
     )
-
-
-def _warn_once(attempts: EngineAttempts) -> None:
-    if not attempts.memory.warned:
-        attempts.memory.warned = True
-        warn(
-            f"engine='auto': the engine 'taylor' could not differentiate "
-            f"{type(attempts.owner).__name__} ({attempts.reasons['taylor']}), so reverse "
-            "mode, which is slower, took its place."
-        )
 
 
 def never_warn(owner: object) -> None:

@@ -1,10 +1,8 @@
 """Check, before training, that the derivatives of a network are correct.
 
-An operator may compute wrong higher derivatives without raising an error. Examples are a custom
-autograd.Function whose backward drops the graph, a kernel whose forward-mode derivative ignores
-the parameters, and a call to .detach(). The check compares the derivatives of a copy of the
-network with finite differences of the copy's values. A loss itself cannot be checked this way:
-parts of a loss are detached, so its gradient differs from the slope of its values.
+The derivatives of a copy of the network are compared with finite differences of its values. A loss
+itself cannot be checked this way: parts of a loss are detached, so its gradient differs from the
+slope of its values.
 """
 
 import functools
@@ -137,14 +135,13 @@ def check_derivatives(
     - derivatives that disagree with finite differences, whether taken with respect to x or to the
       parameters.
 
-    For the derivatives of the whole network, the check accepts relative errors of up to 1 % in
-    float32 and up to 1e-6 in float64. To find smaller faults, check a float64 copy. The page on
-    derivatives lists the faults that the check cannot find.
+    The check accepts relative errors of up to 1 % in float32 and up to 1e-6 in float64. To find
+    smaller faults, check a float64 copy. The page on derivatives lists the faults that the check
+    cannot find.
 
-    The check works on a copy of the network and forks the random number generators, so your
-    network and the generators stay unchanged. If the network is not an nn.Module, only derivatives
-    with respect to x are checked. Call `check_derivatives` once before training, with a small
-    batch on a single device.
+    Your network, which is copied, and the random generators stay unchanged. If the network is not
+    an nn.Module, only derivatives with respect to x are checked. Call `check_derivatives` once
+    before training, with a small batch on a single device.
 
     Args:
         model: the score model, in the mode that training will use.
@@ -241,8 +238,7 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """If the check finds a fault, raise an error that names the innermost faulty module.
 
-    Return False if no fault is found. Return True if the network has a fault in float32 but its
-    float64 copy has none. Such a fault is due to rounding, so no error is raised.
+    Return whether there is a fault that a float64 copy does not have, so that it is rounding.
     """
     # As in the losses, only the network is differentiated, not the term in x of a prediction.
     field: Network = bound

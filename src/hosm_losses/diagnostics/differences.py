@@ -19,12 +19,10 @@ Formula:
     this error does not depend on h if p jumps. The error is proportional to h if p′ jumps, and to
     h³ if both p and p′ are smooth.
 
-    The search therefore converges to a jump, and each halving evaluates the functions at only one
-    new point. Let m be the midpoint of a and b. At a jump, the bend |p(m) − (p(a) + p(b))/2| is
-    half as large as the jump, whatever h is. At a kink of p, the bend is proportional to h; where
-    p is smooth, it is proportional to h². Hence |x|³ passes the check: its G has a kink but no
-    jump, and the integral agrees with p(b) − p(a). This kink does no harm, because the loss
-    differentiates G only once.
+    The search therefore converges to a jump, at one new point per halving. Let m be the midpoint
+    of a and b. The bend |p(m) − (p(a) + p(b))/2| is half the jump at a jump, proportional to h at
+    a kink of p, and to h² where p is smooth. Hence |x|³ passes the check: its G has a kink but no
+    jump, which does no harm, because the loss differentiates G only once.
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), on checks against finite differences.

@@ -87,10 +87,7 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe the fault that a check finds in a field, or return None if there is no fault.
-
-    If a derivative cannot be computed, only the check `Agreement` reports this as a fault.
-    """
+    """Describe the fault that a check finds in a field, or return None if there is no fault."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -150,9 +147,8 @@ def find_culprit(
 ) -> tuple[Part, str] | None:
     """Return the innermost module that has a fault of its own, and describe the fault.
 
-    `opaque` means that the network as a whole shows no fault. In this case, only modules that
-    contain a custom Function are checked, and a module that cannot be differentiated on its own is
-    not reported.
+    If `opaque`, the network as a whole shows no fault: only modules that contain a custom Function
+    are checked, and one that cannot be differentiated on its own is not reported.
     """
     parts = _parts(calls, primitives)
     for part in _around_functions(parts) if opaque else parts:
@@ -163,11 +159,7 @@ def find_culprit(
 
 
 def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
-    """Yield a part for the first call of each module, the most deeply nested modules first.
-
-    A module is skipped if no argument of this call is a floating-point tensor with at least one
-    dimension.
-    """
+    """Yield a part for the first call of each module, the most deeply nested modules first."""
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.name, call)

@@ -1,16 +1,13 @@
 """Conditions that a network's values must meet before its derivatives can be checked.
 
 - The output is finite and depends only on the arguments and the seed.
-- Samples do not affect each other. The test replaces all samples but one, together with their
-  times, and checks that the output of the remaining sample does not change. The batch size and any
-  dropout mask stay the same.
-- If a sample is moved to another row of the batch, its output moves to the same row. The test
-  permutes the samples and, separately, fills the batch with copies of one sample. All tensors that
-  are assumed to belong to the samples are rearranged in the same way. Such a tensor may in fact
-  hold an unordered set that all samples share. Permuting the rows of this set does not change any
-  output, so only the test with copies shows that the rows do not belong to the samples. The test
-  is skipped if the network draws random numbers, because these depend on a sample's position in
-  the batch.
+- Samples do not affect each other: a sample's output stays the same if all others are replaced,
+  together with their times, at the same batch size and dropout mask.
+- If a sample is moved to another row of the batch, its output moves along. The test permutes the
+  samples and, separately, fills the batch with copies of one. Every tensor that is assumed to
+  belong to the samples is rearranged in the same way. If it is in fact an unordered set that all
+  samples share, only the test with copies shows it. The test is skipped if the network draws
+  random numbers, because these depend on a sample's position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -127,10 +124,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise an error if a sample's output changes when the samples are reordered or repeated.
-
-    Tensors that belong to the samples are reordered or repeated in the same way.
-    """
+    """Raise an error if a sample's output changes when the samples are reordered or repeated."""
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):

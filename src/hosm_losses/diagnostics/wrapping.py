@@ -13,26 +13,21 @@ Formula:
 
     Losses are divided by ℓ(u) before they are compared, so that every level counts equally. The
     predicted ε is p · output + q x, where only p and q depend on the kind and sign of the
-    prediction. A single network call therefore yields the losses for all kinds and both signs.
+    prediction, so one network call yields the losses for all kinds and both signs.
 
-    The candidates are ranked by their losses, measured with one draw of noise per sample. The
-    model's own wrapping and the three best candidates are then measured again, with eight fresh
-    draws per sample. The verdict is based on these measurements. One draw would not be enough: a
-    wrong schedule that shifts a log-likelihood by a third of a nat may change the loss by only
-    two per cent. Half of the fresh draws are spread evenly over the levels. The other draws are
-    distributed over the levels in proportion to how much the losses of these candidates differ
-    there from the loss under the model's own wrapping.
+    The candidates are ranked with one draw of noise per sample. The model's own wrapping and the
+    three best candidates are then measured again, with eight fresh draws, because a wrong schedule
+    that shifts a log-likelihood by a third of a nat may change the loss by only two per cent. Half
+    of the draws are spread evenly over the levels, the others in proportion to how much the losses
+    of the candidates differ there from the loss under the model's own wrapping.
 
-    The candidate that fits best is not always the wrapping used in training. A network that is
-    barely trained fits best under the wrapping in which its output contributes least to the
-    predicted ε. In that wrapping, the prediction is v: if the data have unit variance, q x alone
-    is already the best linear predictor of ε. A candidate is therefore not reported if its loss
-    minus the linear predictor's loss exceeds CLOSE times the candidate's loss. To be reported, a
-    candidate must also have a significantly smaller loss than the linear predictor, either on
-    average or at one or more levels. This second condition does not apply to a candidate that
-    keeps the units of the data and makes no more changes of kind and sign than BELIEVED allows.
-    The reason is that on nearly Gaussian data, even a trained network is hardly better than the
-    linear predictor.
+    A barely trained network fits best where its output contributes least to the predicted ε: read
+    as v, if the data have unit variance, q x alone is already the best linear predictor of ε. A
+    candidate is therefore not reported if its loss minus the linear predictor's loss exceeds CLOSE
+    times the candidate's loss. It must also have a significantly smaller loss than the linear
+    predictor, on average or at one or more levels, unless it keeps the units of the data and makes
+    no more changes of kind and sign than BELIEVED allows: on nearly Gaussian data, even a trained
+    network is hardly better than the linear predictor.
 """
 
 import copy
@@ -116,40 +111,32 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; printing it shows a table and a verdict.
 
-    Losses are means over the final draws of noise. Candidates are ranked by an earlier
-    measurement, with one draw of noise per sample. One loss is clearly larger than another if
-    their difference, minus twice its standard error, is more than 10 % of the larger loss. In the
-    table, "worse" marks the levels at which the network's loss is clearly larger than the linear
-    predictor's.
+    Losses are mean squared errors of the predicted noise, over the final draws. One is clearly
+    larger than another if the difference, minus twice its standard error, is more than 10 % of the
+    larger. In the table, "worse" marks the levels in `is_worse`.
 
     Attributes:
-        ok: whether your wrapping passes the check. The check fails if `best` is not None. It also
-            fails if the network's loss is clearly larger than the best linear predictor's, either
-            on average or at a quarter or more of the levels.
-        best: the highest-ranked candidate that fits better than your wrapping, or None. Its loss
-            is smaller than the loss under your wrapping, by more than half a per cent and by more
-            than four standard errors of the difference. A candidate is excluded if an untrained
-            network, which is at best as good as a linear predictor, could achieve the candidate's
+        ok: whether your wrapping passes the check. It fails if `best` is not None, or if the
+            network's loss is clearly larger than the best linear predictor's, either on average or
+            at a quarter or more of the levels.
+        best: the highest-ranked candidate that fits better than your wrapping, by more than half a
+            per cent and by more than four standard errors, or None. A candidate is excluded if an
+            untrained network, which is at best as good as a linear predictor, could achieve its
             loss.
-        undecided: whether the loss of `best` is smaller than the loss under your wrapping, but not
-            clearly smaller.
-        gain: the loss under your wrapping minus the loss of `best`, as a fraction of the loss
-            under your wrapping. To compute this fraction, each loss is first divided by the linear
-            predictor's expected loss at the same level, then averaged over the levels. The gain is
-            0 if `best` is None.
-        detectable_gain: the smallest true gain at which the check finds, with a probability of
-            0.97, that a candidate fits better than your wrapping. This applies only to the three
-            highest-ranked candidates. The number is at least half a per cent. It depends on the
-            standard errors of the differences in loss, which fall as the number of samples grows.
-            The number is also large enough that the loss of a candidate with this gain is at least
-            four standard errors below the linear predictor's loss.
+        undecided: whether the loss of `best` is smaller than yours, but not clearly smaller.
+        gain: your loss minus that of `best`, as a fraction of your loss; 0 if `best` is None. Each
+            loss is first divided by the linear predictor's expected loss at the same level, then
+            averaged over the levels.
+        detectable_gain: the smallest true gain, at least half a per cent, at which the check
+            finds, with a probability of 0.97, that one of the three highest-ranked candidates fits
+            better than your wrapping and than the linear predictor. It falls as the number of
+            samples grows.
         log_sigma_hat: the noise levels log(σ/α), where σ/α is in the units of the data.
-        losses: the mean squared error of the predicted noise at each level, under your wrapping.
-        linear: the mean squared error of the best linear predictor at each level.
-        best_losses: the mean squared error of the predicted noise at each level, under `best`. NaN
-            at levels outside the schedule of `best`, and None if `best` is None.
-        is_worse: for each level, whether the network's loss is clearly larger than that of the
-            linear predictor.
+        losses: the loss at each level, under your wrapping.
+        linear: the loss of the best linear predictor at each level.
+        best_losses: the loss at each level, under `best`. NaN at levels outside the schedule of
+            `best`, and None if `best` is None.
+        is_worse: for each level, whether your loss is clearly larger than the linear predictor's.
         calls: the number of calls to the network, without those that were only timed.
         samples: the number of samples of x0 that were used.
         batch_size: the number of samples in x0.
@@ -237,16 +224,14 @@ def check_wrapping(
     A wrapping consists of the schedule, the time, the kind and sign of the prediction, and the
     units of the data. If any of these differs from what was used in training, no error is raised,
     but losses and likelihoods are wrong. The candidates combine the common schedules and times,
-    every kind of prediction with both signs, and the usual ranges of data. All candidates are
-    measured at the same noise levels and with the same noise. Only a trained network can be
-    checked.
+    every kind of prediction with both signs, and the usual ranges of data, at the same noise
+    levels and with the same noise. Only a trained network can be checked.
 
-    The network is called at most 182 times, and usually about 100 times. Each call processes all
-    of the samples used and computes no gradients. If these calls would take longer than about 30
-    seconds, only some samples of x0 are used, at least 16; to predict this, a few more calls are
-    timed first. The fewer the samples, the larger is the smallest gain that the check detects. The
-    states of the network and of the global random generators are left unchanged. Call
-    `model.eval()` first if the network has dropout or batch norm.
+    The network is called without gradients at most 182 times, and usually about 100 times, on all
+    of the samples used. If these calls would take longer than about 30 seconds, only some samples
+    of x0 are used, at least 16; to predict this, a few more calls are timed first. Fewer samples
+    detect only larger gains. The states of the network and of the global random generators are
+    left unchanged. Call `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
@@ -254,19 +239,15 @@ def check_wrapping(
             few hundred samples if each sample has few elements.
         model_kwargs: keyword arguments of the network.
         samples: how many samples of x0 to use, at least 16. If None, their number depends on the
-            time that the calls take, as described above. The same samples are used whenever their
-            number is the same. To repeat a check, pass `report.samples` and the same seed.
+            time that the calls take. To repeat a check, pass `report.samples` and the same seed.
         progress: whether to show a progress bar, which requires tqdm.
         generator: the source of the noise, on the device of x0; the global generator if None.
 
     Returns:
         The report. If a candidate fits better than your wrapping, `ok` is False and the candidate
-        is `best`. Wrap the network as `best` describes, unless `undecided` is True. In that case,
-        `best` is not clearly better than your wrapping: the difference in loss, minus twice its
-        standard error, is at most 10 % of the loss under your wrapping. `ok` is also False if the
-        network is clearly worse than a linear predictor. In that case, the network is untrained,
-        or no candidate fits. If `ok` is True, the verdict states `detectable_gain`, the smallest
-        gain that the check would probably have detected.
+        is `best`. Wrap the network as `best` describes, unless `undecided` is True. `ok` is also
+        False if the network is clearly worse than a linear predictor: it is untrained, or no
+        candidate fits.
 
     Raises:
         DerivativeError: if the first dimension of a tensor in `model_kwargs` equals the batch
@@ -343,8 +324,7 @@ def _affordable(bound: BoundModel, data: Tensor, calls: int) -> int:
 class _Linear:
     """The best linear predictor of ε, computed from the second moments of the data.
 
-    If there are fewer than four samples per element, only the variances of the elements are used,
-    and each element of ε is predicted from the same element of the noised data alone.
+    With fewer than four samples per element, only the variances of the elements are used.
     """
 
     def __init__(self, data: Tensor) -> None:
@@ -385,11 +365,7 @@ class _Linear:
 
 
 class _Search:
-    """The losses (draws, B) of the candidates on one batch of data.
-
-    In each draw, the noise level varies from sample to sample. Over all draws, different samples
-    are measured at similar sets of levels.
-    """
+    """The losses (draws, B) of the candidates on one batch of data."""
 
     def __init__(
         self,
@@ -419,12 +395,11 @@ class _Search:
             self._measure(inputs)
 
     def _draw(self, count: int, shares: Tensor) -> None:
-        """Draw noise (count, B, *) and levels (count, B); discard earlier losses.
+        """Draw noise (count, B, *) and levels (count, B) in these shares; forget earlier losses.
 
-        The number of draws at each level is proportional to the level's entry in `shares`. The
-        n-th draw for sample i uses the level at the quantile (n + (iφ mod 1))/count of the shares,
-        where φ is the golden ratio. Because multiples of φ are spread evenly modulo 1, the sets of
-        levels are similar for all samples, and the sets of samples are similar for all levels.
+        The n-th draw for sample i uses the level at the quantile (n + (iφ mod 1))/count of the
+        shares, where φ is the golden ratio. All samples then have similar sets of levels, and all
+        levels similar sets of samples.
         """
         shape, dtype, device = (count, *self.data.shape), self.data.dtype, self.data.device
         self.noise = torch.randn(shape, generator=self.source, dtype=dtype, device=device)
@@ -438,12 +413,7 @@ class _Search:
         self.losses: dict[Read, Tensor] = {}
 
     def _shares(self) -> Tensor:
-        """Return each level's share of the draws, up to a common factor.
-
-        Half of the draws are spread evenly over the levels. In the other half, a level's share is
-        proportional to the differences, at this level, between the candidates' losses and the loss
-        under the model's own wrapping.
-        """
+        """Return each level's share of the draws, up to a common factor."""
         reads = torch.stack([self.losses[read] for read in (self.own, *self.first)])
         own, *others = self._multiples(reads)
         differences = self._by_level((torch.stack(others) - own).square()).sqrt()
@@ -515,12 +485,11 @@ class _Search:
     def _excess(
         self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float]:
-        """Return the excess of the losses over `reference`, and the standard error of this excess.
+        """Return the excess of the losses over `reference` and its standard error, as fractions.
 
-        Both numbers are fractions of the mean of the losses. If `place` is given, only the level
-        with that index counts; otherwise, all levels count equally. The draws for one sample are
-        not independent. The standard error is therefore computed from one number for each sample,
-        the sum of its differences over all draws.
+        Only the level with the index `place` counts or, by default, all levels equally. As the
+        draws for one sample are not independent, the standard error is computed from one number
+        per sample, the sum of its differences over all draws.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         weight = self.weight if place is None else (self.place == place).double()
@@ -539,11 +508,7 @@ class _Search:
         return excess > max(FINE_ERRORS * error, FINE_MARGIN)
 
     def _first(self) -> list[Read]:
-        """Return the best-fitting candidates.
-
-        Among the candidates that fit about as well as the best one, the candidate with the fewest
-        differences from the model's own wrapping comes first.
-        """
+        """Return the best-fitting candidates; of equals, those most like the model's own first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
