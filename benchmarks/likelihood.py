@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import intervals
-from benchmarks.experiment import Choose, Row, calls_of, clocked
+from benchmarks.experiment import Choose, Row, calls_of, clocked, seeded
 from benchmarks.peers import likelihoods as others
 from benchmarks.trained import Problem, trained
 from benchmarks.trained import exact as exact_score
@@ -54,9 +54,7 @@ Solve = Callable[[Problem, Tensor, float, int], Tensor]  # problem, x, setting, 
 # A peer's package, its solver, and whether it offers the exact divergence.
 PEERS: dict[str, tuple[str, Solve, bool]] = {
     RECIPE: ("scipy", others.by_scipy, False),
-    "k-diffusion": ("k_diffusion", others.by_k_diffusion, False),
     "torchdiffeq": ("torchdiffeq", others.by_torchdiffeq, True),
-    "flow_matching": ("flow_matching", others.by_flow_matching, True),
 }
 
 
@@ -73,7 +71,7 @@ class Method(NamedTuple):
 
 
 def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     solver = hosm.FixedGrid(int(steps), data_std=problem.std)
     given = {"solver": solver, "generator": generator, "divergence": hosm.Hutchinson()}
     return hosm.ode_nll(problem.model, x, **given | options).nll
@@ -81,7 +79,7 @@ def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) 
 
 def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
     """ode_nll on its fixed grid, but with one probe kept along the path."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def again(*_: Any) -> None:
         generator.manual_seed(seed)
