@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.experiment import Choose
+from benchmarks.experiment import Choose, seeded
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import exact, trained
 from hosm_losses.losses.terms import higher_residuals
@@ -193,7 +193,7 @@ class Measured:
     """
 
     def __init__(self, points: list[Point], term: str, name: str, repeats: int):
-        generator, shape = torch.Generator().manual_seed(1), points[0].shape
+        generator, shape = seeded(1), points[0].shape
         found, known = [], []
         for point in points:
             probes = draw(name, repeats, shape, generator)
@@ -225,7 +225,7 @@ def answer(name: str, choose: Choose) -> dict:
     count = choose(1, *(1, 2) if large else (4, 4))
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
     of_term = dict.fromkeys(TERMS, repeats) | {"third": choose(16, 32, 256) if large else repeats}
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     if name in MIXTURES:
         mixture = MIXTURES[name]()
         std = float(mixture.sample(4096, generator).std())

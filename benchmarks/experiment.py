@@ -59,6 +59,20 @@ def environment(options: Namespace) -> Row:
     return results.environment(dirty=options.dirty or options.smoke)
 
 
+def begin(given: ArgumentParser) -> tuple[Namespace, Row]:
+    """The arguments of an experiment and its environment, in a process limited to one thread."""
+    options = given.parse_args()
+    where = environment(options)
+    torch.set_num_threads(1)
+    return options, where
+
+
+def keep(options: Namespace, file: Path, found: Row) -> None:
+    """Write what was found beside what a file holds already, unless nothing was measured."""
+    if not options.smoke:
+        results.keep(file, found)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.estimator_variance import LEVELS
-from benchmarks.experiment import Choose, Row
+from benchmarks.experiment import Choose, Row, seeded
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import HELD_OUT, Problem, trained
 from benchmarks.trained import mixture as draw_mixture
@@ -96,7 +96,7 @@ def gradients(
     parameters, found = list(model.parameters()), []
     for draw in range(2):
         # The same probes for every estimator, so that their ratios are less noisy.
-        generator = torch.Generator().manual_seed(draw + 1)
+        generator = seeded(draw + 1)
         for x0, noise in batches:
             value = term(model, x0, noise=noise, t=t, generator=generator).mean()
             found.append(gradient(value, parameters))
@@ -130,7 +130,7 @@ def measure(
     batch: int,
 ) -> dict[str, Any]:
     """Moments of the gradient of every term at values of σ̂ over the data's std, for JSON."""
-    model, generator = problem.model, torch.Generator().manual_seed(0)
+    model, generator = problem.model, seeded(0)
     schedule = model.schedule
     found: dict[str, dict[str, Moments]] = {name: {} for name in terms}
     with tqdm(total=len(levels) * len(terms), desc="gradients", leave=False) as bar:
@@ -189,7 +189,7 @@ def mixture(steps: int) -> Problem:
     job = example.Job("vp", "3", steps, seed=0)
     model = example.new_model(job)
     list(tqdm(example.training(model, job, 1e-3), "mixture", job.steps, leave=False))
-    data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))
+    data = draw_mixture(HELD_OUT, seeded(0))
     return Problem(model, data, example.DATA_STD, draw_mixture)
 
 
