@@ -1,8 +1,6 @@
 """log Z of the referee is right, and so is what is made of it."""
 
-import bz2
 import math
-import zipfile
 
 import pytest
 import torch
@@ -73,30 +71,6 @@ def test_claims_are_over_the_true_errors():
     assert row["claim"] == pytest.approx((0.5 + math.sqrt(0.32)) / 2)
 
 
-def a_wheel(path, task, dimensions):
-    """A zip with the files of one observation, of thirty draws."""
-    name = density_problems.FILES.format(task=task, number=1)
-    head = ",".join(f"parameter_{i}" for i in range(dimensions))
-
-    def table(rows):
-        return "\n".join([head, *(",".join(str(i + k) for k in range(dimensions)) for i in rows)])
-
-    with zipfile.ZipFile(path, "w") as files:
-        files.writestr(name + "observation.csv", table([5]))
-        files.writestr(name + "true_parameters.csv", table([7]))
-        draws = bz2.compress(table(range(30)).encode())
-        files.writestr(name + "reference_posterior_samples.csv.bz2", draws)
-    return path
-
-
-def test_the_files_of_a_wheel_are_read(tmp_path):
-    wheel = a_wheel(tmp_path / "a.whl", "two_moons", 2)
-    posed = density_problems.posed(wheel, "two_moons", 1)
-    assert posed.observation.tolist() == [5, 6]
-    assert posed.parameters.tolist() == [7, 8]
-    assert posed.reference.tolist() == [[i, i + 1] for i in range(30)]
-
-
 def test_simulators_are_those_of_the_paper():
     theta, x = density_problems.two_moons(20_000)
     assert bool((theta.abs() <= 1).all())
@@ -156,23 +130,3 @@ def test_both_solvers_give_an_exact_model_the_log_z_of_its_data(project, monkeyp
     monkeypatch.setattr(densities, "signs", lambda x, _: probe.expand(len(x), -1))
     row = densities.by_torchdiffeq(model.double(), energy, size)
     assert row["log_z"] == pytest.approx([log_z] * 3, abs=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:TargetScores.information_of. expected enough samples")
-def test_a_smoke_run_reports_every_row(tmp_path):
-    found = densities.of_energy("DW4", densities.SMOKE)
-    assert found["log_z_error"] > 0
-    assert list(found["rows"]) == ["averaged", "averaged, scores"]
-    for solvers in found["rows"].values():
-        assert solvers["ours"]["evaluations"] == densities.SMOKE.solver + 2
-        for row in solvers.values():
-            assert len(row["log_z"]) == len(row["claims"]) == densities.SMOKE.repetitions
-            assert 0 < row["effective"] <= 1
-            # The claim is NaN where one sample has all the weight, as so few steps may leave it.
-            assert row["ratio"] == pytest.approx(row["claim"] / row["error"], nan_ok=True)
-    pytest.importorskip("sklearn")
-    wheel = a_wheel(tmp_path / "a.whl", "gaussian_linear", 10)
-    task = densities.of_posterior("gaussian_linear", densities.SMOKE, wheel)
-    (row,) = task["observations"].values()
-    assert 0 <= row["c2st"] <= 1
-    assert row["samples"] == 30
