@@ -1,6 +1,6 @@
 r"""How noisy is the gradient of each loss term and of each third-order estimator, against σ̂?
 
-python -m benchmarks gradient_variance [--full]
+python -m benchmarks gradient_variance
 
 What:
     g is the parameter gradient of a term's mean over a minibatch of n samples, at one noise
@@ -196,13 +196,10 @@ def mixture(steps: int) -> Problem:
 def answer(name: str, choose: Choose) -> dict:
     """Noise of the gradients on one kind of data."""
     batch, distributions = CASES[name]
-    if name == "mixture":
-        problem = mixture(choose(2, 1000, 2000))
-    else:
-        problem = trained(name, choose(2, None if name == "digits" else 300, None))
+    problem = mixture(choose(2, 2000)) if name == "mixture" else trained(name, choose(2, None))
     elements = problem.data[0].numel()
-    minibatches = choose(8, 8, 16 if name == "large images" else 48)
-    levels, terms = choose(LEVELS[2:3], LEVELS, LEVELS), estimators(elements, distributions)
+    minibatches = choose(8, 16 if name == "large images" else 48)
+    levels, terms = choose(LEVELS[2:3], LEVELS), estimators(elements, distributions)
     found = measure(problem, levels, terms, minibatches=minibatches, batch=batch)
     assert all(share == (0, 0, 0) for share in found["probe share"]["first"].values())
     if elements == 1:

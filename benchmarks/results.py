@@ -1,7 +1,7 @@
 """Files of results, kept by question, and what the numbers depend on.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
-measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
+measured ("smoke" or "full"), and what was found. Measuring one question anew leaves
 the others as they are. No host names and no paths are kept.
 
 A result belongs to a commit. Benchmarks do not start while files differ from it, except those that
