@@ -61,19 +61,15 @@ def test_annealing_finds_the_log_z_and_the_spread_of_a_gaussian(project):
 
 
 def test_claims_are_over_the_true_errors():
-    row = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.0)
-    assert row["claim"] == pytest.approx(0.35)
-    assert row["error"] == pytest.approx(math.sqrt((0.09 + 0.16) / 2))
-    assert row["ratio"] == pytest.approx(row["claim"] / row["error"])
-    assert row["bias"] == pytest.approx(-0.05)
-    assert row["bias_error"] == pytest.approx(0.35)
+    row, error = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.0), math.sqrt(0.125)
+    expected = {"claim": 0.35, "error": error, "ratio": 0.35 / error}
+    assert row == pytest.approx(expected | {"bias": -0.05, "bias_error": 0.35})
     row = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.4)
     assert row["claim"] == pytest.approx((0.5 + math.sqrt(0.32)) / 2)
 
 
 def test_simulators_are_those_of_the_paper():
     theta, x = density_problems.two_moons(20_000)
-    assert bool((theta.abs() <= 1).all())
     first = x[:, 0] + (theta[:, 0] + theta[:, 1]).abs() / 2**0.5 - 0.25
     second = x[:, 1] - (theta[:, 1] - theta[:, 0]) / 2**0.5
     radius, angle = torch.hypot(first, second), torch.atan2(second, first)
@@ -86,9 +82,7 @@ def test_simulators_are_those_of_the_paper():
     for part in (theta, x - theta):
         assert part.shape == (20_000, 10)
         assert part.var(0).tolist() == pytest.approx([0.1] * 10, abs=0.1 * 1.5 * error)
-    assert (
-        abs(float(torch.corrcoef(torch.stack([theta[:, 0], x[:, 0] - theta[:, 0]]))[0, 1])) < error
-    )
+    assert x.var(0).tolist() == pytest.approx([0.2] * 10, abs=0.2 * 1.5 * error)
 
 
 def test_a_classifier_tells_what_differs():
