@@ -1,14 +1,14 @@
 """Measure everything, or the questions named, and fill the numbers on the pages from it.
 
-    python -m benchmarks [QUESTION ...] [--full | --smoke] [--name NAME] [--page-only] [--dirty]
+    python -m benchmarks [QUESTION ...] [--smoke] [--name NAME] [--page-only] [--dirty]
 
 A question is a file whose `answer` is called for each of its CASES, in a process of its own with
 one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
 all of that file come the figures, and the tables and numbers between marks in README.md and docs.
 They are printed, and last what moved: a person reads the sentences beside it again.
 
-Ten minutes on two cores; --full takes an hour and a quarter. --smoke tries everything for some
-minutes, and leaves results and pages in a temporary directory that it removes.
+An hour and a quarter on two cores. --smoke tries everything for some minutes, and leaves results
+and pages in a temporary directory that it removes.
 """
 
 from argparse import Namespace
@@ -22,12 +22,9 @@ QUESTIONS = ("estimator_variance", "gradient_variance", "likelihood", "speed")
 
 
 def main() -> None:
-    parser = experiment.parser(__doc__, smoke=False)
+    parser = experiment.parser(__doc__)
     told = f"of {', '.join(QUESTIONS)}; default: all"
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=told)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", dest="size", action="store_const", const="full", default="default")
-    size.add_argument("--smoke", dest="size", action="store_const", const="smoke")
     parser.add_argument(
         "--name", default="cpu-2-cores", help="of the results; default: %(default)s"
     )
@@ -37,7 +34,7 @@ def main() -> None:
     if unknown:
         parser.error(f"expected questions among {', '.join(QUESTIONS)}; got {', '.join(unknown)}.")
     chosen = [] if options.page_only else options.questions or QUESTIONS
-    if options.size == "smoke":
+    if options.smoke:
         with TemporaryDirectory() as directory:
             run(chosen, options, Path(directory), Path(directory))
         return
@@ -51,9 +48,9 @@ def run(chosen: list[str], options: Namespace, directory: Path, root: Path) -> N
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-            where = results.environment(dirty=options.dirty or options.size == "smoke")
+            where = experiment.environment(options)
             given = {**results.ONE_THREAD, KEPT: weights}
-            found = experiment.alone(experiment.ask, question, options.size, variables=given)
+            found = experiment.alone(experiment.ask, question, options.smoke, variables=given)
             kept[question] = {"environment": where} | found
             results.write(file, kept)
     for line in page.write(file, root):

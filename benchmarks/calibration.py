@@ -7,12 +7,10 @@ on the same grid, and that of the grid, with and without a companion, against a 
 It takes a minute or two on a core.
 """
 
-import torch
-
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.coverage import models
-from benchmarks.experiment import environment, parser
+from benchmarks.experiment import begin, keep, parser, seeded
 
 FILE = results.DIRECTORY / "calibration.json"
 STEPS = 200  # of training
@@ -26,7 +24,7 @@ PROBLEMS = {
 def measure(name: str, key: str, samples: int, finest: int) -> dict[str, list[float]]:
     """The ratios of one network."""
     model, x, moments = models(name, key, STEPS, samples=samples)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
 
     def solve(steps: int, companion: bool = False, divergence: object = "exact") -> hosm.NLLResult:
         solver = hosm.FixedGrid(steps, companion=companion, **moments)
@@ -45,17 +43,14 @@ def measure(name: str, key: str, samples: int, finest: int) -> dict[str, list[fl
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
-    where = environment(options)
-    torch.set_num_threads(1)
+    options, where = begin(parser(__doc__))
     found: dict[str, dict[str, list[float]]] = {}
     for name, (schedules, samples, finest) in PROBLEMS.items():
         for key in schedules[: 1 if options.smoke else None]:
             sizes = (4, 96) if options.smoke else (samples, finest)
             found[f"{name}, {key}"] = measure(name, key, *sizes)
     results.show("calibration", found)
-    if not options.smoke:
-        results.write(FILE, {"environment": where, "found": found})
+    keep(options, FILE, {"environment": where, "found": found})
 
 
 if __name__ == "__main__":

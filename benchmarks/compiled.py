@@ -9,7 +9,7 @@ and compiled in turns in one process. Into results/compiled.json. It takes ten m
 from tempfile import TemporaryDirectory
 
 from benchmarks import results
-from benchmarks.experiment import alone, environment, parser
+from benchmarks.experiment import alone, begin, keep, parser
 from benchmarks.speed import measure
 from benchmarks.steps import BASE, COMPILED, MAIN, NETWORKS, VARIANTS
 
@@ -19,19 +19,17 @@ FILE = results.DIRECTORY / "compiled.json"
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("networks", nargs="*", default=["dit", "ncsnpp"])
-    options = arguments.parse_args()
+    options, where = begin(arguments)
     variants, rounds = {key: VARIANTS[key] for key in MAIN} | COMPILED, 10
     if options.smoke:
         variants, rounds = {BASE: VARIANTS[BASE]}, 1
     for name in options.networks[: 1 if options.smoke else None]:
-        where = environment(options)
         with TemporaryDirectory() as cache:
             fresh = {**results.ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
             batch = NETWORKS[name][1][0]
             found = alone(measure, name, variants, rounds, batch, (), variables=fresh)
         results.show(name, found["variants"])
-        if not options.smoke:
-            results.keep(FILE, {name: {**found, "environment": where}})
+        keep(options, FILE, {name: found | {"environment": where}})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, train
+from benchmarks.experiment import parser, seeded, train
 from benchmarks.trained import Dense, Plane, digits
 
 FLOW, VP, EDM = hosm.LinearFlowSchedule(), hosm.VPSchedule(), hosm.EDMSchedule()
@@ -54,7 +54,7 @@ def line(count: int, generator: torch.Generator) -> Tensor:
 
 def duplicates(count: int, generator: torch.Generator) -> Tensor:
     """Eight points of the plane, again and again, (count, 2)."""
-    points = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    points = torch.randn(8, 2, generator=seeded(0))
     return points[torch.randint(8, (count,), generator=generator)]
 
 
@@ -103,7 +103,7 @@ SOLVERS: dict[str, Callable[..., Any]] = {
 
 def trained(name: str, schedule: hosm.Schedule, steps: int, data: Tensor) -> hosm.ScoreModel:
     """A network after so many steps of order one, in float64."""
-    kind, generator = KINDS[name], torch.Generator().manual_seed(2)
+    kind, generator = KINDS[name], seeded(2)
     with torch.random.fork_rng():
         torch.manual_seed(kind.seed)
         network = kind.network(schedule, float(data.std()))
@@ -121,7 +121,7 @@ def models(
     name: str, key: str, steps: int | str, off: float | None = None, samples: int | None = None
 ) -> tuple[hosm.ScoreModel, Tensor, dict[str, Any]]:
     """A model, points at t_min and the moments of the data."""
-    kind, schedule, generator = KINDS[name], SCHEDULES[key], torch.Generator().manual_seed(1)
+    kind, schedule, generator = KINDS[name], SCHEDULES[key], seeded(1)
     samples = samples or kind.samples
     data, held_out = kind.draw(1500 + samples, generator).split([1500, samples])
     alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=torch.float64))
@@ -147,7 +147,7 @@ def measure(
     """What was claimed and what was true of one model, by solver."""
     exact: dict[str, Any] = {"divergence": "exact"}
     finer = hosm.FixedGrid(finest, **moments)
-    solve = partial(hosm.ode_nll, model, x, generator=torch.Generator().manual_seed(0))
+    solve = partial(hosm.ode_nll, model, x, generator=seeded(0))
     truth = solve(solver=finer, **exact).nll
     found = {}
     for name, make in SOLVERS.items():
@@ -158,7 +158,7 @@ def measure(
             claims["random"] = random.solver_error
         found[name] = judged(result, truth, claims)
     # Of samples, the density at the x that is returned.
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     drawn = hosm.ode_sample(
         model, x.shape, solver=SOLVERS["companion"](**moments), generator=generator, **exact
     )

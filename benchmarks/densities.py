@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
-from benchmarks.experiment import calls_of, clocked, environment, parser, train
+from benchmarks.experiment import begin, calls_of, clocked, keep, parser, train
 from benchmarks.peers.likelihoods import flow, follow, log_prior, signs, units
 
 FILE = results.DIRECTORY / "densities.json"
@@ -289,9 +289,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--cells", default="", metavar="REGEX", help="problems; default: all")
     arguments.add_argument("--sbibm", type=Path, metavar="WHEEL", help="for the posteriors")
-    options = arguments.parse_args()
-    where = environment(options)
-    torch.set_num_threads(1)
+    options, where = begin(arguments)
     size = SMOKE if options.smoke else Size()
     cells: dict[str, Callable[[], dict[str, Any]]] = {
         name: partial(of_energy, name, size) for name in ENERGIES
@@ -303,8 +301,7 @@ def main() -> None:
         if re.search(options.cells, name):
             found = measure()
             results.show(name, found.get("rows") or found["observations"])
-            if not options.smoke:
-                results.keep(FILE, {name: {"environment": where, "found": found}})
+            keep(options, FILE, {name: {"environment": where, "found": found}})
 
 
 if __name__ == "__main__":

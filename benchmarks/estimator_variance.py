@@ -1,6 +1,6 @@
 r"""Which probes estimate a trace, a Frobenius norm or the third order's term with least variance?
 
-python -m benchmarks estimator_variance [--full]
+python -m benchmarks estimator_variance
 
 On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels.
 Variances that are known in closed form have to come out, to five standard errors.
@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.experiment import Choose
+from benchmarks.experiment import Choose, seeded
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import exact, trained
 from hosm_losses.losses.terms import higher_residuals
@@ -193,7 +193,7 @@ class Measured:
     """
 
     def __init__(self, points: list[Point], term: str, name: str, repeats: int):
-        generator, shape = torch.Generator().manual_seed(1), points[0].shape
+        generator, shape = seeded(1), points[0].shape
         found, known = [], []
         for point in points:
             probes = draw(name, repeats, shape, generator)
@@ -222,19 +222,19 @@ def over_signs(levels: dict[str, dict[str, Measured]], name: str) -> dict[str, o
 def answer(name: str, choose: Choose) -> dict:
     """Variances on one kind of data, over those of signs."""
     large = "images" in name
-    count = choose(1, *(1, 2) if large else (4, 4))
-    repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
-    of_term = dict.fromkeys(TERMS, repeats) | {"third": choose(16, 32, 256) if large else repeats}
-    generator = torch.Generator().manual_seed(0)
+    count = choose(1, 2 if large else 4)
+    repeats = choose(400, 1000 if large else 2000)
+    of_term = dict.fromkeys(TERMS, repeats) | {"third": choose(16, 256) if large else repeats}
+    generator = seeded(0)
     if name in MIXTURES:
         mixture = MIXTURES[name]()
         std = float(mixture.sample(4096, generator).std())
         problem = exact(mixture)
     else:
-        problem = trained(name, choose(5, 300 if name == "images" else None, None))
+        problem = trained(name, choose(5, None))
         mixture, std = None, problem.std
     levels: dict[str, dict[str, dict[str, Measured]]] = {term: {} for term in TERMS}
-    for level in tqdm(LEVELS[:: choose(2, 1, 1)], name, leave=False):
+    for level in tqdm(LEVELS[:: choose(2, 1)], name, leave=False):
         rows = mixture.sample(count, generator) if mixture else problem.data[:count]
         points = [Point(problem.model, row, level * std, generator) for row in rows]
         for term, times in of_term.items():

@@ -24,12 +24,11 @@ from benchmarks import results
 
 T = TypeVar("T")
 Row = dict[str, Any]
-SIZES = ("smoke", "default", "full")
-Choose = Callable[..., Any]  # of three values, for the sizes smoke, default and full
+Choose = Callable[..., Any]  # the first of two values in a smoke run, or else the second
 Routes = Mapping[str, Callable[[], object]]
 
 
-def ask(question: str, size: str) -> Row:
+def ask(question: str, smoke: bool) -> Row:
     """What the file of a question finds, case by case; a warning is an error, as in the tests."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch.func.jvp, on first use
@@ -37,12 +36,12 @@ def ask(question: str, size: str) -> Row:
     torch.set_num_threads(1)
     found: Row = {}
     for case in module.CASES:
-        if case == "large images" and size != "full":
+        if case == "large images" and smoke:
             continue
         print(case, flush=True)
         torch.manual_seed(0)
-        found |= module.answer(case, lambda *values: values[SIZES.index(size)])
-    return {"size": size, "found": found}
+        found |= module.answer(case, lambda few, many: few if smoke else many)
+    return {"size": "smoke" if smoke else "full", "found": found}
 
 
 def parser(doc: str | None, *, smoke: bool = True) -> ArgumentParser:
@@ -57,6 +56,20 @@ def parser(doc: str | None, *, smoke: bool = True) -> ArgumentParser:
 def environment(options: Namespace) -> Row:
     """That of the results. With --smoke, which keeps none, files may have changed."""
     return results.environment(dirty=options.dirty or options.smoke)
+
+
+def begin(given: ArgumentParser) -> tuple[Namespace, Row]:
+    """The arguments of an experiment and its environment, in a process limited to one thread."""
+    options = given.parse_args()
+    where = environment(options)
+    torch.set_num_threads(1)
+    return options, where
+
+
+def keep(options: Namespace, file: Path, found: Row) -> None:
+    """Write what was found beside what a file holds already, unless nothing was measured."""
+    if not options.smoke:
+        results.keep(file, found)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -1,6 +1,6 @@
 r"""How noisy is the gradient of each loss term and of each third-order estimator, against σ̂?
 
-python -m benchmarks gradient_variance [--full]
+python -m benchmarks gradient_variance
 
 What:
     g is the parameter gradient of a term's mean over a minibatch of n samples, at one noise
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.estimator_variance import LEVELS
-from benchmarks.experiment import Choose, Row
+from benchmarks.experiment import Choose, Row, seeded
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import HELD_OUT, Problem, trained
 from benchmarks.trained import mixture as draw_mixture
@@ -96,7 +96,7 @@ def gradients(
     parameters, found = list(model.parameters()), []
     for draw in range(2):
         # The same probes for every estimator, so that their ratios are less noisy.
-        generator = torch.Generator().manual_seed(draw + 1)
+        generator = seeded(draw + 1)
         for x0, noise in batches:
             value = term(model, x0, noise=noise, t=t, generator=generator).mean()
             found.append(gradient(value, parameters))
@@ -130,7 +130,7 @@ def measure(
     batch: int,
 ) -> dict[str, Any]:
     """Moments of the gradient of every term at values of σ̂ over the data's std, for JSON."""
-    model, generator = problem.model, torch.Generator().manual_seed(0)
+    model, generator = problem.model, seeded(0)
     schedule = model.schedule
     found: dict[str, dict[str, Moments]] = {name: {} for name in terms}
     with tqdm(total=len(levels) * len(terms), desc="gradients", leave=False) as bar:
@@ -189,20 +189,17 @@ def mixture(steps: int) -> Problem:
     job = example.Job("vp", "3", steps, seed=0)
     model = example.new_model(job)
     list(tqdm(example.training(model, job, 1e-3), "mixture", job.steps, leave=False))
-    data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))
+    data = draw_mixture(HELD_OUT, seeded(0))
     return Problem(model, data, example.DATA_STD, draw_mixture)
 
 
 def answer(name: str, choose: Choose) -> dict:
     """Noise of the gradients on one kind of data."""
     batch, distributions = CASES[name]
-    if name == "mixture":
-        problem = mixture(choose(2, 1000, 2000))
-    else:
-        problem = trained(name, choose(2, None if name == "digits" else 300, None))
+    problem = mixture(choose(2, 2000)) if name == "mixture" else trained(name, choose(2, None))
     elements = problem.data[0].numel()
-    minibatches = choose(8, 8, 16 if name == "large images" else 48)
-    levels, terms = choose(LEVELS[2:3], LEVELS, LEVELS), estimators(elements, distributions)
+    minibatches = choose(8, 16 if name == "large images" else 48)
+    levels, terms = choose(LEVELS[2:3], LEVELS), estimators(elements, distributions)
     found = measure(problem, levels, terms, minibatches=minibatches, batch=batch)
     assert all(share == (0, 0, 0) for share in found["probe share"]["first"].values())
     if elements == 1:

@@ -56,7 +56,7 @@ from benchmarks.density_problems import (
     slope,
     without_centre,
 )
-from benchmarks.experiment import Row, clocked, environment, parser, times, training
+from benchmarks.experiment import Row, begin, clocked, parser, seeded, times, training
 from benchmarks.intervals import over_seeds
 
 DIRECTORY = results.DIRECTORY / "molecule"
@@ -190,7 +190,7 @@ def costs(problem: Problem, rows: Sequence[str], rounds: int) -> Row:
 @torch.no_grad()
 def integrated_error(problem: Problem, model: hosm.ScoreModel) -> float:
     """J in nats, up to a number that depends on the problem alone."""
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     y, scores = problem.reduced(problem.held)
     targets = hosm.TargetScores(scores, problem.information)
     low, high = problem.schedule.log_sigma_hat_range
@@ -235,7 +235,7 @@ def turned(pair: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
     """Positions and scores (N, n, D), each sample in a random orientation."""
     x, scores = pair
     shape = (len(x), x.shape[2], x.shape[2])
-    normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    normal = torch.randn(shape, generator=seeded(seed), dtype=x.dtype)
     square, triangle = torch.linalg.qr(normal)
     square = square * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]
     square[:, :, 0] *= torch.linalg.det(square).sign()[:, None]
@@ -278,7 +278,7 @@ def cluster(
         return anneal(log_target, math.prod(shape), std, spent, project)
 
     runs, x = kept(out / f"{log_target.__name__}_{spent.particles}.pt", run)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x), generator=seeded(0))
     scores = slope(log_target, x)
     both = turned(tuple(part[order].reshape(-1, *shape) for part in (x, scores)), 0)
     held = len(x) // 8
@@ -370,14 +370,9 @@ def checks(x: Tensor, g: Tensor) -> Row:
     return {"dimension": dimension, "pairs": [*map(float, found)]}
 
 
-def file_of(problem: str, directory: Path) -> Path:
-    slug = re.sub(r"\W+", "_", problem)
-    return directory / f"{slug}.json"
-
-
 def found_in(directory: Path) -> Row:
     """Every problem that has been measured."""
-    reports = {name: results.read(file_of(name, directory)) for name in PROBLEMS}
+    reports = {name: results.read(directory / f"{results.slug(name)}.json") for name in PROBLEMS}
     found = {name: over_plain(report) for name, report in reports.items() if report}
     return found | {"checks": results.read(directory / "checks.json")}
 
@@ -433,9 +428,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("molecule_out"), help="for data")
     arguments.add_argument("--checks", action="store_true", help="of scores alone")
     arguments.add_argument("--tutorial", action="store_true", help="run that alone, in full")
-    options = arguments.parse_args()
-    where = environment(options)
-    torch.set_num_threads(1)
+    options, where = begin(arguments)
     if options.tutorial:
         run_tutorial(where)
         return
@@ -455,7 +448,7 @@ def main() -> None:
             size = problem.size
             few = {"nll": min(size.nll, 4), "samples": min(size.samples, 8)}
             problem = replace(problem, size=size._replace(steps=3, width=8, solver=4, **few))
-        study = Study(name, file_of(name, directory), where)
+        study = Study(name, directory / f"{results.slug(name)}.json", where)
         study.run(problem, rows, 1 if options.smoke else SEEDS, 2 if options.smoke else 30)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import Row, calls_of, environment, parser, train
+from benchmarks.experiment import Row, begin, calls_of, keep, parser, seeded, train
 from benchmarks.peers.likelihoods import flow, follow, log_prior, units
 from benchmarks.trained import Dense, Plane, Velocity
 from benchmarks.worth_problems import CELLS, Checkerboard
@@ -109,7 +109,7 @@ SETTINGS |= {
 
 def trained(setting: Setting) -> hosm.ScoreModel:
     """The network after its steps on data that are drawn anew, in float64."""
-    generator, chosen = torch.Generator().manual_seed(setting.seed), SCHEDULES[setting.schedule]
+    generator, chosen = seeded(setting.seed), SCHEDULES[setting.schedule]
     std, flows = float(setting.draw(4096, generator).std()), setting.schedule == "flow"
     torch.manual_seed(setting.seed)
     network = setting.network(chosen, std)
@@ -238,7 +238,7 @@ def curves(model: hosm.ScoreModel, x: Tensor, moments: dict[str, Tensor]) -> dic
 def measure(setting: Setting) -> dict[str, Any]:
     """The curves on samples of the data, noised to t_min."""
     model, chosen = trained(setting), SCHEDULES[setting.schedule]
-    generator = torch.Generator().manual_seed(setting.seed + 1)
+    generator = seeded(setting.seed + 1)
     drawn = setting.draw(SAMPLES, generator).double()
     alpha, sigma = chosen(torch.tensor(chosen.t_min, dtype=torch.float64))
     x = alpha * drawn + sigma * torch.randn(drawn.shape, generator=generator).double()
@@ -246,17 +246,14 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
-    where = environment(options)
-    torch.set_num_threads(1)
+    options, where = begin(parser(__doc__))
     report: Row = {"environment": where, "found": {}}
     for name, setting in [*SETTINGS.items()][: 1 if options.smoke else None]:
         report["found"][name] = row = measure(
             setting._replace(steps=10) if options.smoke else setting
         )
         results.show(name, row["within"] | {"doubt": row.get("doubt")})
-    if not options.smoke:
-        results.write(FILE, report)
+    keep(options, FILE, report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import Row, alone, environment, parser, times
+from benchmarks.experiment import Row, alone, begin, keep, parser, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.repositories import PolicyUNet
 from benchmarks.steps import LOSSES, NETWORKS
@@ -74,15 +74,13 @@ def measure(name: str, rounds: int) -> Row:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--name", default="after", help="of these results")
-    options = arguments.parse_args()
-    where = environment(options)
+    options, where = begin(arguments)
     rounds = {name: 401 if name == "mlp, small" else 21 for name in CHOSEN}  # of milliseconds
     if options.smoke:
         rounds = {"mlp, small": 1}
     found = {name: alone(measure, name, several) for name, several in rounds.items()}
     results.show(options.name, found)
-    if not options.smoke:
-        results.keep(FILE, {options.name: {"environment": where, "networks": found}})
+    keep(options, FILE, {options.name: {"environment": where, "networks": found}})
 
 
 if __name__ == "__main__":

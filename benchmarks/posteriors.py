@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.densities import Network
-from benchmarks.experiment import Row, clocked, environment, parser, seeded
+from benchmarks.experiment import Row, begin, clocked, keep, parser, seeded
 from benchmarks.intervals import over_seeds
 
 FILE = results.DIRECTORY / "posteriors.json"
@@ -179,9 +179,7 @@ def measure(row: str, size: Size, rate: float, seed: int) -> Row:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rows", default="", metavar="REGEX", help="default: all")
-    options = arguments.parse_args()
-    where = environment(options)
-    torch.set_num_threads(1)
+    options, where = begin(arguments)
     spent = Size(0.001, 8, 8) if options.smoke else Size()
     for row in filter(partial(re.search, options.rows), ROWS):
         size = spent._replace(elements=2) if PLANE in row else spent
@@ -192,8 +190,7 @@ def main() -> None:
         found["searched"] = [float(kl) for kl in searched]
         for key in ("steps", "density"):
             found[key] = float(np.mean([seed[key] for seed in seeds]))
-        if not options.smoke:
-            results.keep(FILE, {row: found | {"environment": where}})
+        keep(options, FILE, {row: found | {"environment": where}})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import Row, alone, environment, parser, times
+from benchmarks.experiment import Row, alone, begin, keep, parser, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import NETWORKS, model_of
 
@@ -78,13 +78,11 @@ def measure(case: str, rounds: int) -> Row:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("cases", nargs="*", default=list(CASES))
-    options = arguments.parse_args()
+    options, where = begin(arguments)
     for name in options.cases[: 1 if options.smoke else None]:
-        where = environment(options)
         found = alone(measure, name, 2 if options.smoke else 40)
         print(name, found)
-        if not options.smoke:
-            results.keep(FILE, {name: found | {"environment": where}})
+        keep(options, FILE, {name: found | {"environment": where}})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Files of results, kept by question, and what the numbers depend on.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
-measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
+measured ("smoke" or "full"), and what was found. Measuring one question anew leaves
 the others as they are. No host names and no paths are kept.
 
 A result belongs to a commit. Benchmarks do not start while files differ from it, except those that
@@ -27,7 +27,7 @@ DIRECTORY = ROOT / "benchmarks" / "results"
 # NPROC is XLA's, see benchmarks.peers.in_jax, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
-PEERS = ("flow_matching", "jax", "k-diffusion", "scipy", "torchdiffeq", "zuko")
+PEERS = ("jax", "scipy", "torchdiffeq", "zuko")
 
 
 def rounded(found: Any) -> Any:
@@ -53,6 +53,11 @@ def read(file: Path) -> Report:
 def read_all(directory: Path) -> list[Report]:
     """The reports of a directory, by the names of their files."""
     return [read(file) for file in sorted(directory.glob("*.json"))]
+
+
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"\W+", "_", name)
 
 
 def keep(file: Path, found: Report) -> None:

@@ -1,10 +1,10 @@
 """What a training step costs by every route, over one of order one: FLOPs, time and memory.
 
-python -m benchmarks speed [--full]
+python -m benchmarks speed
 
 All variants of a network take turns in one process of one thread, JAX too, so that their ratios
-are of one run. With --full there are all networks, and memory on those with twins in JAX. Compiled
-losses are those of benchmarks.compiled.
+are of one run. Memory is measured on networks with twins in JAX. Compiled losses are those of
+benchmarks.compiled.
 
     flops     of matrix products and convolutions in loss and backward pass, counted.
     seconds   of processor time, the median over rounds in which all take turns, JAX too.
@@ -135,10 +135,9 @@ def measure(
 
 def answer(name: str, choose: Choose) -> Row:
     """Everything about one network, in a process of its own."""
-    if name not in choose(NAMES[:2], NAMES[:2], NAMES):
+    if name not in choose(NAMES[:2], NAMES):
         return {}
     variants = VARIANTS if name in TWINS else {key: VARIANTS[key] for key in MAIN}
-    some = choose([BASE], variants, variants) if name == "convolutional" else []
-    batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
-    weighed = choose(some, some, variants if name in TWINS else [])
-    return {name: alone(measure, name, variants, choose(1, 4, 10), batch, weighed)}
+    weighed = choose([BASE] if name == "convolutional" else [], variants if name in TWINS else [])
+    batch, rounds = choose(4, NETWORKS[name][1][0]), choose(1, 10)
+    return {name: alone(measure, name, variants, rounds, batch, weighed)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import networks
-from benchmarks.experiment import train
+from benchmarks.experiment import seeded, train
 
 HELD_OUT = 64
 KEPT = "HOSM_BENCHMARKS_WEIGHTS"
@@ -166,14 +166,14 @@ def exact(mixture: GaussianMixture) -> Problem:
     """The exact score of a mixture in float64, as a module, whose calls hooks can count."""
     schedule, network = hosm.VESchedule(sigma_max=20.0), nn.Module()
     network.forward = mixture_noise(mixture, schedule)
-    data = mixture.sample(HELD_OUT, torch.Generator().manual_seed(0))
+    data = mixture.sample(HELD_OUT, seeded(0))
     return Problem(hosm.ScoreModel(network, schedule), data, float(data.std()))
 
 
 @lru_cache
 def trained(name: str, steps: int | None = None) -> Problem:
     """The network of a recipe in evaluation mode, with 64 samples it has not seen."""
-    recipe, generator = RECIPES[name], torch.Generator().manual_seed(0)
+    recipe, generator = RECIPES[name], seeded(0)
     steps = steps or recipe.steps
     with torch.random.fork_rng():
         torch.manual_seed(0)

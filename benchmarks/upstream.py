@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.experiment import Row, alone, environment, parser
+from benchmarks.experiment import Row, alone, begin, parser, seeded
 from hosm_losses import DerivativeError
 from hosm_losses.taylor import jet
 
@@ -57,7 +57,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
 
 
-GENERATOR = torch.Generator().manual_seed(0)
+GENERATOR = seeded(0)
 X, V, W = draw(2, 12), 0.5 * draw(2, 12), draw(12, 12)
 ROWS, LABELS, SIGNS = W[:2], torch.tensor([1, 2]), W[:2].sign()
 INDEX = torch.tensor([2, 0, 1, 3, 5, 4, 7, 6, 9, 8, 11, 10])
@@ -302,7 +302,7 @@ def verdict(value: float, right: float) -> str:
 
 def measure(name: str, f: Callable[[Tensor], Tensor]) -> Row:
     """The second and third derivative of a function in every way, with a verdict on each."""
-    generator, value = torch.Generator().manual_seed(1), f(X)
+    generator, value = seeded(1), f(X)
     weight = torch.randn(value.shape, generator=generator, dtype=X.dtype) / value.numel() ** 0.5
     found: Row = {}
     for order, ordinal in ORDERS.items():
@@ -346,8 +346,8 @@ def tally(rows: Row) -> dict[str, dict[str, int]]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("words", nargs="*", metavar="WORD", help="of names; default: all")
-    options = arguments.parse_args()
-    words, where = ["norm"] if options.smoke else options.words, environment(options)
+    options, where = begin(arguments)
+    words = ["norm"] if options.smoke else options.words
     rows: Any = alone(answer, words)
     report = {"environment": where, "tally": tally(rows), "found": rows}
     results.show(f"PyTorch {torch.__version__}", report["tally"])

@@ -19,8 +19,9 @@ from torch.nn.functional import softplus
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import environment, parser
+from benchmarks.experiment import Row, begin, keep, parser
 
+FILE = results.DIRECTORY / "weights.json"
 COUNTS, DIMENSIONS, REPETITIONS = (100, 256, 1600), (8, 32), 2000
 TARGETS = {f"shifted by {mean}": Normal(mean, 1.0) for mean in (0.1, 0.2, 0.3, 0.4)}
 TARGETS |= {f"narrower, {std}": Normal(0.0, std) for std in (0.6, 0.75, 0.9)}
@@ -32,9 +33,9 @@ GROUPS = {"at least 50 %": 0.5, "25 to 50 %": 0.25, "less than 25 %": 0.0}
 
 
 def main() -> None:
-    options, found = parser(__doc__).parse_args(), {group: {} for group in GROUPS}
-    where, repetitions = environment(options), 20 if options.smoke else REPETITIONS
-    torch.set_num_threads(1)
+    options, where = begin(parser(__doc__))
+    found: Row = {group: {} for group in GROUPS}
+    repetitions = 20 if options.smoke else REPETITIONS
     torch.manual_seed(0)
     for (target, density), d, count in product(TARGETS.items(), DIMENSIONS, COUNTS):
         rows = []
@@ -56,8 +57,7 @@ def main() -> None:
         found[group][f"{target}, d = {d}, {count} samples"] = row
     for group, problems in found.items():
         results.show(f"mean effective size {group}", problems)
-    if not options.smoke:
-        results.write(results.DIRECTORY / "weights.json", {"environment": where, "found": found})
+    keep(options, FILE, {"environment": where, "found": found})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
 import hosm_losses as hosm
+from benchmarks.experiment import seeded
 
 BLOCKS = 8
 
@@ -113,9 +114,7 @@ class Rotated:
 
     def __init__(self, product: Product) -> None:
         self.product, self.elements = product, product.elements
-        square = torch.randn(
-            (self.elements,) * 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        square = torch.randn((self.elements,) * 2, generator=seeded(0), dtype=torch.float64)
         self.rotation = torch.linalg.qr(square).Q
         self.mean = (self.rotation @ product.mean.double()).float()
         self.std = (self.rotation.square() @ product.std.double().square()).sqrt().float()
@@ -289,7 +288,7 @@ class Lattice:
 
     @cached_property
     def pool(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         return self.quantile(
             torch.rand((2**16, self.elements), generator=generator, dtype=torch.float64)
         )
@@ -330,9 +329,9 @@ class Digits:
         from sklearn.datasets import load_digits
 
         rows = torch.as_tensor(load_digits().data).float()
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(rows), generator=seeded(0))
         self.train, self.validation, self.test = rows[order[:1797]].split((1197, 296, 304))
-        uniform = self.dequantize(self.train, torch.Generator().manual_seed(0))
+        uniform = self.dequantize(self.train, seeded(0))
         self.mean, self.std = uniform.mean(0), uniform.std(0)
 
     def dequantize(self, rows: Tensor, generator: torch.Generator) -> Tensor:

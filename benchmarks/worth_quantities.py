@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 import hosm_losses as hosm
+from benchmarks.experiment import Row, seeded
 from benchmarks.intervals import Estimate, over_seeds
 from benchmarks.worth_problems import BLOCKS, Cell, Digits, Lattice
 
 OWN = ", own rate"  # ends the name of a row whose rate is chosen in its cell
 ROWS = 8192  # of a batch, over the elements of a sample; larger ones cost more than they save
 LOST_RATIO, LOST_SHARE = 5.0, 0.01
-Row = dict[str, Any]
 
 
 def judge(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
@@ -98,7 +98,7 @@ def log_ratio(
     """r = log q − log p at draws of q, (S, N); −log p of digits, of the test split if not told."""
     if isinstance(cell.density, Digits):
         rows = cell.density.validation if validation else cell.density.test
-        points = cell.density.dequantize(rows, torch.Generator().manual_seed(1))
+        points = cell.density.dequantize(rows, seeded(1))
         log_q = torch.zeros(len(points), dtype=torch.float64)
     else:
         points, log_q, _ = cell.at_t_min
@@ -213,10 +213,10 @@ def base_of(name: str) -> str:
         return "after: one, averaged"
     if name == "long":
         return "a third of long"
-    targets, *quiet = re.split("(, pairs|, times)", name, maxsplit=1)
     if name.startswith("one"):
+        targets, *quiet = re.split(", pairs|, times", name, maxsplit=1)
         return targets if quiet else "one"
-    return "".join(["one, scores, averaged" if "scores" in name else "one, averaged", *quiet])
+    return "one, scores, averaged" if "scores" in name else "one, averaged"
 
 
 def ratios(report: Row, base_of: Callable[[str], str] = base_of) -> Row:

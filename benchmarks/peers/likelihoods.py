@@ -4,24 +4,22 @@ Each draws one Rademacher probe for each sample and keeps it along the path. `ex
 data alone. What a function imports is what it needs.
 """
 
-import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from tests.cases import default_dtype
 from torch import Tensor
 
 import hosm_losses as hosm
+from benchmarks.experiment import seeded
 from benchmarks.trained import Problem
 
 
 def signs(x: Tensor, seed: int) -> Tensor:
     """A Rademacher probe for each sample, the same in every precision."""
-    drawn = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(0, 2, x.shape, generator=seeded(seed))
     return drawn.to(x.dtype) * 2 - 1
 
 
@@ -117,62 +115,3 @@ def by_torchdiffeq(
     given = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
     latent, gain = follow(partial(flow, model), x, span, probes, **given)
     return -(log_prior(model, latent) + gain)
-
-
-def by_k_diffusion(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
-    """By k-diffusion's `log_likelihood`, on the denoiser x − σ ε̂ of a VE model.
-
-    It solves in σ, by torchdiffeq's dopri5 for the whole batch.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from k_diffusion.sampling import log_likelihood
-
-    model, schedule = problem.model, problem.model.schedule
-    low, high = (torch.tensor(u).exp().item() for u in schedule.log_sigma_hat_range)
-
-    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-        t = schedule.time(sigma.log()).clamp(schedule.t_min, schedule.t_max)
-        return model.denoise(x, t)
-
-    with torch.random.fork_rng():  # it draws its probe from the global generator
-        torch.manual_seed(seed)
-        found, _ = log_likelihood(denoiser, x, low, high, atol=tolerance, rtol=tolerance)
-    return -found
-
-
-def by_flow_matching(
-    problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
-) -> Tensor:
-    """By flow_matching's `ODESolver`, on a VE model in that library's coordinates.
-
-    It follows x_s = s x₀ + (1 − s) ε from s = 1, data, to s = 0, noise, with velocity x₀ − ε. In a
-    VE model y = x₀ + σ̂ ε, so that x_s = s y with s = 1/(1 + σ̂), and the velocity is y − ε̂/s. The
-    model reaches from σ̂_min to σ̂_max and the solver's time τ from 1 to 0, so s is affine in τ.
-    y = x_s/s changes a density by d log s. Its licence forbids commercial use, so that no extra of
-    this project asks for it.
-    """
-    from flow_matching.solver import ODESolver
-
-    model, elements = problem.model, x[0].numel()
-    schedule = model.schedule
-    data, noise = (1 / (1 + math.exp(u)) for u in schedule.log_sigma_hat_range)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        # The solver steps past its end before it interpolates, to where s would not be positive.
-        s = noise + (data - noise) * t.clamp(0, 1)
-        time = schedule.time(((1 - s) / s).log()).clamp(schedule.t_min, schedule.t_max)
-        y = x / s
-        return (data - noise) * (y - model.noise(y, time.expand(len(x))) / s)
-
-    def log_source(x: Tensor) -> Tensor:
-        return log_prior(model, x / noise) - elements * math.log(noise)
-
-    given = {"step_size": None, "method": "dopri5", "atol": tolerance, "rtol": tolerance}
-    given |= {"time_grid": x.new_tensor([1.0, 0.0]), "exact_divergence": exact}
-    # It draws its probe from the global generator, in the default dtype.
-    with default_dtype(x.dtype), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        solver = ODESolver(velocity)
-        _, found = solver.compute_likelihood(x_1=data * x, log_p0=log_source, **given)
-    return -(found + elements * math.log(data)).detach()

@@ -1,8 +1,6 @@
 """log Z of the referee is right, and so is what is made of it."""
 
-import bz2
 import math
-import zipfile
 
 import pytest
 import torch
@@ -63,43 +61,15 @@ def test_annealing_finds_the_log_z_and_the_spread_of_a_gaussian(project):
 
 
 def test_claims_are_over_the_true_errors():
-    row = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.0)
-    assert row["claim"] == pytest.approx(0.35)
-    assert row["error"] == pytest.approx(math.sqrt((0.09 + 0.16) / 2))
-    assert row["ratio"] == pytest.approx(row["claim"] / row["error"])
-    assert row["bias"] == pytest.approx(-0.05)
-    assert row["bias_error"] == pytest.approx(0.35)
+    row, error = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.0), math.sqrt(0.125)
+    expected = {"claim": 0.35, "error": error, "ratio": 0.35 / error}
+    assert row == pytest.approx(expected | {"bias": -0.05, "bias_error": 0.35})
     row = densities.summary([1.3, 0.6], [0.3, 0.4], 1.0, 0.4)
     assert row["claim"] == pytest.approx((0.5 + math.sqrt(0.32)) / 2)
 
 
-def a_wheel(path, task, dimensions):
-    """A zip with the files of one observation, of thirty draws."""
-    name = density_problems.FILES.format(task=task, number=1)
-    head = ",".join(f"parameter_{i}" for i in range(dimensions))
-
-    def table(rows):
-        return "\n".join([head, *(",".join(str(i + k) for k in range(dimensions)) for i in rows)])
-
-    with zipfile.ZipFile(path, "w") as files:
-        files.writestr(name + "observation.csv", table([5]))
-        files.writestr(name + "true_parameters.csv", table([7]))
-        draws = bz2.compress(table(range(30)).encode())
-        files.writestr(name + "reference_posterior_samples.csv.bz2", draws)
-    return path
-
-
-def test_the_files_of_a_wheel_are_read(tmp_path):
-    wheel = a_wheel(tmp_path / "a.whl", "two_moons", 2)
-    posed = density_problems.posed(wheel, "two_moons", 1)
-    assert posed.observation.tolist() == [5, 6]
-    assert posed.parameters.tolist() == [7, 8]
-    assert posed.reference.tolist() == [[i, i + 1] for i in range(30)]
-
-
 def test_simulators_are_those_of_the_paper():
     theta, x = density_problems.two_moons(20_000)
-    assert bool((theta.abs() <= 1).all())
     first = x[:, 0] + (theta[:, 0] + theta[:, 1]).abs() / 2**0.5 - 0.25
     second = x[:, 1] - (theta[:, 1] - theta[:, 0]) / 2**0.5
     radius, angle = torch.hypot(first, second), torch.atan2(second, first)
@@ -112,9 +82,7 @@ def test_simulators_are_those_of_the_paper():
     for part in (theta, x - theta):
         assert part.shape == (20_000, 10)
         assert part.var(0).tolist() == pytest.approx([0.1] * 10, abs=0.1 * 1.5 * error)
-    assert (
-        abs(float(torch.corrcoef(torch.stack([theta[:, 0], x[:, 0] - theta[:, 0]]))[0, 1])) < error
-    )
+    assert x.var(0).tolist() == pytest.approx([0.2] * 10, abs=0.2 * 1.5 * error)
 
 
 def test_a_classifier_tells_what_differs():
@@ -156,23 +124,3 @@ def test_both_solvers_give_an_exact_model_the_log_z_of_its_data(project, monkeyp
     monkeypatch.setattr(densities, "signs", lambda x, _: probe.expand(len(x), -1))
     row = densities.by_torchdiffeq(model.double(), energy, size)
     assert row["log_z"] == pytest.approx([log_z] * 3, abs=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:TargetScores.information_of. expected enough samples")
-def test_a_smoke_run_reports_every_row(tmp_path):
-    found = densities.of_energy("DW4", densities.SMOKE)
-    assert found["log_z_error"] > 0
-    assert list(found["rows"]) == ["averaged", "averaged, scores"]
-    for solvers in found["rows"].values():
-        assert solvers["ours"]["evaluations"] == densities.SMOKE.solver + 2
-        for row in solvers.values():
-            assert len(row["log_z"]) == len(row["claims"]) == densities.SMOKE.repetitions
-            assert 0 < row["effective"] <= 1
-            # The claim is NaN where one sample has all the weight, as so few steps may leave it.
-            assert row["ratio"] == pytest.approx(row["claim"] / row["error"], nan_ok=True)
-    pytest.importorskip("sklearn")
-    wheel = a_wheel(tmp_path / "a.whl", "gaussian_linear", 10)
-    task = densities.of_posterior("gaussian_linear", densities.SMOKE, wheel)
-    (row,) = task["observations"].values()
-    assert 0 <= row["c2st"] <= 1
-    assert row["samples"] == 30

@@ -1,14 +1,11 @@
-"""Forces on molecules: the network, the molecule, the clusters and every row."""
-
-import math
-import sys
+"""Forces on molecules: the network, the molecule, the clusters and the checks."""
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import density_problems, experiment, molecule
+from benchmarks import density_problems, molecule
 from docs.examples.equivariant import PairNetwork
 
 import hosm_losses as hosm
@@ -64,27 +61,3 @@ def test_the_checks_of_scores_by_hand():
     for name, expected in (("dimension", 12), ("pairs", 1 / 1.06)):
         mean, error = found[name]
         assert abs(mean - expected) < 5 * error < 0.05 * expected
-
-
-@pytest.mark.filterwarnings("ignore:.*expected enough samples")
-def test_every_row_is_measured(tmp_path, monkeypatch):
-    """Twice: the second run finds everything done."""
-    made = []
-    measure = molecule.measure
-
-    def counted(problem, row, *rest):
-        made.append(row)
-        return measure(problem, row, *rest)
-
-    monkeypatch.setattr(molecule, "measure", counted)
-    monkeypatch.setattr(experiment.results, "environment", lambda *, dirty: {"commit": "a"})
-    monkeypatch.setattr(
-        sys, "argv", ["molecule", "--smoke", "--problems", "DW4", "--out", str(tmp_path)]
-    )
-    for _ in range(2):
-        molecule.main()
-        assert made == [*molecule.CLUSTERS]
-    found = molecule.results.read(tmp_path / "DW4.json")
-    assert set(found["cost"]["steps"]) == {*molecule.CLUSTERS}
-    for row in made:
-        assert math.isfinite(found[row]["0"]["J"])

@@ -1,6 +1,4 @@
-"""Posteriors beside zuko: what is exact, equal time, and every row."""
-
-import sys
+"""Posteriors beside zuko: what is exact."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from torch.distributions import Normal
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import experiment, posteriors
+from benchmarks import posteriors
 
 
 def log_joint(a, b, first, second):
@@ -47,37 +45,3 @@ def test_scores_are_slopes_of_the_joint_density():
     moved = posteriors.log_joint(theta + small, x) - posteriors.log_joint(theta - small, x)
     slope = 2 * (small * posteriors.score(theta, x)).sum(1)
     torch.testing.assert_close(moved, slope, rtol=1e-5, atol=1e-9)
-
-
-def test_a_training_takes_its_time_and_its_rate_falls(monkeypatch):
-    """By the clock alone, of which a step takes a second here."""
-    clock, rates = [0.0], []
-    monkeypatch.setattr(posteriors.time, "process_time", lambda: clock[0])
-    network = torch.nn.Linear(1, 1)
-
-    def step(count, optimizer):
-        assert count == len(rates)
-        clock[0] += 1.0
-        rates.append(optimizer.param_groups[0]["lr"])
-        return network(torch.ones(1, 1)).sum()
-
-    assert posteriors.train(4.0, 2.0, network, step) == 4
-    assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
-
-
-@pytest.mark.parametrize("row", posteriors.ROWS)
-def test_every_row_is_measured(row, monkeypatch):
-    pytest.importorskip("zuko")
-    kept = {}
-    small = posteriors.Size(0.001, 8, 8)
-    monkeypatch.setattr(posteriors, "Size", lambda: small)
-    monkeypatch.setattr(experiment.results, "environment", lambda *, dirty: {"commit": "a"})
-    monkeypatch.setattr(posteriors.results, "keep", lambda _, found: kept.update(found))
-    monkeypatch.setattr(sys, "argv", ["posteriors", "--rows", f"^{row}$"])
-    posteriors.main()
-    found = kept[row]
-    assert found["steps"] >= 1
-    assert found["rate"] in posteriors.RATES
-    low, high = found["kl"][1:]
-    assert low < found["kl"][0] < high
-    assert len(found["searched"]) == len(posteriors.RATES)
