@@ -337,7 +337,7 @@ TOGETHER = [
     (MODULES[:1], TypeError, "FirstOrderDSM", {"weights": (1,)}),
     (MODULES[1:2], TypeError, "SecondOrderDSM", {"n_probes": 2}),
     ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
-    ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
+    ([FORWARD], TypeError, "ThirdOrderDSM.forward", {"order": 2}),
     ([BITS], ValueError, "bits_per_dim", {"low": -1.0}),
     ([BITS], ValueError, "bits_per_dim", {"levels": 16, "low": 1.0}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 16}),

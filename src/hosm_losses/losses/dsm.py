@@ -11,8 +11,10 @@ residuals, cites their source, and explains why lower orders are detached.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from inspect import Parameter
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +34,99 @@ from hosm_losses.losses.terms import DSMTerms, LoggedTerms
 from hosm_losses.losses.weighting import TimeSampler, Weighting, check_time_sampler
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
 
+# Each keyword argument is declared once, in these types. `_signed` makes of them what `help` and
+# `inspect.signature` show, with the defaults of `LossOptions`, or None.
 
-def first_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    targets: Targets = None,
-    weighting: Weighting = "noise",
-    time_sampler: TimeSampler = None,
-    antithetic: bool = False,
-    reduction: Reduction = "mean",
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+
+class _FirstInputs(TypedDict, total=False):
+    t: Tensor | None
+    noise: Tensor | None
+    targets: Targets
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+class _HigherInputs(TypedDict, total=False):
+    t: Tensor | None
+    noise: Tensor | None
+    probe: Tensor | None
+    targets: AveragedTargets | TargetScores | None
+    weights: TermWeights | None
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+class _FirstOptions(TypedDict, total=False):
+    weighting: Weighting
+    time_sampler: TimeSampler
+    antithetic: bool
+    reduction: Reduction
+
+
+class _HigherOptions(_FirstOptions, total=False):
+    probes: Probes
+    fraction: float
+    engine: Engine
+
+
+class _First(_FirstInputs, _FirstOptions): ...
+
+
+class _Higher(_HigherInputs, _HigherOptions): ...
+
+
+class _FirstModule(_FirstOptions, total=False):
+    targets: AveragedTargets | TargetScores | None
+
+
+class _HigherModule(_HigherOptions, total=False):
+    targets: AveragedTargets | TargetScores | None
+    weights: TermWeights | None
+
+
+SHOWN = "t noise probe probes targets weights weighting time_sampler antithetic fraction engine "
+SHOWN += "reduction generator model_kwargs"  # the order in which arguments are shown
+OPTIONS = [field.name for field in fields(LossOptions) if field.name != "order"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _signed(arguments: type) -> Callable[[Function], Function]:
+    """Return a decorator that shows these arguments in place of a function's `**arguments`."""
+
+    def decorate(function: Function) -> Function:
+        shown: Any = function
+        own = inspect.signature(function)
+        parameters = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD]
+        for name in SHOWN.split():
+            if name in arguments.__annotations__:
+                kind = arguments.__annotations__[name].__forward_arg__
+                default = getattr(LossOptions, name, None)
+                parameters.append(
+                    Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                )
+        shown.__signature__ = own.replace(parameters=parameters)
+        shown.__annotations__ = {each.name: each.annotation for each in parameters}
+        shown.__annotations__["return"] = own.return_annotation
+        return function
+
+    return decorate
+
+
+def _check_names(function: str, given: Iterable[str], arguments: Any) -> None:
+    for name in given:
+        if name not in arguments.__optional_keys__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def _loss(order: int, model: ScoreModel, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
+    name = ("first", "second", "third")[order - 1]
+    _check_names(f"{name}_order_dsm", arguments, _First if order == 1 else _Higher)
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    return dsm(model, x0, LossOptions(order, **options), **arguments).loss
+
+
+@_signed(_First)
+def first_order_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[_First]) -> Tensor:
     """Return the first-order loss, ‖ε̂ − ε‖²/d, the usual training loss of diffusion models.
 
     With prediction="epsilon" and data in float32 or float64, this loss equals, up to rounding
@@ -70,38 +150,11 @@ def first_order_dsm(
         >>> float(first_order_dsm(model, x0, noise=noise))
         1.0
     """
-    return dsm(
-        model,
-        x0,
-        LossOptions(1, weighting=weighting, antithetic=antithetic, reduction=reduction),
-        t=t,
-        noise=noise,
-        targets=targets,
-        time_sampler=time_sampler,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    ).loss
+    return _loss(1, model, x0, {**arguments})
 
 
-def second_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: Probes = 1,
-    targets: AveragedTargets | TargetScores | None = None,
-    weights: TermWeights | None = None,
-    weighting: Weighting = "noise",
-    time_sampler: TimeSampler = None,
-    antithetic: bool = False,
-    fraction: float = 1.0,
-    engine: Engine = "auto",
-    reduction: Reduction = "mean",
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_signed(_Higher)
+def second_order_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[_Higher]) -> Tensor:
     """Return the loss of orders one and two; order two fits the Jacobian ∂s/∂x and its trace.
 
     See `third_order_dsm` for the arguments. The `weights` are (first, second, trace). A fourth
@@ -122,49 +175,11 @@ def second_order_dsm(
         >>> second_order_dsm(model, torch.zeros(4, 2)).shape
         torch.Size([])
     """
-    options = LossOptions(
-        2,
-        probes=probes,
-        fraction=fraction,
-        engine=engine,
-        weighting=weighting,
-        antithetic=antithetic,
-        reduction=reduction,
-    )
-    return dsm(
-        model,
-        x0,
-        options,
-        t=t,
-        noise=noise,
-        probe=probe,
-        targets=targets,
-        weights=weights,
-        time_sampler=time_sampler,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    ).loss
+    return _loss(2, model, x0, {**arguments})
 
 
-def third_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: Probes = 1,
-    targets: AveragedTargets | TargetScores | None = None,
-    weights: TermWeights | None = None,
-    weighting: Weighting = "noise",
-    time_sampler: TimeSampler = None,
-    antithetic: bool = False,
-    fraction: float = 1.0,
-    engine: Engine = "auto",
-    reduction: Reduction = "mean",
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
+@_signed(_Higher)
+def third_order_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[_Higher]) -> Tensor:
     """Return the loss of orders one to three; order three fits the gradient of tr ∂s/∂x.
 
     The three orders fit the score, its Jacobian and the gradient of the Jacobian's trace. Under
@@ -255,28 +270,7 @@ def third_order_dsm(
         >>> network.weight.grad.shape
         torch.Size([2, 2])
     """
-    options = LossOptions(
-        3,
-        probes=probes,
-        fraction=fraction,
-        engine=engine,
-        weighting=weighting,
-        antithetic=antithetic,
-        reduction=reduction,
-    )
-    return dsm(
-        model,
-        x0,
-        options,
-        t=t,
-        noise=noise,
-        probe=probe,
-        targets=targets,
-        weights=weights,
-        time_sampler=time_sampler,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    ).loss
+    return _loss(3, model, x0, {**arguments})
 
 
 def dsm_terms(
@@ -329,48 +323,12 @@ def dsm_terms(
     ).terms
 
 
-class _Inputs(TypedDict, total=False):
-    t: Tensor | None
-    noise: Tensor | None
-    probe: Tensor | None
-    targets: Targets
-    weights: TermWeights | None
-    generator: torch.Generator | None
-    model_kwargs: Mapping[str, Any] | None
-
-
-class _Options(TypedDict, total=False):
-    targets: AveragedTargets | TargetScores | None
-    weighting: Weighting
-    time_sampler: TimeSampler
-    antithetic: bool
-    reduction: Reduction
-
-
-class _HigherOptions(_Options, total=False):
-    probes: Probes
-    weights: TermWeights | None
-    fraction: float
-    engine: Engine
-
-
-def _signature(loss: Callable[..., Tensor]) -> inspect.Signature:
-    """Return the constructor's signature: the parameters of `loss` that are not call inputs."""
-    in_call = {"x0", *_Inputs.__annotations__} - {"targets", "weights"}
-    parameters = inspect.signature(loss).parameters.values()
-    return inspect.Signature([each for each in parameters if each.name not in in_call])
-
-
 class _DSM(nn.Module):
     order: ClassVar[int]
-    __signature__: ClassVar[inspect.Signature]  # also what `help` shows
 
-    def __init__(self, model: ScoreModel, **options: Any) -> None:
+    def __init__(self, model: ScoreModel, arguments: Any, options: dict[str, Any]) -> None:
         super().__init__()
-        try:
-            self.__signature__.bind(model, **options)
-        except TypeError as error:  # an unknown name
-            raise TypeError(f"{type(self).__name__}: {error}") from None
+        _check_names(type(self).__name__, options, arguments)
         targets, weights = options.pop("targets", None), options.pop("weights", None)
         check_time_sampler(time_sampler := options.pop("time_sampler", None))
         if isinstance(weights, nn.Parameter):  # nn.Module would register it for training
@@ -388,19 +346,15 @@ class _DSM(nn.Module):
 
     def extra_repr(self) -> str:
         values = vars(self.options) | vars(self) | {"time_sampler": self.time_sampler}
-        names = list(self.__signature__.parameters)[1:]
+        names = list(inspect.signature(type(self)).parameters)[1:]
         numbers = {"weights": repr(values.get("weights"))}  # printed in full, even if a tensor
         return ", ".join(f"{name}={numbers.get(name) or shown(values[name])}" for name in names)
 
-    def _evaluate(
-        self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
-    ) -> Any:
-        """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
-
-        If `targets` or `weights` is None, the constructor's argument of that name is used instead.
-        """
+    def _evaluate(self, x0: Tensor, return_terms: bool, inputs: dict[str, Any], known: Any) -> Any:
+        """Return the loss or, if `return_terms` is True, the pair (loss, detached terms)."""
+        _check_names(f"{type(self).__name__}.forward", inputs, known)
         check_flag("return_terms", return_terms)
-        own = self._or_own(targets, weights)
+        own = self._or_own(inputs.pop("targets", None), inputs.pop("weights", None))
         own["time_sampler"] = self.time_sampler
         evaluated = dsm(self.model, x0, self.options, **inputs, **own)
         if not return_terms:
@@ -430,11 +384,15 @@ class _DSM(nn.Module):
 
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
+            self,
+            x0: Tensor,
+            *,
+            return_terms: Literal[False] = ...,
+            **inputs: Unpack[_HigherInputs],
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_HigherInputs]
         ) -> tuple[Tensor, LoggedTerms]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -455,49 +413,31 @@ class FirstOrderDSM(_DSM):
     """
 
     order = 1
-    __signature__ = _signature(first_order_dsm)
 
-    if TYPE_CHECKING:
+    @_signed(_FirstModule)
+    def __init__(self, model: ScoreModel, **options: Unpack[_FirstModule]) -> None:
+        super().__init__(model, _FirstModule, {**options})
 
-        def __init__(self, model: ScoreModel, **options: Unpack[_Options]) -> None: ...
-
+    @_signed(_FirstInputs)
     def forward(
-        self,
-        x0: Tensor,
-        *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        targets: Targets = None,
-        generator: torch.Generator | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        return_terms: bool = False,
+        self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[_FirstInputs]
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
         The inputs are the same as for `first_order_dsm`. `targets` overrides the constructor's
         targets.
         """
-        inputs = {"t": t, "noise": noise, "generator": generator, "model_kwargs": model_kwargs}
-        return self._evaluate(x0, return_terms, targets=targets, **inputs)
+        return self._evaluate(x0, return_terms, {**inputs}, _FirstInputs)
 
 
 class _HigherOrderDSM(_DSM):
-    if TYPE_CHECKING:
+    @_signed(_HigherModule)
+    def __init__(self, model: ScoreModel, **options: Unpack[_HigherModule]) -> None:
+        super().__init__(model, _HigherModule, {**options})
 
-        def __init__(self, model: ScoreModel, **options: Unpack[_HigherOptions]) -> None: ...
-
+    @_signed(_HigherInputs)
     def forward(
-        self,
-        x0: Tensor,
-        *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        probe: Tensor | None = None,
-        targets: AveragedTargets | TargetScores | None = None,
-        weights: TermWeights | None = None,
-        generator: torch.Generator | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        return_terms: bool = False,
+        self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[_HigherInputs]
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss or, if `return_terms` is True, the pair (loss, detached terms).
 
@@ -505,9 +445,7 @@ class _HigherOrderDSM(_DSM):
         constructor's arguments of the same names. Pass them, for example, to ramp up the weights
         or to change the reference data.
         """
-        inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
-        inputs |= {"generator": generator, "model_kwargs": model_kwargs}
-        return self._evaluate(x0, return_terms, targets=targets, **inputs)
+        return self._evaluate(x0, return_terms, {**inputs}, _HigherInputs)
 
 
 class SecondOrderDSM(_HigherOrderDSM):
@@ -527,7 +465,6 @@ class SecondOrderDSM(_HigherOrderDSM):
     """
 
     order = 2
-    __signature__ = _signature(second_order_dsm)
 
 
 class ThirdOrderDSM(_HigherOrderDSM):
@@ -548,4 +485,3 @@ class ThirdOrderDSM(_HigherOrderDSM):
     """
 
     order = 3
-    __signature__ = _signature(third_order_dsm)
