@@ -422,7 +422,7 @@ Smoothness._jump: max((low, middle), (middle, high), key=error) →
     min((low, middle), (middle, high), key=error)
 Smoothness._jump: error(part) <= least[lower] and (bends[-1] <= least)[levels].all() → False
 diagnostics/values.py diagnostics/test_check.py
-_check_permuted: (places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)) →
+check_rows: (places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)) →
     (places.roll(1),)
 diagnostics/check.py diagnostics/test_check.py
 check_derivatives: fork_rng(device) → torch.enable_grad()

@@ -24,11 +24,7 @@ from hosm_losses.schedules import (
 )
 
 # The prediction types of other projects, with their names in this package.
-OBJECTIVES: dict[str, Prediction] = {
-    "pred_noise": "epsilon",
-    "pred_x0": "x0",
-    "pred_v": "v",
-}
+OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}
 PREDICTION_TYPES: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "sample": "x0",

@@ -9,6 +9,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import hosm_losses as hosm
 from hosm_losses.derivatives import select
 from hosm_losses.taylor import TaylorError
+from hosm_losses.taylor._torch import TELLS_HOOKS
 from tests import cases
 from tests.cases import (
     ENGINES,
@@ -32,6 +35,7 @@ from tests.cases import (
     Sine,
     Spectral,
     assert_same,
+    default_dtype,
     loss_and_gradients,
     margins,
 )
@@ -142,7 +146,7 @@ class Watched(nn.Module):
 
     def forward(self, x, t):
         self.engines.append("reverse" if type(x) is torch.Tensor else "taylor")
-        if self.error is not None and self.engines[-1] == "taylor":
+        if self.error is OWN or (self.error is not None and self.engines[-1] == "taylor"):
             raise self.error
         return self.inner(x, t)
 
@@ -163,16 +167,64 @@ def test_auto_is_the_taylor_engine(order):
         assert engines_of(Watched(), order, engine=engine) == [expected]
 
 
-REFUSED = TaylorError("an operator without a derivative")
-ERRORS = [kind("not now") for kind in (TypeError, AssertionError, AttributeError, IndexError)]
+def hooks():
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-@pytest.mark.parametrize(("error", "times"), [(REFUSED, 1), *((each, 2) for each in ERRORS)])
-def test_an_engine_that_fails_twice_or_refuses_once_is_not_tried_again(error, times):
-    network = Watched(error)
-    for _ in range(times):
-        assert engines_of(network) == ["taylor", "reverse"]
-    assert engines_of(network) == ["reverse"]
+def profiler():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+AROUND = {"nothing": nullcontext, "a transform": nullcontext, "a mode": BaseTorchFunctionMode}
+AROUND |= {"a mode of operators": CountCalls, "a profiler": profiler}
+AROUND |= {"hooks": hooks} if TELLS_HOOKS else {}
+KINDS = list(product((2, 3), (1, 2), (torch.float32, torch.float64), (True, False)))
+# What the engine refuses, what may be a bad batch's, and what the depth of the caller's stack is.
+FAILING = [kind("not now") for kind in (TypeError, AssertionError, AttributeError, IndexError)]
+FAILING += [TaylorError("an operator without a derivative"), RecursionError()]
+# What says nothing of the network, and what is its own with either engine.
+OWN = RuntimeError("of the network itself")
+RAISED = [torch.OutOfMemoryError("16 GiB"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+RAISED += [KeyboardInterrupt(), OWN]
+
+
+class Past:
+    """What was seen of calls of one kind."""
+
+    def __init__(self):
+        self.served, self.failures = set(), 0
+
+    def expect(self, around, error):
+        """The engines that the next call tries, and whether it raises the error."""
+        if self.failures > 1:
+            return ["reverse"], error is OWN
+        if error is None:
+            self.served.add(around)
+        if error is None or around in self.served or error in RAISED[:-1]:
+            return ["taylor"], error is not None
+        if error is not OWN and around == "nothing" and not isinstance(error, RecursionError):
+            self.failures += 1 + isinstance(error, TaylorError)
+        return ["taylor", "reverse"], error is OWN
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_that_fails_twice_or_refuses_once_is_not_tried_again(seed):
+    """In calls of that kind, unless what surrounds them may be the cause or it has served some."""
+    random, network, pasts = Random(seed), Watched(), {kind: Past() for kind in KINDS}
+    for _ in range(150):
+        kind = order, count, dtype, training = random.choice(KINDS)
+        around, error = random.choice(list(AROUND)), random.choice([None, *FAILING, *RAISED])
+        expected, raises = pasts[kind].expect(around, error)
+        network.error = error
+        options = {"probe": torch.randn(count, *SHAPE, dtype=dtype)}
+        options |= {"transform": torch.func.grad} if around == "a transform" else {}
+        network.train(training).to(dtype)
+        said = hosm.DerivativeError if isinstance(error, TaylorError) else type(error)
+        with default_dtype(dtype), AROUND[around]():
+            with pytest.raises(said) if raises else nullcontext() as caught:
+                engines_of(network, order, **options)
+            assert not raises or caught.type is said
+        assert network.engines == expected, (kind, around, error)
 
 
 @pytest.mark.parametrize("failing", [0, 4])
@@ -257,21 +309,6 @@ def test_what_is_remembered_is_no_part_of_a_copy():
     assert engines_of(network) == ["reverse"]
 
 
-def test_a_failure_is_remembered_for_calls_of_its_kind():
-    """Of two probes it says nothing about one, nor about another order, mode or dtype."""
-    network, two = Watched(TaylorError()), {"probe": torch.randn(2, *SHAPE)}
-    assert engines_of(network, **two) == ["taylor", "reverse"]
-    network.error = None
-    for order, options in ((2, {}), (3, {}), (3, two)):
-        assert engines_of(network, order, **options) == ["taylor"]
-    assert engines_of(network, **two) == ["reverse"]
-    assert engines_of(network.eval(), **two) == ["taylor"]
-    network, model = network.train().float(), hosm.ScoreModel(network, VP)
-    network.engines.clear()
-    hosm.second_order_dsm(model, torch.randn(4, 3, dtype=torch.float32), probes=2)
-    assert network.engines == ["taylor"]
-
-
 @torch.no_grad()
 def sine(h):
     return torch.sin(h)
@@ -318,58 +355,6 @@ def test_what_computes_under_no_grad_by_itself_is_no_constant():
             assert_same(loss_and_gradients(Around(own), (4, 2), order), expected)
 
 
-def hooks():
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def profiler():
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-
-
-@pytest.mark.parametrize(
-    ("around", "error"),
-    [
-        (BaseTorchFunctionMode, TypeError("a mode that knows no Jet")),
-        (CountCalls, TypeError()),
-        pytest.param(hooks, TypeError(), marks=tells_hooks),
-        (profiler, TypeError()),
-        (nullcontext, RecursionError()),
-    ],
-)
-def test_a_failure_that_the_surroundings_may_cause_is_not_remembered(around, error):
-    network = Watched(error)
-    for _ in range(2):
-        with around():
-            assert engines_of(network) == ["taylor", "reverse"]
-        assert engines_of(network, transform=torch.func.grad) == ["taylor", "reverse"]
-    network.error = None
-    assert engines_of(network) == ["taylor"]
-    network.error = TypeError("of what surrounds the call, though the engine has served others")
-    assert engines_of(network, transform=torch.func.grad) == ["taylor", "reverse"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("16 GiB"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
-        KeyboardInterrupt(),
-        "of the network itself",
-    ],
-)
-def test_an_error_that_says_nothing_of_the_network_is_raised_and_not_remembered(error):
-    network = Watched(None if isinstance(error, str) else error)
-    if isinstance(error, str):
-        network.inner = nn.Bilinear(2, 1, 3)
-    kind = RuntimeError if isinstance(error, str) else type(error)
-    for _ in range(2):
-        with pytest.raises(kind) as raised:
-            engines_of(network)
-        assert raised.type is kind  # and no DerivativeError
-    network.error, network.inner = None, MLP(3)
-    assert engines_of(network) == ["taylor"]
-
-
 def test_a_checkpoint_around_the_loss_keeps_the_engine():
     network = Watched()
     module = hosm.SecondOrderDSM(hosm.ScoreModel(network, VP))
@@ -378,30 +363,27 @@ def test_a_checkpoint_around_the_loss_keeps_the_engine():
     assert engines_of(network) == ["taylor"]
 
 
-def right_in_two_threads(times, once):
-    """Whether two threads that start together get each time what one gets alone."""
-    start, expected = threading.Barrier(2), once()
-
-    def work():
-        start.wait()
-        return all(torch.equal(once(), expected) for _ in range(times))
-
-    with ThreadPoolExecutor(2) as pool:
-        return all(each.result() for each in [pool.submit(work), pool.submit(work)])
-
-
-def test_two_threads_do_not_disturb_each_other():
+def a_loss():
     """An operator without a rule goes to torch.func.jvp, whose levels are the process's."""
     network = Around(lambda h: torch.logsumexp(torch.stack([F.mish(h), h.sin()]), 0))
     model, (x0, inputs) = hosm.ScoreModel(network, VP), cases.given((2, 2), 3)
-
-    def once():
-        return hosm.third_order_dsm(model, x0, **inputs).detach()
-
-    assert right_in_two_threads(100, once)
+    return lambda: hosm.third_order_dsm(model, x0, **inputs).detach()
 
 
-def test_threads_that_take_derivatives_in_time():
-    """Rates of a schedule are taken by torch.func.jvp as well."""
-    schedule, t = hosm.CosineSchedule(), torch.linspace(0.1, 0.9, 5)
-    assert right_in_two_threads(100, lambda: torch.stack(schedule.rates(t)))
+def rates():
+    """They are taken by torch.func.jvp as well."""
+    t = torch.linspace(0.1, 0.9, 5)
+    return lambda: torch.stack(hosm.CosineSchedule().rates(t))
+
+
+@pytest.mark.parametrize("make", [a_loss, rates])
+def test_two_threads_do_not_disturb_each_other(make):
+    once, start = make(), threading.Barrier(2)
+    expected = once()
+
+    def work():
+        start.wait()
+        return all(torch.equal(once(), expected) for _ in range(100))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(each.result() for each in [pool.submit(work), pool.submit(work)])

@@ -329,11 +329,10 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
-    if order == 2 and not internals.in_functorch():  # any cotangent will do
+    if order == 2:  # any cotangent will do
         return reverse_products(network, x, w, order, torch.zeros_like, False).derived
     wanted, shape = torch.is_grad_enabled(), w.shape
-    if order == 3:
-        network, x, w = copies(network, x, w)
+    network, x, w = copies(network, x, w)
     f = watch_once(network, order, wanted)
 
     def evaluated(point: Tensor) -> tuple[Tensor, tuple[()]]:
@@ -347,14 +346,10 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
         refuse_dropped(vjp_c, wanted)
         return vjp_c, value
 
-    point, start = leaf(x, wanted), leaf(w if order == 3 else torch.zeros_like(x), wanted)
-    _, value, again = vjp(pull, point, start, lost=LOST_TWICE)
-    if order == 2:
-        directional = [again(direction, graph=wanted)[1] for direction in w]
-        parts = [value.unsqueeze(0), torch.stack(directional)]
-    else:
-        third, directional = again(w, graph=wanted)
-        parts = [part.reshape(shape) for part in (value, directional, third)]
+    point = leaf(x, wanted)
+    _, value, again = vjp(pull, point, leaf(w, wanted), lost=LOST_TWICE)
+    third, directional = again(w, graph=wanted)
+    parts = [part.reshape(shape) for part in (value, directional, third)]
     trained = wanted and (w.requires_grad or may_train(value, x, point))
     return Derivatives(*parts) if trained else Derivatives(*map(Tensor.detach, parts))
 

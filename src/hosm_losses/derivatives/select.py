@@ -24,24 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, warn
-from hosm_losses._torch_internals import (
-    DEVICE_ERROR_TEXT,
-    NO_GRAPH,
-    NOT_TWICE,
-    is_traced,
-    surroundings,
-    versions,
-)
 from hosm_losses.derivatives import engines
-from hosm_losses.derivatives.engines import (
-    Cotangent,
-    Derivatives,
-    DroppedGraphError,
-    Network,
-    Products,
-    refuse_scripted,
-)
+from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products
 from hosm_losses.derivatives.kinks import Past, memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
@@ -69,7 +55,7 @@ class NetworkState:
         modules = owner.modules() if isinstance(owner, nn.Module) else ()
         with torch.no_grad():
             self.buffers = [
-                (module, name, buffer, buffer.clone(), versions([buffer]))
+                (module, name, buffer, buffer.clone(), internals.versions([buffer]))
                 for module in modules
                 for name, buffer in module.named_buffers(recurse=False)
             ]
@@ -85,7 +71,7 @@ class NetworkState:
                 setattr(module, name, buffer)
                 # Batch norm updates a buffer without raising its version, and a graph may have
                 # saved the buffer. Restoring it must then not raise the version either.
-                (buffer.data if versions([buffer]) == version else buffer).copy_(value)
+                (buffer.data if internals.versions([buffer]) == version else buffer).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
             torch.set_rng_state(state)
@@ -127,20 +113,18 @@ def derive(
 def _derive_eagerly(
     engine: str, network: Network, x: Tensor, w: Tensor, order: int, summed: bool
 ) -> Derivatives:
+    attempts = {
+        "taylor": partial(engines.taylor, network, x, w, order, summed),
+        "reverse": partial(engines.reverse, network, x, w, order),
+    }
     if engine != "auto":
         try:
-            if engine == "reverse":
-                return engines.reverse(network, x, w, order)
-            return engines.taylor(network, x, w, order, summed)
+            return attempts[engine]()
         except TaylorError as error:
             raise unknown(error) from error
         except RuntimeError as error:
             _explain_engine(engine, error)
             raise
-    attempts = {
-        "taylor": partial(engines.taylor, network, x, w, order, summed),
-        "reverse": partial(engines.reverse, network, x, w, order),
-    }
     return _first_to_serve(network, x, (order, summed, len(w) > 1), attempts, _neither)
 
 
@@ -188,7 +172,7 @@ def _products(
         derived, copied = partial(derive, order=order, engine=engine), order == 3
         return engines.products_beside(derived, network, x, w, cotangent, push=push, copied=copied)
 
-    if engine == "taylor" or is_traced():
+    if engine == "taylor" or internals.is_traced():
         return beside()
     reverse = partial(engines.reverse_products, network, x, w, order, cotangent, push)
     if engine == "reverse":
@@ -211,10 +195,10 @@ def _refuse_statistics(network: Network, order: int) -> None:
 
 def _explain_engine(engine: str, error: RuntimeError) -> None:
     """Raise a DerivativeError if PyTorch's error shows that this engine cannot be used."""
-    refuse_scripted(engine, error)
+    engines.refuse_scripted(engine, error)
     why = str(error)
-    energy = engine == "taylor" and NO_GRAPH in why
-    if energy or any(words in why for words in NOT_TWICE):
+    energy = engine == "taylor" and internals.NO_GRAPH in why
+    if energy or any(words in why for words in internals.NOT_TWICE):
         after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "
@@ -235,7 +219,7 @@ def _first_to_serve(
     Each attempt starts from the same state of the network. `otherwise` receives the reason of each
     engine's failure.
     """
-    owner, here = network.owner, surroundings()
+    owner, here = network.owner, internals.surroundings()
     kind = (*kind, x.dtype, x.device.type, getattr(owner, "training", None))
     memory, learned = memory_of(owner), dict[tuple[str, tuple[Any, ...]], Past]()
     failures: dict[str, str] = {}
@@ -251,7 +235,7 @@ def _first_to_serve(
         except Exception as error:
             if before is None and isinstance(error, TaylorError):
                 raise unknown(error) from error
-            refuse_scripted(engine, error)
+            engines.refuse_scripted(engine, error)
             if before is None or not _another_may_do(engine, error):
                 raise
             before.restore()
@@ -281,14 +265,14 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
     An error in the network's own code would occur with either engine.
     """
-    text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
+    text, kinds = str(error), engines.DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
-        return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
+        return isinstance(error, kinds) or any(words in text for words in internals.NOT_TWICE)
     if isinstance(error, FINAL):
         return False
     # A device error says nothing about the network. The exception that ends the recomputation by
     # a checkpoint around the loss is not one of the JET_ERRORS.
-    failed = any(words in text for words in DEVICE_ERROR_TEXT)
+    failed = any(words in text for words in internals.DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)
     )

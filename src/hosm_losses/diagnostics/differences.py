@@ -153,10 +153,7 @@ class Agreement(Check):
         # Slopes are computed before differences, which overwrite tensors saved by the graph.
         forms, gradients_of_forms = self._slopes(field, varied, w, covectors)
         slopes = [
-            sum(
-                float((g * direction).sum())
-                for g, direction in zip(grads, directions, strict=True)
-            )
+            sum(float((g * along).sum()) for g, along in zip(grads, directions, strict=True))
             for grads in gradients_of_forms
         ]
         # Values need no primitives, which torch's own checkpoint could not recompute.

@@ -125,10 +125,46 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
     """Raise an error if a sample's output changes when the samples are reordered or repeated."""
-    precision = _precision(bound, x) if precision is None else precision
+    rounding = ROUNDING.get(precision or _precision(bound, x))
     value = evaluate(bound, x)
-    if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
-        _check_permuted(bound, x, value, ROUNDING[precision])
+    if rounding is None or not torch.equal(evaluate(bound, x, seed=1), value):
+        return
+    places = torch.arange(len(x), device=x.device)
+    moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
+
+    def follow(shared: Collection[str], rows: Tensor) -> bool:
+        kwargs = per_sample(
+            bound.kwargs, lambda path, tensor: tensor if path in shared else tensor[rows]
+        )
+        try:
+            moved = evaluate(replace(bound, t=bound.t[rows], kwargs=kwargs), x[rows])
+        except (RuntimeError, ValueError, LookupError):
+            return False
+        return _same(moved, value[rows], rounding)
+
+    def all_follow(shared: Collection[str]) -> bool:
+        """Return whether moving samples, but not `shared` tensors, moves outputs alike."""
+        return all(follow(shared, rows) for rows in moves)
+
+    if all_follow(()):
+        return
+    paths: list[str] = []
+    per_sample(bound.kwargs, lambda path, tensor: paths.append(path) or tensor)
+    subsets = chain.from_iterable(combinations(paths, n) for n in range(1, len(paths) + 1))
+    for shared in islice(subsets, ATTEMPTS):
+        if all_follow(shared):
+            raise DerivativeError(
+                f"{' and '.join(shared)}: expected a tensor with a row for each sample, as its "
+                f"first dimension is the batch size, {bound.batch}; got one in which samples use "
+                "rows other than their own. If all samples share it, mark it: "
+                "hosm_losses.Shared(tensor)."
+            )
+    raise DerivativeError(
+        "network: expected outputs that follow their samples when the batch is permuted or one "
+        "sample is repeated; got different outputs. Something depends on the position in the "
+        "batch: the network, state that it keeps from an earlier call, or a tensor of "
+        "model_kwargs that belongs to the samples but is not split or is marked Shared."
+    )
 
 
 def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
@@ -156,42 +192,3 @@ def _first_difference(
         if same(left.arguments, right.arguments) and not same(left.returned, right.returned):
             return left.where
     return "its own forward"
-
-
-def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float) -> None:
-    places = torch.arange(len(x), device=x.device)
-    moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
-
-    def all_follow(shared: Collection[str]) -> bool:
-        """Return whether reordering samples, but not `shared` tensors, reorders outputs alike."""
-        return all(follow(shared, rows) for rows in moves)
-
-    def follow(shared: Collection[str], rows: Tensor) -> bool:
-        kwargs = per_sample(
-            bound.kwargs, lambda path, tensor: tensor if path in shared else tensor[rows]
-        )
-        try:
-            moved = evaluate(replace(bound, t=bound.t[rows], kwargs=kwargs), x[rows])
-        except (RuntimeError, ValueError, LookupError):
-            return False
-        return _same(moved, value[rows], rounding)
-
-    if all_follow(()):
-        return
-    paths: list[str] = []
-    per_sample(bound.kwargs, lambda path, tensor: paths.append(path) or tensor)
-    subsets = chain.from_iterable(combinations(paths, n) for n in range(1, len(paths) + 1))
-    for shared in islice(subsets, ATTEMPTS):
-        if all_follow(shared):
-            raise DerivativeError(
-                f"{' and '.join(shared)}: expected a tensor with a row for each sample, as its "
-                f"first dimension is the batch size, {bound.batch}; got one in which samples use "
-                "rows other than their own. If all samples share it, mark it: "
-                "hosm_losses.Shared(tensor)."
-            )
-    raise DerivativeError(
-        "network: expected outputs that follow their samples when the batch is permuted or one "
-        "sample is repeated; got different outputs. Something depends on the position in the "
-        "batch: the network, state that it keeps from an earlier call, or a tensor of "
-        "model_kwargs that belongs to the samples but is not split or is marked Shared."
-    )

@@ -36,7 +36,7 @@ import operator
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -155,10 +155,6 @@ class WrappingReport:
     calls: int
     samples: int
     batch_size: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields in a form that can be saved as JSON."""
-        return asdict(self)
 
     def __repr__(self) -> str:
         """Return the verdict, without the losses."""
