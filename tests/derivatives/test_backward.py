@@ -1,14 +1,18 @@
 """Graphs that a network loses, or changes, are refused when the value is made, with the remedy."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, vmap
 
 import hosm_losses as hosm
 from hosm_losses.derivatives import quadratic_forms
 from hosm_losses.derivatives.engines import DroppedGraphError
 from hosm_losses.model import bind_model
 from tests.cases import (
+    FUNCTIONS,
     VP,
     Around,
     Cubes,
@@ -155,12 +159,20 @@ def test_a_gradient_of_none_or_zero_is_nothing_lost(order):
     assert_same(losses(lambda h: Without.apply(h**3, h, h), order), losses(cube, order))
 
 
+class Vectorized(Detaches):
+    generate_vmap_rule = True
+
+
+@pytest.mark.parametrize("transform", [grad, partial(vmap, randomness="different")])
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order):
-    loss = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
-    model = hosm.ScoreModel(Around(lambda h: h.sin() + Detaches.apply(h)), VP)
+def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order, transform):
+    model = hosm.ScoreModel(Around(lambda h: h.sin() + Vectorized.apply(h)), VP)
+
+    def loss(x0):
+        return FUNCTIONS[order](model, x0.reshape(4, 2), engine="reverse")
+
     with pytest.raises(DroppedGraphError):
-        torch.func.grad(lambda x0: loss(model, x0, engine="reverse"))(torch.randn(4, 2))
+        transform(loss)(torch.randn(1, 4, 2))
 
 
 def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():

@@ -324,6 +324,20 @@ def taylor(
     return Derivatives(*parts) if wanted else Derivatives(*map(Tensor.detach, parts))
 
 
+def checked(
+    network: Network, order: int, wanted: bool
+) -> Callable[[Tensor], tuple[Tensor, tuple[()]]]:
+    """Return a network as a function for `vjp`, with the checks for jumps and dropped graphs."""
+    f = watch_once(network, order, wanted)
+
+    def evaluated(point: Tensor) -> tuple[Tensor, tuple[()]]:
+        value = f(point)
+        refuse_dropped(value)  # here, where it has its graph under torch.func too
+        return value, ()
+
+    return evaluated
+
+
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
     """Return a network's value and derivatives, computed by backward passes.
 
@@ -333,15 +347,10 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
         return reverse_products(network, x, w, order, torch.zeros_like, False).derived
     wanted, shape = torch.is_grad_enabled(), w.shape
     network, x, w = copies(network, x, w)
-    f = watch_once(network, order, wanted)
-
-    def evaluated(point: Tensor) -> tuple[Tensor, tuple[()]]:
-        value = f(point)
-        refuse_dropped(value)
-        return value, ()
+    f = checked(network, order, wanted)
 
     def pull(point: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        value, _, back = vjp(evaluated, point, lost=LOST_ONCE)
+        value, _, back = vjp(f, point, lost=LOST_ONCE)
         vjp_c = back(c)[0]
         refuse_dropped(vjp_c, wanted)
         return vjp_c, value
@@ -363,10 +372,7 @@ def reverse_products(
     """
     wanted = torch.is_grad_enabled()
     point = leaf(x, wanted)
-    value, _, back = vjp(
-        lambda point: (watch_once(network, order, wanted)(point), ()), point, lost=LOST_ONCE
-    )
-    refuse_dropped(value)
+    value, _, back = vjp(checked(network, order, wanted), point, lost=LOST_ONCE)
     wanted = wanted and (w.requires_grad or may_train(value, x, point))
     c = cotangent(value.detach().unsqueeze(0)).detach()
 
