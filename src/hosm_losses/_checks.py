@@ -96,10 +96,7 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def copy_like(copies: dict[Any, Tensor], like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """Return the constant from `make`, converted to the dtype and device of `like`.
-
-    `copies` stores one copy for each device and dtype, so that later training steps copy nothing.
-    """
+    """Return the constant from `make` as `like`; `copies` keeps one for each device and dtype."""
     key = like.device, like.dtype
     if key in copies:
         return copies[key]
@@ -253,10 +250,7 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def noised(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return α x₀ + σ ε, where x₀ and ε have the shape (B, *).
-
-    The shape of α and σ is (B,) or broadcasts to the shape of x₀.
-    """
+    """Return α x₀ + σ ε of x₀ and ε (B, *), where α and σ are (B,) or broadcast to x₀."""
     return expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
 
 
@@ -272,10 +266,9 @@ def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the keyword arguments that pass `generator`, or an empty dict if it is None.
+    """Return the keyword arguments that pass `generator`.
 
-    None is not passed on, because torch.compile rejects generator=None if tensor sizes may vary
-    between calls.
+    torch.compile rejects generator=None if tensor sizes may vary between calls.
     """
     return {} if generator is None else {"generator": generator}
 

@@ -84,13 +84,12 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: a scheduler with a table, or a flow-matching scheduler.
 
     Raises:
-        TypeError: if the model is not an nn.Module (for example, if it is a pipeline), or if the
-            scheduler neither has a table nor is a flow-matching scheduler.
+        TypeError: if the model is not an nn.Module (for example, a pipeline), or if the scheduler
+            is of neither kind.
         ValueError: if the table has zero terminal SNR, if the prediction type is unknown, if a
-            flow-matching scheduler is configured with `invert_sigmas`, or if the model expects
-            1 - t as its time or predicts data minus noise (Lumina2 and ZImage do both); also if
-            the scheduler is for networks distilled to jump to other noise levels (LCM, TCD, DMD)
-            or has several stages, each a flow of its own (Helios).
+            flow runs in reverse (`invert_sigmas`, Lumina2, ZImage), or if the scheduler is for
+            networks distilled to jump to other noise levels (LCM, TCD, DMD) or has several stages
+            (Helios).
 
     Example:
         A pipeline contains both the model and the scheduler::

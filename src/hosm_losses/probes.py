@@ -12,9 +12,8 @@ Formula:
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
-    channels. Q maps three colour channels to brightness and two colour differences. If
-    neighbouring elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to
-    diagonal than S is. Qᵀ is applied by FFT; along one dimension,
+    channels. If neighbouring elements interact in the same way everywhere, as in images, Q S Qᵀ is
+    closer to diagonal than S is. Qᵀ is applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)}, where c_0 = 1/√n and c_k = √(2/n) for k > 0.
 
 Source:

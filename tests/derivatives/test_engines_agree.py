@@ -159,13 +159,6 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_custom_functions_are_left_to_the_reverse_engine(name):
-    agree(FUNCTIONS[name])
-    with pytest.raises(hosm.DerivativeError):
-        losses(FUNCTIONS[name], "taylor")
-
-
 def shifted(h):
     return matrix(h) + 3 * torch.eye(3)
 
@@ -206,12 +199,13 @@ sine.register_autograd(
 )
 
 
-LEFT_TO_REVERSE = WRONG_FORWARD | {"own": sine, "own by its name": torch.ops.hosm_tests.sine}
+LEFT_TO_REVERSE = FUNCTIONS | WRONG_FORWARD
+LEFT_TO_REVERSE |= {"own": sine, "own by its name": torch.ops.hosm_tests.sine}
 
 
 @pytest.mark.parametrize("name", LEFT_TO_REVERSE)
-def test_operators_with_a_wrong_forward_mode_go_to_the_reverse_engine(name):
-    """Of a package's own operator it takes the derivative for zero."""
+def test_what_goes_to_the_reverse_engine(name):
+    """Custom Functions, and operators with a wrong forward mode: zero, of a package's own."""
     function = LEFT_TO_REVERSE[name]
     agree(function)
     for options in ({"order": 2}, {}):

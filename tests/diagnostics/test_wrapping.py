@@ -101,18 +101,11 @@ def polynomial(function):
 class Trained(NamedTuple):
     """A network, how it was trained, and what is wrong in five other wrappings of it."""
 
-    data: Callable[[int], torch.Tensor]
+    data: Callable[[int], torch.Tensor]  # in the units of the training
     network: Callable[[], nn.Module]
     right: dict[str, Any]
-    units: Callable[[torch.Tensor], torch.Tensor]  # of the training
-    time: Any
-    prediction: str
-    family: dict[str, Any]
+    wrong: dict[str, Any]
     given: Callable[[torch.Tensor], torch.Tensor]  # data in other units than the training's
-
-
-def same(x):
-    return x
 
 
 def bytes_of(x):
@@ -128,60 +121,42 @@ NETWORKS = {
         clusters,
         lambda: Network(2, sines(1000.0)),
         {"schedule": VP, "prediction": "epsilon"},
-        same,
-        999.0,
-        "score",
-        {"schedule": hosm.CosineSchedule()},
+        {"time": 999.0, "prediction": "score", "family": {"schedule": hosm.CosineSchedule()}},
         halved,
     ),
     "ve": Trained(
-        clusters,
+        lambda count: halved(clusters(count)),
         lambda: Divided(2, polynomial(torch.log)),
         {"schedule": VE, "prediction": "score", "time": VE.sigma},
-        halved,
-        None,
-        "epsilon",
-        {"schedule": VP, "time": VP.sigma},
+        {"time": None, "prediction": "epsilon", "family": {"schedule": VP, "time": VP.sigma}},
         lambda x: 2 * x - 1,
     ),
     "edm": Trained(
         bars,
         lambda: Preconditioned(64, polynomial(lambda t: 2 * t)),
         {"schedule": EDM, "prediction": "x0"},
-        same,
-        lambda t: t.log() / 4,
-        "epsilon",
-        {"schedule": VP},
+        {"time": lambda t: t.log() / 4, "prediction": "epsilon", "family": {"schedule": VP}},
         bytes_of,
     ),
     "flow": Trained(
-        clusters,
+        lambda count: (clusters(count) - 0.03) / 0.6,
         lambda: Network(2, polynomial(lambda t: 4 * t - 2)),
         {"schedule": FLOW, "prediction": "velocity"},
-        lambda x: (x - 0.03) / 0.6,
-        1000.0,
-        "epsilon",
-        {"schedule": VP},
+        {"time": 1000.0, "prediction": "epsilon", "family": {"schedule": VP}},
         lambda x: 3 + 0.5 * x,
     ),
     "table": Trained(
         bars,
         lambda: Network(64, sines(1.0)),
         {"schedule": LINEAR, "prediction": "epsilon"},
-        same,
-        lambda t: t / 1000,
-        "v",
-        {"schedule": COSINE},
+        {"time": lambda t: t / 1000, "prediction": "v", "family": {"schedule": COSINE}},
         halved,
     ),
     "v": Trained(
         clusters,
         lambda: Network(2, sines(1.0)),
         {"schedule": SCALED, "prediction": "v"},
-        same,
-        lambda t: t / 1000,
-        "epsilon",
-        {"schedule": COSINE},
+        {"time": lambda t: t / 1000, "prediction": "epsilon", "family": {"schedule": COSINE}},
         lambda x: x / 0.18215,
     ),
 }
@@ -209,8 +184,8 @@ def trained(name):
         torch.manual_seed(0)
         network = made.network()
         model = hosm.ScoreModel(network, **made.right)
-        train(model, lambda: made.units(made.data(BATCH)), STEPS, 5e-3)
-        return network, made.units(made.data(SAMPLES))
+        train(model, lambda: made.data(BATCH), STEPS, 5e-3)
+        return network, made.data(SAMPLES)
 
 
 def wrapped(name, fault=None):
@@ -218,11 +193,11 @@ def wrapped(name, fault=None):
     made, (network, data) = NETWORKS[name], trained(name)
     options = dict(made.right)
     if fault in ("time", "prediction"):
-        options[fault] = getattr(made, fault)
+        options[fault] = made.wrong[fault]
     if fault == "sign":
         options["output"] = torch.neg
     if fault == "family":
-        options = {"prediction": options["prediction"], **made.family}
+        options = {"prediction": options["prediction"], **made.wrong["family"]}
     return hosm.ScoreModel(network, **options), made.given(data) if fault == "units" else data
 
 
@@ -356,18 +331,19 @@ def test_the_best_network_is_as_good_as_it_can_be():
 @pytest.mark.parametrize(
     ("options", "changes", "units", "told"),
     [
-        ({"prediction": "score"}, {}, same, "your schedule, prediction='epsilon'"),
-        ({"output": torch.neg}, {"negated": True}, same, "'epsilon', the output times -1"),
-        ({"time": 999.0}, {"time": ""}, same, "your schedule, prediction='epsilon'"),
+        ({"prediction": "score"}, {}, None, "your schedule, prediction='epsilon'"),
+        ({"output": torch.neg}, {"negated": True}, None, "'epsilon', the output times -1"),
+        ({"time": 999.0}, {"time": ""}, None, "your schedule, prediction='epsilon'"),
         ({}, {"units": "2 * x0 - 1"}, halved, "epsilon', the data as 2 * x0 - 1"),
         ({}, {"units": "x0 / 127.5 - 1"}, bytes_of, "epsilon', the data as x0 / 127.5 - 1"),
-        ({"schedule": LINEAR}, {"schedule": "VPSchedule()"}, same, "VPSchedule(), predic"),
-        ({"schedule": FLOW}, {"schedule": "VPSchedule()"}, same, "VPSchedule(), prediction='eps"),
+        ({"schedule": LINEAR}, {"schedule": "VPSchedule()"}, None, "VPSchedule(), predic"),
+        ({"schedule": FLOW}, {"schedule": "VPSchedule()"}, None, "VPSchedule(), prediction='eps"),
     ],
 )
 def test_a_mistake_with_the_best_network_is_named(options, changes, units, told):
     model = hosm.ScoreModel(Exact(), **{"schedule": VP} | options)
-    report = hosm.check_wrapping(model, units(ATOMS), generator=seeded())
+    data = units(ATOMS) if units else ATOMS
+    report = hosm.check_wrapping(model, data, generator=seeded())
     assert not report.ok
     expected = {"schedule": "your schedule", "prediction": "epsilon", "time": ""}
     expected |= {"negated": False, "units": "x0"} | changes

@@ -257,11 +257,10 @@ class Derivatives(NamedTuple):
     """The value of a network and its derivatives along directions.
 
     Attributes:
-        value: f. The shape is (1, B, *) if all directions share one value, and (K, B, *) if each
-            direction has its own value.
+        value: f, of shape (1, B, *) if all directions share one value, and (K, B, *) otherwise.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *). If only the sum over the directions is
-            requested, `third` may be that sum, of shape (1, B, *). `third` is None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *), or its sum over the directions, of shape
+            (1, B, *). None at order 2.
     """
 
     value: Tensor

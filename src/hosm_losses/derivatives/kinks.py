@@ -82,10 +82,7 @@ def refusal(owner: object, order: int) -> str | None:
 
 
 def memory_of(owner: object) -> NetworkMemory:
-    """Return the `NetworkMemory` of `owner`.
-
-    If `owner` cannot be hashed or weakly referenced, every call returns a new memory.
-    """
+    """Return the memory of `owner`; a new one if it cannot be hashed or weakly referenced."""
     try:
         return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
@@ -112,8 +109,7 @@ def find_jumps(
 ) -> tuple[Tensor, str | None]:
     """Return a field's value, and a phrase that names operators with discontinuous derivatives.
 
-    If no such operator is found, the phrase is None. At order two, only first derivatives are
-    checked; at order three, second derivatives are checked too.
+    The phrase is None if there are none, of first or, at order three, of second derivatives.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
@@ -172,10 +168,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield (name, order) for each recorded operator whose node is in `nodes`.
-
-        `order` is the lowest order of derivative that jumps, or 0 if no derivative jumps.
-        """
+        """Yield (name, lowest order that jumps, or 0) of the operators whose nodes are given."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
@@ -187,10 +180,9 @@ class _Watch(TorchFunctionMode):
 
 
 def _between(point: Tensor, value: Tensor) -> set[Any]:
-    """Return the graph nodes between a point and a value.
+    """Return the graph nodes between a point and a value or, of a Jet, all nodes.
 
-    If the point is a Jet, return all nodes of the value's graph, together with None. `_Watch`
-    records None as the node of a result without a graph.
+    `_Watch` records None as the node of a result without a graph.
     """
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):

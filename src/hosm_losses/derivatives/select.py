@@ -89,10 +89,9 @@ def derive(
 ) -> Derivatives:
     """Return a network's value at x (B, *) and its derivatives along w (K, B, *).
 
-    At order 2, the only derivative is D. At order 3, G is also returned. If `summed` is True, an
-    engine may return only the sum of G over the directions. Under `torch.no_grad`, the results
-    have no graph. Raises DerivativeError if the engine cannot differentiate the network or, with
-    "auto", if neither engine can.
+    These are D and, at order 3, G; only its sum over the directions may be returned if `summed` is
+    True. Under `torch.no_grad`, the results have no graph. Raises DerivativeError if the engine
+    cannot differentiate the network or, with "auto", if neither engine can.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
@@ -214,10 +213,9 @@ def _first_to_serve(
     attempts: Mapping[str, Callable[[], Any]],
     otherwise: Callable[[dict[str, str]], Any],
 ) -> Any:
-    """Return the result of the first engine that succeeds or, if none does, of `otherwise`.
+    """Return the result of the first engine that succeeds from the same state of the network.
 
-    Each attempt starts from the same state of the network. `otherwise` receives the reason of each
-    engine's failure.
+    If none does, return that of `otherwise`, which receives the reason of each engine's failure.
     """
     owner, here = network.owner, internals.surroundings()
     kind = (*kind, x.dtype, x.device.type, getattr(owner, "training", None))

@@ -1,11 +1,10 @@
 """Wrappings that a network may have been trained with, other than its model's own.
 
-The candidates are the wrappings with which networks are commonly trained. If the model's schedule
-is a table of at least LEAST_STEPS entries, the candidates' tables have the same length. Otherwise,
-their tables have 1000 entries. With a table, the network receives either the index or the index
-divided by the length of the table. score_sde passes 999 t as the time under VP, and σ or log σ
-under VE. EDM's preconditioning passes log σ / 4 to the network as the time. In flow matching, time
-runs from data to noise or from noise to data; its maximum is 1 or, in diffusers, 1000.
+The candidates' tables are as long as that of the model's schedule if it has at least LEAST_STEPS
+entries, and have 1000 entries otherwise. With a table, the network receives the index, or the
+index divided by the length. score_sde passes 999 t as the time under VP, and σ or log σ under VE.
+EDM's preconditioning passes log σ / 4. In flow matching, time runs from data to noise or from
+noise to data; its maximum is 1 or, in diffusers, 1000.
 """
 
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ AS_THEY_ARE = Units()
 class Inputs:
     """The schedule, time and data units that determine a network's inputs, with their source code.
 
-    Instances are compared by identity, because a user's schedule may not be hashable.
+    Compared by identity, because a user's schedule may not be hashable.
     """
 
     schedule: Schedule

@@ -6,18 +6,16 @@ Formula:
     and ⟨G, c⟩ with finite differences of these three forms. The finite difference is
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), accurate to fourth order in h.
 
-    `Smoothness` compares p(b) − p(a) with the integral of p′ from a to b, which is computed by the
-    Gauss-Legendre rule. The comparison is made for p = p₀ and for p = p₁, on the line x + s w. At
-    first, a = −½ and b = ½ are the ends of this line. Here,
+    `Smoothness` compares p(b) − p(a) with the integral of p′ from a to b, by the Gauss-Legendre
+    rule, for p = p₀ and for p = p₁, on the line x + s w. At first, a = −½ and b = ½. Here,
         p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′.
-    This comparison is needed for ReLU networks, whose second derivatives are zero wherever they
-    exist. Finite differences with small steps therefore reveal no fault, although the gradient of
-    the third-order term is wrongly zero.
+    In ReLU networks, second derivatives are zero wherever they exist: finite differences with
+    small steps reveal no fault, although the gradient of the third-order term is wrongly zero.
 
-    If the integral differs from p(b) − p(a), the search halves the line repeatedly. Each time, it
-    keeps the half on which the trapezoidal rule has the larger error. On an interval of length h,
-    this error does not depend on h if p jumps. The error is proportional to h if p′ jumps, and to
-    h³ if both p and p′ are smooth.
+    If the integral differs from p(b) − p(a), the search halves the line repeatedly, and keeps the
+    half on which the trapezoidal rule has the larger error. On an interval of length h, this error
+    does not depend on h if p jumps; it is proportional to h if p′ jumps, and to h³ if both are
+    smooth.
 
     The search therefore converges to a jump, at one new point per halving. Let m be the midpoint
     of a and b. The bend |p(m) − (p(a) + p(b))/2| is half the jump at a jump, proportional to h at
@@ -85,10 +83,7 @@ class Check:
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """Seed the generators, then evaluate the field and its derivatives along w at x.
-
-        Return f, D and, at order three, G. Each is a tensor (B, *).
-        """
+        """Return f, D and, at order three, G of the seeded field at x along w, each (B, *)."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
@@ -135,10 +130,7 @@ class Agreement(Check):
         scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
-        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, computed in two ways.
-
-        The first list is computed from derivatives, the second from finite differences.
-        """
+        """Return ⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, by derivatives and by differences."""
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
@@ -201,10 +193,7 @@ def _difference(
     directions: Sequence[Tensor],
     step: float,
 ) -> Tensor:
-    """Return the difference quotient of a function of `varied` along `directions`.
-
-    Afterwards, the tensors in `varied` are restored to their original values.
-    """
+    """Return the difference quotient of a function of `varied`, which is restored afterwards."""
     start = [v.detach().clone() for v in varied]
 
     @torch.no_grad()
@@ -258,8 +247,7 @@ class Smoothness(Check):
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
         """Return the first level for which p[level] jumps, or None if no jump is found.
 
-        The search follows the part of the line on which the trapezoidal rule for p[lower] has the
-        largest error.
+        The search follows the largest error of the trapezoidal rule for p[lower].
         """
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)

@@ -1,10 +1,9 @@
 r"""Search for the faulty part of a network: the innermost module with a fault of its own.
 
 Formula:
-    A module is evaluated with the arguments that it received in the network. Let y_k be the
-    tensors that the module returns, and let r_k and u be fixed random tensors. Then the map
-    x → (Σ_k y_k · r_k) u is a field whose values have the shape of x. The derivatives D and G of
-    this field depend on all first and second derivatives of the module with respect to x.
+    A module is evaluated with the arguments that it received in the network. If it returns the
+    tensors y_k, and r_k and u are fixed random tensors, the map x → (Σ_k y_k · r_k) u is a field
+    whose D and G depend on all first and second derivatives of the module with respect to x.
 """
 
 from collections.abc import Iterable, Iterator

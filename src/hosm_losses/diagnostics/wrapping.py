@@ -1,11 +1,10 @@
 r"""Check that a network's schedule, time, prediction and data units match those used in training.
 
 Formula:
-    Suppose that a wrapping uses another schedule and rescales the data to c x₀ + b. The noised
-    data are then x = α (c x₀ + b) + σ ε. If σ/α = c σ̂, then x is x₀ + σ̂ ε, scaled and shifted.
-    The best prediction of ε from x is then also the best prediction of ε from x₀ + σ̂ ε. The
-    losses of different wrappings are therefore comparable if ε and u = log σ̂ are the same for all
-    wrappings. Here, σ̂ is the noise level in the units of x₀.
+    If a wrapping uses another schedule and rescales the data to c x₀ + b, the noised data are
+    x = α (c x₀ + b) + σ ε. At σ/α = c σ̂, this is x₀ + σ̂ ε, scaled and shifted, and ε is as
+    predictable from one as from the other. The losses of different wrappings are therefore
+    comparable at the same ε and the same u = log σ̂, where σ̂ is in the units of x₀.
 
     For data with mean m and covariance C, the best linear predictor is
     ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε). Its loss is ℓ(u) = mean_i λ_i/(λ_i + σ̂²), where λ_i are
@@ -300,8 +299,7 @@ def check_wrapping(
 def _affordable(bound: BoundModel, data: Tensor, calls: int) -> int:
     """Return how many samples to use so that this number of calls takes about SECONDS at most.
 
-    If that is not all samples, it is LEAST_SAMPLES times a power of two: the same number wherever
-    the calls take nearly the same time.
+    It is all samples, or LEAST_SAMPLES times a power of two, which hardly depends on the timing.
     """
     count = LEAST_SAMPLES
     with suppress(Exception):  # such as that of a network for this batch size alone
@@ -338,7 +336,7 @@ class _Linear:
         return (self.variances / sum_of_both).mean(-1)
 
     def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
-        """Return the predictor's loss for each sample, (B,)."""
+        """Return the loss of each sample, (B,)."""
         noise, sigma = noise.flatten(1).double().cpu(), levels.exp()[:, None]
         noise = noise if self.basis is None else noise @ self.basis
         error = self.variances * noise - sigma * self.centred
@@ -426,10 +424,9 @@ class _Search:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
     def _call(self, inputs: Inputs, noise: Tensor, place: Tensor) -> dict[Read, Tensor]:
-        """Call the network once, and return the losses (B,) for every kind and sign of prediction.
+        """Call the network once; return the losses (B,) for all kinds and signs of prediction.
 
-        The losses are NaN at levels outside the schedule. The new wrapping is not validated,
-        because any fault in it shows up in the loss.
+        They are NaN at levels outside the schedule.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
         change = math.log(units.scale)
@@ -469,10 +466,7 @@ class _Search:
         return (losses / self.expected).clamp(max=CLIP)
 
     def _scores(self) -> dict[Read, float]:
-        """Return the excess of each loss over the lowest loss, as a mean over the levels.
-
-        The score is infinite for a candidate whose schedule covers less than half of the levels.
-        """
+        """Return mean excesses over the lowest losses; infinite for too narrow schedules."""
         means = self._by_level(self._multiples(torch.stack(list(self.losses.values()))))
         scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
         scores[means.isnan().double().mean(1) > 0.5] = math.inf
