@@ -183,6 +183,13 @@ def vjp(
         result: Any = torch.func.vjp(function, *points, has_aux=True)
         value, traced, more = result
         return value, more, lambda cotangent, **_: traced(cotangent)
+    return eager_vjp(function, *points, lost=lost)
+
+
+def eager_vjp(
+    function: Callable[..., tuple[Tensor, Any]], *points: Tensor, lost: str | None = None
+) -> tuple[Tensor, Any, PassBack]:
+    """Do the same as `vjp` by torch.autograd."""
     with torch.enable_grad(), explained():
         value, more = function(*points)
 
@@ -457,7 +464,9 @@ def quadratic_forms(
     """
     wanted = torch.is_grad_enabled()
     f, point = watch_once(network, 2, wanted), leaf(x, wanted)
-    value, _, back = vjp(lambda point: (f(point), ()), point, lost=LOST_ONCE)
+    # Not traced by torch.compile, which would lose the check for dropped graphs.
+    evaluate = vjp if internals.in_functorch() else eager_vjp
+    value, _, back = evaluate(lambda point: (f(point), ()), point, lost=LOST_ONCE)
     wanted = wanted and may_train(value, x, point)
     # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
     in_turn = not internals.in_functorch() and refuse_dropped(value, wanted, point)
