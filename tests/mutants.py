@@ -132,6 +132,7 @@ _cdist: ops.sub(ops.unsqueeze(x1, -2), ops.unsqueeze(x2, -3)) →
 _prod: [count // 2, count // 2, count % 2] → [count // 2, count - count // 2, 0]
 derivatives/engines.py derivatives/test_backward.py
 reverse.pull: refuse_dropped(vjp_c, wanted) → pass
+checked.evaluated: refuse_dropped(value) → pass
 derivatives/engines.py test_training_loops.py
 pull_each: not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None →
     not torch.compiler.is_compiling()

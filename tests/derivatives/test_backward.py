@@ -175,6 +175,17 @@ def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order, t
         transform(loss)(torch.randn(1, 4, 2))
 
 
+@pytest.mark.slow
+def test_quadratic_forms_are_no_part_of_a_compiled_graph():
+    """There, the check for dropped graphs would be lost."""
+    bound = bind_model(hosm.ScoreModel(Around(torch.sin), VP), 4, t=torch.full((4,), 0.5))
+    forms = torch.compile(
+        lambda x: quadratic_forms(bound, x, [x[None]])[1], backend="eager", fullgraph=True
+    )
+    with pytest.raises(RuntimeError):
+        forms(torch.randn(4, 2))
+
+
 def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
     x, found = torch.randn(2, 2), []
     for function in (guided, torch.sin):
