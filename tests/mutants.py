@@ -100,7 +100,7 @@ taylor/primitives.py taylor/test_constants.py
 _SafePrimitives.__torch_function__: refuse_constant(func, result) → pass
 taylor/primitives.py taylor/test_primitive_mode.py
 recomputable.mode: _SafePrimitives(tables[-1]) if tables else nullcontext() → nullcontext()
-taylor/primitives.py test_transforms.py
+taylor/primitives.py losses/test_transforms.py
 text: multi_head_attention_forward mish") → mish")
 _SafePrimitives.__torch_function__: func == _DATA and is_traced() → False
 taylor/linear.py taylor/test_edges.py
@@ -133,7 +133,7 @@ _prod: [count // 2, count // 2, count % 2] → [count // 2, count - count // 2, 
 derivatives/engines.py derivatives/test_backward.py
 reverse.pull: refuse_dropped(vjp_c, wanted) → pass
 checked.evaluated: refuse_dropped(value) → pass
-derivatives/engines.py test_training_loops.py
+derivatives/engines.py losses/test_training_loops.py
 pull_each: not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None →
     not torch.compiler.is_compiling()
 derivatives/engines.py losses/test_paired.py
@@ -258,9 +258,9 @@ draw_time: uniform=weighting == 'likelihood' → uniform=False
 losses/options.py losses/test_ramps.py
 needed_order: is_used(weight) → is_used(weight) and term != 'trace'
 needed_order: is_used(weight) → is_used(weight) or term == 'third'
-model/score_model.py test_transforms.py
+model/score_model.py losses/test_transforms.py
 ScoreModel.predict: self.primitives → not self.primitives
-model/score_model.py schedules/test_discrete.py test_half_precision.py
+model/score_model.py schedules/test_discrete.py losses/test_half_precision.py
 ScoreModel.time_in: torch.promote_types(like.dtype, torch.float32) → like.dtype
 model/score_model.py model/test_score_model.py
 _raised_by_the_call: names <= {nn.Module.__module__} → True
@@ -320,7 +320,7 @@ solve_on_grid: (solver_error + rounded).clamp(min=rounding(paths.dtype)) → sol
 likelihood/multistep.py likelihood/test_start.py
 solve_on_grid: place == stride * (runge_kutta + 1) → place == stride and (not runge_kutta)
 solve_on_grid: 3 * runge_kutta * (1 + companion) → 3 * runge_kutta
-likelihood/multistep.py test_half_precision.py
+likelihood/multistep.py likelihood/test_half_precision.py
 solve_on_grid: solver_error + rounded → solver_error
 likelihood/solvers.py likelihood/test_tolerance.py
 ToTolerance.solve: dist.ReduceOp.MAX → dist.ReduceOp.SUM
@@ -351,7 +351,7 @@ FirstEvaluation.compare: self.due.discard('draws') → pass
 likelihood/paths.py likelihood/test_graph.py
 Paths._evaluate: nonfinite | ~all_finite(model.f(points)) → ~all_finite(model.f(points))
 Paths._evaluate: nonfinite | ~finite → ~finite
-likelihood/paths.py test_half_precision.py
+likelihood/paths.py likelihood/test_half_precision.py
 Paths.rounding_error: (self.dtype, *self.watch.answers) → (self.dtype,)
 Paths.rounding_error: sum_elements(squares * (1 + moved) + torch.zeros_like(z), 1) →
     100 * sum_elements(squares * (1 + moved) + torch.zeros_like(z), 1)

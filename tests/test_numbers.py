@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hosm_losses as hosm
-from tests.test_cost import evaluations
+from tests.losses.test_cost import evaluations
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
