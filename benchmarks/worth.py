@@ -262,12 +262,10 @@ class EnsembleLoss:
         if recipe.scores:
             data = cell.draw(INFORMATION_DRAWS, seeded(2)).double()
             scores = cell.density.data_score(data)
-            information = scores.square().mean(0)
-            if recipe.scores == "matrix":
-                information = scores.T @ scores / len(scores)
+            matrix = recipe.scores == "matrix"
             self.quiet |= {
                 "scores": lambda x: cell.density.data_score(x.double()).to(x.dtype),
-                "information": information,
+                "information": hosm.TargetScores.information_of(data, scores, matrix=matrix),
             }
 
     def __call__(self, drawn: Tensor, generator: torch.Generator | None) -> Tensor:

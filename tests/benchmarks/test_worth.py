@@ -82,7 +82,7 @@ def test_a_fraction_is_that_of_the_library(monkeypatch):
 @pytest.mark.parametrize("name", [*recipe.ROWS])
 def test_a_network_alone_trains_by_the_modules_as_one_of_an_ensemble(monkeypatch, name):
     monkeypatch.setattr(worth, "EVERY", 2)
-    cell = small(uniform_in_t=True)
+    cell = small(uniform_in_t=True, schedule=hosm.VPSchedule(t_min=1e-3))
     row, member, alone = worth.rows(cell)[name], cell.model([1]), cell.model([1])
     list(recipe.training_alone(cell, alone, row, 6, 1e-3, 1, 2))
     list(worth.training(cell, member, row, 6, [1e-3]))
@@ -156,7 +156,7 @@ def test_all_evaluations_are_counted(name, steps, monkeypatch, rows_called, tmp_
 
 
 def test_a_timed_row_has_the_steps_that_its_cost_leaves(tmp_path, monkeypatch):
-    costs = {"one": 1.0, "one, averaged": 1.25, "one, averaged, pairs, times": 2.0}
+    costs = {"one": 2.0, "one, averaged": 2.5, "one, averaged, pairs, times": 4.0}
 
     def times(routes, rounds):
         return {name: [0.5 * costs[name], 1.5 * costs[name]] * (rounds // 2) for name in routes}

@@ -184,3 +184,7 @@ def test_the_noise_of_targets_is_the_loss_of_the_true_score():
     found = facts(cell)
     assert found["elements"] == 2
     assert found["noise"] == pytest.approx(2 * (exact[1] - exact[0]), rel=0.02)
+    # Without a score J_SM is the rest of E‖ε‖² = d.
+    nothing = hosm.ScoreModel(lambda x, t: 0 * x, cell.schedule)
+    rest = 2 * (high - low) - 2 * (exact[1] - exact[0])
+    assert score(cell, nothing, 1)["j_sm"] == pytest.approx([rest], rel=0.02)
