@@ -22,6 +22,7 @@ PICTURE = re.compile(r'<img[^>]+src="[^"]*?([\w-]+)(?<!_thumb)\.svg"')
 INTERNAL = {"affine", "affine_of_data", "noise_without_x", "network_arguments", "predict"}
 INTERNAL |= {"draw", "extra_repr", "moments", "posterior", "quantization", "start_coordinates"}
 INTERNAL |= {"support", "knows_data", "products", "is_random", "estimate"}
+INTERNAL |= {"integrate", "check", "compare", "solve", "get_extra_state", "set_extra_state"}
 
 
 def lacking(directory: Path) -> list[str]:
