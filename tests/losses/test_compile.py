@@ -308,6 +308,7 @@ ONE_GRAPH = {
     "mixed": mixed,
     "data, read": lambda h: h * h.data.sin() + h,
     "data, changed": lambda h: (lambda z: (z.data.mul_(0.5), z.sin())[1])(h.clone()),
+    "as_tensor, changed": lambda h: (lambda z: (torch.as_tensor(z).mul_(0.5), z.sin())[1])(h * 2),
 }
 
 

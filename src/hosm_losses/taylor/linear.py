@@ -376,4 +376,5 @@ def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
     In eager mode, torch.as_tensor bypasses `__torch_function__` and hence this rule. The cast then
     raises TaylorError.
     """
-    return x.of(x.stack.to(dtype=dtype, device=device))
+    cast = x.stack.to(dtype=dtype, device=device)
+    return x if cast is x.stack else x.of(cast)
