@@ -418,10 +418,7 @@ _Search._detectable_gain: min(error, (FINE_ERRORS + ERRORS) * error ** 2 / -gain
 _Search._detectable_gain: excess + FINE_ERRORS * error → 0.0
 diagnostics/differences.py diagnostics/test_check.py
 Agreement._disagreement: not error <= TOLERANCE[self.precision] → error > TOLERANCE[self.precision]
-Smoothness._jump: HALF * np.max(bends[-4:-1], axis=0) → 2 * np.max(bends[-4:-1], axis=0)
-Smoothness._jump: max((low, middle), (middle, high), key=error) →
-    min((low, middle), (middle, high), key=error)
-Smoothness._jump: error(part) <= least[lower] and (bends[-1] <= least)[levels].all() → False
+Smoothness.find: all((bool(torch.isfinite(part).all()) for part in parts)) → True
 diagnostics/values.py diagnostics/test_check.py
 check_rows: (places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)) →
     (places.roll(1),)

@@ -60,8 +60,7 @@ ROUNDING = (
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
     "nn.SiLU, nn.GELU or nn.Softplus, and average pooling instead of max pooling; or train with "
-    "order one, or two if only second derivatives jump. A factor under .detach() that "
-    "oscillates fast looks the same: remove the .detach()."
+    "order one, or two if only second derivatives jump."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -130,8 +129,8 @@ def check_derivatives(
     - samples that affect each other, as in batch norm in training mode;
     - tensors in `model_kwargs` that are wrongly assumed to have one row for each sample (this test
       is skipped if the network draws random numbers);
-    - discontinuous values or first derivatives, as in ReLU networks; for order 3, also
-      discontinuous second derivatives, as in ELU networks;
+    - operators whose first derivatives are discontinuous, such as ReLU; for order 3, also those
+      whose second derivatives are, such as ELU. They are recognised by name;
     - derivatives that disagree with finite differences, whether taken with respect to x or to the
       parameters.
 
