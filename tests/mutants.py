@@ -323,7 +323,6 @@ solve_on_grid: 3 * runge_kutta * (1 + companion) → 3 * runge_kutta
 likelihood/multistep.py likelihood/test_half_precision.py
 solve_on_grid: solver_error + rounded → solver_error
 likelihood/solvers.py likelihood/test_tolerance.py
-ToTolerance.solve: dist.ReduceOp.MAX → dist.ReduceOp.SUM
 ToTolerance.solve: torch.cat(places).argsort() → torch.cat(places)
 ToTolerance.solve: error > self.tolerance → (error > self.tolerance).any().expand_as(rows)
 likelihood/solvers.py likelihood/test_random_settings.py

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import hosm_losses as hosm
@@ -189,48 +188,3 @@ def test_a_sample_without_a_finite_error_is_given_up_after_two_grids():
     assert int(found.steps[2]) == GRIDS[1]
     lost, _ = solved(model_of(Stiff()), x, solver, rates=rates * math.nan, **EXACT)
     assert lost.failed.all()
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def with_another(other, monkeypatch):
-    """A reduction with the number of another process, which is a stand-in."""
-    kinds = {dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.SUM: torch.add}
-    kinds[dist.ReduceOp.MIN] = torch.minimum
-
-    def all_reduce(mine, op=dist.ReduceOp.SUM, group=None):
-        (reduce,) = (each for kind, each in kinds.items() if kind == op)
-        mine.copy_(reduce(mine, mine.new_tensor(other)))
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-
-
-@pytest.mark.parametrize("solve", [hosm.ode_nll, hosm.ode_sample])
-def test_the_steps_of_a_group_are_those_of_its_largest_error(solve, group, monkeypatch):
-    model, x = exact_model(), points()
-    error = float(solve(model, x, solver=hosm.FixedGrid(32)).solver_error.max())
-    for other, steps in ((0.0, 32), (error, 32), (3 * error, 128)):
-        with_another(other, monkeypatch)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the other one stays above the tolerance
-            solver = hosm.ToTolerance(1.5 * error, group=group, companion=False)
-            assert solve(model, x, solver=solver).steps.tolist() == [steps] * len(x)
-
-
-def test_a_process_of_which_all_samples_fail_leaves_the_steps_to_the_others(group, monkeypatch):
-    with_another(1e-9, monkeypatch)
-    model = model_of(lambda x, t: x * torch.nan)
-    found = hosm.ode_nll(model, points(2), solver=hosm.ToTolerance(group=group))
-    assert found.steps.tolist() == [GRIDS[1]] * 2
-    assert bool(found.failed.all())
-
-
-def test_a_group_is_compared_by_identity(group):
-    solver = hosm.ToTolerance(group=group)
-    assert solver == hosm.ToTolerance(group=group) != hosm.ToTolerance()
-    assert hash(solver) == hash(hosm.ToTolerance(group=group))

@@ -115,28 +115,6 @@ def fsdp1(case):
         return [parameter.grad.clone() for parameter in network.parameters()]
 
 
-def likelihood():
-    """The steps that a rank of an easy batch and one of a hard batch take, alone and together."""
-    rate = (1.0, 6.0)[dist.get_rank()]
-
-    def network(x, t):
-        if together:  # all ranks have to call it as often, as where it gathers its parameters
-            dist.all_reduce(torch.ones(1))
-        return rate * x.tanh()
-
-    together, model = False, hosm.ScoreModel(network, VP)
-    x = torch.ones(2, 3, dtype=torch.float64)
-    alone = int(hosm.ode_nll(model, x, solver=hosm.ToTolerance(0.05)).steps.max())
-    together = True
-    solver = hosm.ToTolerance(0.05, group=dist.group.WORLD)
-    agreed = hosm.ode_nll(model, x, solver=solver)
-    drawn = hosm.ode_sample(model, x, solver=solver, divergence=None)
-    found = torch.tensor([alone, int(agreed.steps[0]), int(agreed.nfe[0]), int(drawn.nfe[0])])
-    everything = [torch.zeros_like(found) for _ in range(2)]
-    dist.all_gather(everything, found)
-    return torch.stack(everything)
-
-
 def evaluations(model, x0):
     """Numbers of everything that evaluates a model."""
     options = {"solver": hosm.FixedGrid(8), "divergence": "exact"}
@@ -192,10 +170,7 @@ WORK["fsdp1"] = fsdp1
 WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
-OTHERS = {"likelihood": likelihood, "inside": inside, "learnt": learnt}
-
-
-def work(rank, folder, kind):
+def work(rank, folder):
     warnings.simplefilter("ignore")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -205,10 +180,8 @@ def work(rank, folder, kind):
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    if kind in OTHERS:
-        found = OTHERS[kind]()
-    else:
-        found = {name: [WORK[name](case) for case in CASES] for name in kind.split()}
+    found = {name: [WORK[name](case) for case in CASES] for name in WORK}
+    found |= {"inside": inside(), "learnt": learnt()}
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.barrier()
@@ -217,38 +190,20 @@ def work(rank, folder, kind):
     os._exit(0)
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    mp.spawn(work, (str(tmp_path), " ".join(WORK)), nprocs=2)
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Gradients, what evaluates a model inside a wrapped module, and times that one learnt."""
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "found.pt")
     expected = [single(*case) for case in CASES]
-    for kind, found in torch.load(tmp_path / "found.pt").items():
-        for case, gradients, right in zip(CASES, found, expected, strict=True):
+    for kind in WORK:
+        for case, gradients, right in zip(CASES, found[kind], expected, strict=True):
             print(kind, case)  # noqa: T201
             assert_same(gradients, right, 1e-8)
-
-
-def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):
-    mp.spawn(work, (str(tmp_path), "likelihood"), nprocs=2)
-    (easy, *of_easy), (hard, *of_hard) = torch.load(tmp_path / "found.pt").tolist()
-    assert easy < hard
-    steps, evaluations, drawn = of_easy
-    assert of_hard == of_easy
-    grids = [32 * 2**power for power in range(6) if 32 * 2**power <= hard]
-    assert steps == hard
-    assert evaluations == sum(each + 2 + each // 2 + 2 for each in grids)  # with companions
-    assert drawn > 10
-
-
-def test_the_model_inside_a_wrapped_module_is_evaluated(tmp_path):
-    mp.spawn(work, (str(tmp_path), "inside"), nprocs=2)
-    expected, *found = torch.load(tmp_path / "found.pt")
-    assert expected.isfinite().all()
-    for numbers in found:
-        torch.testing.assert_close(numbers, expected)
-
-
-def test_a_step_takes_the_times_that_the_first_process_learnt(tmp_path):
-    mp.spawn(work, (str(tmp_path), "learnt"), nprocs=2)
-    (own, after), (other, also_after) = torch.load(tmp_path / "found.pt")
+    own, *others = found["inside"]
+    assert own.isfinite().all()
+    for numbers in others:
+        torch.testing.assert_close(numbers, own)
+    (own, after), (other, also_after) = found["learnt"]
     assert not torch.equal(own, other)
     assert torch.equal(after, own)
     assert torch.equal(also_after, own)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, error_message, warn, widest_dtype
@@ -247,19 +246,14 @@ class ToTolerance(Solver):
 
     In the first batch, the number of steps for each sample is the smallest of 32, 64, …, 1024
     that meets the tolerance. A sample whose error exceeds the tolerance is recomputed on the next
-    finer grid. If `group` is set, a single sample whose error exceeds the tolerance causes all
-    processes to recompute their whole first batches; later batches are never recomputed. `nfe`
-    includes the evaluations on coarser grids. If 1024 steps do not meet the tolerance, a warning
-    is issued and the result with 1024 steps is returned.
+    finer grid. `nfe` includes the evaluations on coarser grids. If 1024 steps do not meet the
+    tolerance, a warning is issued and the result with 1024 steps is returned.
 
     Later batches start with the median number of steps that the samples of the first batch needed.
     Some samples of later batches therefore use more steps than necessary.
 
     Args:
         tolerance: the largest acceptable `solver_error` for a sample, in nats.
-        group: the process group whose processes must use the same number of steps; None to choose
-            the number for each sample separately. The processes of a group use the smallest number
-            of steps that meets the tolerance for all samples of their first batches.
         companion: as in `FixedGrid`. Without a companion, the true error of `ode_nll` may exceed
             the tolerance if a path amplifies small errors. Without a companion, `ode_sample` may
             use far more steps than necessary.
@@ -271,12 +265,11 @@ class ToTolerance(Solver):
 
     Example:
         >>> ToTolerance(0.1)
-        ToTolerance(tolerance=0.1, group=None, companion=True, data_mean=None, data_std=None)
+        ToTolerance(tolerance=0.1, companion=True, data_mean=None, data_std=None)
     """
 
     tolerance: float = 0.01
     _: KW_ONLY
-    group: "dist.ProcessGroup | None" = None
     companion: bool = True
     data_mean: Moment | None = None
     data_std: Moment | None = None
@@ -294,15 +287,9 @@ class ToTolerance(Solver):
         next grid with new probes. If the error is NaN or infinite on two grids in a row, the path
         is not computed again. Later batches start with the median number of steps that the samples
         of the first batch needed.
-
-        All processes of a group must evaluate the network the same number of times. In the first
-        batch, the processes therefore exchange their largest errors after solving the ODE on each
-        grid. They then recompute either all paths or none.
         """
         first = GRIDS[0] if steps is None else int(steps.median())
         grids = [FixedGrid(each, companion=self.companion) for each in GRIDS if each >= first]
-        if self.group is not None and steps is not None:
-            return grids[0].solve(paths, backwards=backwards)
         rows = torch.arange(len(paths.x), device=paths.x.device)
         nfe = products = torch.zeros_like(rows)
         lost = torch.zeros_like(rows, dtype=torch.bool)
@@ -315,10 +302,6 @@ class ToTolerance(Solver):
             lost_before, lost = lost, ~part.solver_error.isfinite()
             error = part.solver_error.masked_fill(lost, math.inf)
             error = error.masked_fill(lost & lost_before, -math.inf)
-            if self.group is not None:
-                most = error.max()
-                dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
-                error = most.expand_as(error)
             again = error > self.tolerance
             if grid is grids[-1] and bool(again.any()):
                 warn(
