@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-HOMES = (torch, Tensor, F, torch.linalg)
+HOMES = (torch, Tensor, F, torch.linalg, torch.special)
 DRAWS = torch.randn(13, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 WEIGHT = DRAWS[:8].clone().requires_grad_()
 OTHER, ROW = DRAWS[8:11].reshape(3, 2, 4), DRAWS[11]

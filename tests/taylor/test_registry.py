@@ -4,11 +4,10 @@ python -m tests.taylor.test_registry writes the table."""
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+import pytest
 
-from hosm_losses.taylor.registry import RULES
+from hosm_losses.taylor.registry import RULES, rule
+from tests.taylor.table import HOMES
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "engine.md"
 KINDS = ("linear", "bilinear", "pointwise", "composite", "stack")
@@ -17,8 +16,8 @@ START, END = "<!-- rules: python -m tests.taylor.test_registry -->\n", "<!-- /ru
 
 def name(function):
     """As a user writes it: a method of operators, __add__, by none of its names."""
-    found = getattr(function, "__name__", "__").removeprefix("linalg_")
-    homes = [each for each in (torch, F, torch.linalg, Tensor) if hasattr(each, found)]
+    found = getattr(function, "__name__", "__").removeprefix("linalg_").removeprefix("special_")
+    homes = [each for each in HOMES if hasattr(each, found)]
     return None if found.startswith("__") or not homes else found
 
 
@@ -34,6 +33,11 @@ def table():
 def test_the_page_has_the_table():
     page = PAGE.read_text(encoding="utf-8")
     assert page.partition(START)[2].partition(END)[0] == table(), table()
+
+
+def test_a_name_that_names_no_function_is_an_error():
+    with pytest.raises(LookupError, match=r"got .*'log_ndtr'"):
+        rule("log_ndtr")(lambda x: x)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class Solver:
 
         The span increases in `ode_nll` and decreases in `ode_sample`. `paths.rates(z, u, probes)`
         returns dz/du and the integrand of the log-density, and `paths.draw_probes(z)` returns
-        the probes, which are None if the divergence uses none. Graphs are recorded by the caller.
+        the probes, which are None if the divergence uses none. `paths.advance(samples)` moves the
+        progress bar. Graphs are recorded by the caller.
         """
         raise NotImplementedError(
             f"{type(self).__name__}: expected a method integrate(paths, z, span)."

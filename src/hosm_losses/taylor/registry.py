@@ -129,7 +129,10 @@ def rule(
     """
 
     def register(function: Function) -> Function:
-        for operator in functions_named(*names):
+        if not (operators := functions_named(*names)):
+            homes = "torch, torch.Tensor, torch.nn.functional and torch.linalg"
+            raise LookupError(f"rule: expected names in {homes}, or functions; got {names}.")
+        for operator in operators:
             called = partial(function, operator) if with_function else function
             parameters = inspect.signature(called).parameters.values()
             places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
