@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import hosm_losses as hosm
-from tests.oracles import standardise_by_hand
+from tests.oracles import TARGETS, standardise_by_hand
 
 VP = hosm.VPSchedule()
 SCHEDULES = {
@@ -28,7 +28,7 @@ SCHEDULES = {
     "flow": hosm.LinearFlowSchedule(),
     "discrete": hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20)),
 }
-PREDICTIONS = ("epsilon", "score", "x0", "v", "velocity")
+PREDICTIONS = tuple(TARGETS)
 ENGINES = ("auto", "taylor", "reverse")
 FUNCTIONS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}

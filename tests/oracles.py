@@ -128,30 +128,32 @@ def standardise_by_hand(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> 
     return (x - mean) / (variance + eps) ** 0.5
 
 
+# The a and b of what each kind predicts, a x₀ + b ε.
+TARGETS = {
+    "epsilon": lambda alpha, sigma, rates: (0.0, 1.0),
+    "score": lambda alpha, sigma, rates: (0.0, -1 / sigma),
+    "x0": lambda alpha, sigma, rates: (1.0, 0.0),
+    "v": lambda alpha, sigma, rates: (-sigma, alpha),
+    "velocity": lambda alpha, sigma, rates: rates,
+}
+
+
 def noise_by_solving(prediction: str, raw: Tensor, x: Tensor, alpha, sigma, rates) -> Tensor:
     """ε̂ of one sample from the definition of the prediction: two equations for x₀ and ε."""
     if prediction == "score":
         return -sigma * raw
-    second = {
-        "epsilon": (0.0, 1.0),
-        "x0": (1.0, 0.0),
-        "v": (-sigma, alpha),
-        "velocity": rates,
-    }[prediction]
+    second = TARGETS[prediction](alpha, sigma, rates)
     matrix = torch.tensor([[float(alpha), float(sigma)], [float(second[0]), float(second[1])]])
     sides = torch.stack([x.reshape(-1), raw.reshape(-1)])
     return torch.linalg.solve(matrix.double(), sides)[1].reshape(x.shape)
 
 
-PREDICTIONS_OF_ORACLE = {
-    "epsilon": lambda noise, x, alpha, sigma, rates: noise,
-    "score": lambda noise, x, alpha, sigma, rates: -noise / sigma,
-    "x0": lambda noise, x, alpha, sigma, rates: (x - sigma * noise) / alpha,
-    "v": lambda noise, x, alpha, sigma, rates: alpha * noise - sigma * (x - sigma * noise) / alpha,
-    "velocity": lambda noise, x, alpha, sigma, rates: (
-        rates[0] * (x - sigma * noise) / alpha + rates[1] * noise
-    ),
-}
+def _of_noise(prediction: str, noise, x, alpha, sigma, rates):
+    a, b = TARGETS[prediction](alpha, sigma, rates)
+    return a * (x - sigma * noise) / alpha + b * noise
+
+
+PREDICTIONS_OF_ORACLE = {kind: partial(_of_noise, kind) for kind in TARGETS}
 THIRD = "ijk,i,j->k"  # the gradient of vᵀ ∂f v
 
 

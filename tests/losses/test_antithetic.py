@@ -68,7 +68,7 @@ def settings():
                     places += 1
                     if order > 1 and options["reduction"] != "none" and places % 2:
                         options["fraction"] = 0.5
-                    yield order, targets, PREDICTIONS[places % 5], options
+                    yield order, targets, PREDICTIONS[places % len(PREDICTIONS)], options
 
 
 @pytest.mark.parametrize(("order", "targets", "prediction", "options"), list(settings()))

@@ -29,6 +29,7 @@ from tests.cases import (
     gradients,
 )
 from tests.oracles import (
+    TARGETS,
     dense_derivatives,
     dense_paired_terms,
     dense_terms,
@@ -270,13 +271,7 @@ def dense_sample(case, row, sign):
     alpha, sigma = schedule(t.double())
     rates = alpha_rate, sigma_rate = rates_of(schedule, t.double())
     # The network predicts a x₀ + b ε, of which x = α x₀ + σ ε is known: two equations for ε.
-    a, b = {
-        "epsilon": (0.0, 1.0),
-        "score": (0.0, -1 / sigma),
-        "x0": (1.0, 0.0),
-        "v": (-sigma, alpha),
-        "velocity": rates,
-    }[prediction]
+    a, b = TARGETS[prediction](alpha, sigma, rates)
     wronskian = alpha * b - a * sigma
 
     def field(point):

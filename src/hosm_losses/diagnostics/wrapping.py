@@ -55,7 +55,14 @@ from hosm_losses._torch_internals import leave_inference_mode, outside_inference
 from hosm_losses.derivatives import NetworkState
 from hosm_losses.diagnostics.candidates import AS_THEY_ARE, UNITS, Inputs, all_inputs, all_units
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.model import BoundModel, ScoreModel, apply_affine, bind_model, check_model
+from hosm_losses.model import (
+    TARGETS,
+    BoundModel,
+    ScoreModel,
+    apply_affine,
+    bind_model,
+    check_model,
+)
 from hosm_losses.schedules import Schedule
 
 LEAST_SAMPLES, LEVELS = 16, 12
@@ -73,7 +80,6 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 CLIP = 10.0  # limit of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # losses within this fraction of the best count as equal
 REFINED = 3  # schedule-time pairs that are also tried with other units of the data
-KINDS = ("epsilon", "score", "x0", "v", "velocity")
 
 
 @dataclass(frozen=True)
@@ -448,7 +454,7 @@ class _Search:
         self.calls += 1
         self.advance(1)
         output, losses = candidate.predict(x, t, **self.kwargs), {}
-        for kind in KINDS:
+        for kind in TARGETS:
             p, q = _with(candidate, prediction=kind).affine(t, x)
             part = apply_affine(output, None, p, None)
             of_x = -noise if q is None else q * x - noise

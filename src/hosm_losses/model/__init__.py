@@ -19,6 +19,7 @@ from hosm_losses.model.conditions import tensors_in as tensors_in
 from hosm_losses.model.posterior import DenoisingPosterior as DenoisingPosterior
 from hosm_losses.model.posterior import PosteriorCovariance as PosteriorCovariance
 from hosm_losses.model.posterior import denoising_posterior as denoising_posterior
+from hosm_losses.model.score_model import TARGETS as TARGETS
 from hosm_losses.model.score_model import UNSHARD as UNSHARD
 from hosm_losses.model.score_model import Affine as Affine
 from hosm_losses.model.score_model import Prediction as Prediction
