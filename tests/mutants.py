@@ -304,7 +304,7 @@ likelihood/multistep.py likelihood/test_multistep.py
 Quadrature.error: difference / 15 → difference / 7
 AdamsSolver.correct: index == 4 → index == -1
 PathError.replace_first: self.effects.pop() → self.effects[-1]
-PathError.add: share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2) → pass
+PathError.add: torch.maximum(self.share, least_share) → self.share
 AdamsSolver.correct: self._move_slope(self.secant * self.correction) → pass
 AdamsSolver._weight_of_order_five: self._turned(4) → ~self._turned(3)
 AdamsSolver._weight_of_order_five: ratio.square() → 0 * ratio
@@ -318,10 +318,20 @@ Quadrature.error: q.diff(n=7, dim=0).norm(dim=0) →
     q.diff(n=7, dim=0).norm(dim=0).amax()
 solve_on_grid: (solver_error + rounded).clamp(min=rounding(paths.dtype)) → solver_error + rounded
 likelihood/multistep.py likelihood/test_start.py
-solve_on_grid: place == stride * (runge_kutta + 1) → place == stride and (not runge_kutta)
+solve_on_grid: index == runge_kutta + 1 → index == 1 and (not runge_kutta)
 solve_on_grid: 3 * runge_kutta * (1 + companion) → 3 * runge_kutta
 likelihood/multistep.py likelihood/test_half_precision.py
 solve_on_grid: solver_error + rounded → solver_error
+likelihood/multistep.py likelihood/test_compiled.py
+take_steps: rule.order + 2 → rule.order
+AdamsSolver.first_group: max(self.rule.order + 1, self.rule.runge_kutta) → self.rule.runge_kutta
+weighted_sum: weight - 1 → weight
+likelihood/compiled.py likelihood/test_compiled.py
+Programs.of: _PROGRAMS.setdefault(network, cls()) → cls()
+Programs.run: self.refused = True → pass
+_compiled: code.replace(co_name=f'{code.co_name}_{next(_NUMBERS)}') → code
+likelihood/solvers.py likelihood/test_compiled.py
+FixedGrid.integrate: len(z) == paths.size → True
 likelihood/solvers.py likelihood/test_tolerance.py
 ToTolerance.solve: torch.cat(places).argsort() → torch.cat(places)
 ToTolerance.solve: error > self.tolerance → (error > self.tolerance).any().expand_as(rows)

@@ -98,7 +98,8 @@ FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
 NUMBERS = bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF])
 # What nothing is checked of: Python, PyTorch or a type checker names what is wrong.
 UNCHECKED = {
-    *("companion", "clean", "progress", "enable_grad", "primitives", "scaled", "time_first"),
+    *("companion", "compiled", "clean", "progress", "enable_grad"),
+    *("primitives", "scaled", "time_first"),
     *("function", "is_random", "network", "time", "output", "call", "solver"),
     *("generator", "model_kwargs", "dequantization", "values", "levels", "low", "high"),
     *("steps", "offset", "model", "draws", "first", "last", "batch_size"),

@@ -16,8 +16,10 @@ from hosm_losses.likelihood.multistep import (
     WIDTH,
     AdamsSolver,
     NodeValue,
+    Rule,
     companion_error,
     gregory_weights,
+    least_shares,
     mesh_points,
     velocity_mesh_points,
 )
@@ -41,19 +43,26 @@ def walk_of(node, y, h, steps, slope=None, order=4, blends=False):
     evaluated twice.
     """
     first_steps = 0 if slope is None else RUNGE_KUTTA
-    solver = AdamsSolver(y, h, steps, order, first_steps, blends)
+    solver = AdamsSolver(y, steps, Rule(order, first_steps, blends))
+    shares = least_shares(y, steps)
+
+    def value(index, y):
+        at = node(index, y)
+        variance = None if at.variance is None else h**2 * at.variance
+        return NodeValue(h * at.slope, h * at.integrand, variance, at.covector)
+
     for index in range(steps + 1):
-        solver.correct(node(index, solver.y))
-        if index == first_steps + 1:
-            solver.correct_again(node(index, solver.y))
-        if index >= first_steps:
+        if index > first_steps:
             solver.predict()
-            continue
-        y, first = solver.y, solver.differences[0]
-        second = slope(index + 0.5, y + h / 2 * first)
-        third = slope(index + 0.5, y + h / 2 * second)
-        fourth = slope(index + 1, y + h * third)
-        solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
+        elif index:
+            y, first = solver.y, solver.differences[0]
+            second = h * slope(index - 0.5, y + first / 2)
+            third = h * slope(index - 0.5, y + second / 2)
+            fourth = h * slope(index, y + third)
+            solver.y = y + (first + 2 * second + 2 * third + fourth) / 6
+        solver.correct(value(index, solver.y), shares[index])
+        if index == first_steps + 1:
+            solver.correct_again(value(index, solver.y), shares[index])
     return solver
 
 
@@ -188,7 +197,7 @@ def test_velocities_have_order_five_earlier_and_less_of_it(
     solvers = recorded(monkeypatch)
     model = hosm.ScoreModel(lambda x, t: -x, hosm.LinearFlowSchedule(), prediction)
     hosm.ode_nll(model, torch.ones(1, 2).double(), solver=hosm.FixedGrid(steps, companion=True))
-    assert [(each.order, each.blends) for each in solvers] == [expected, expected]
+    assert [(each.rule.order, each.rule.blends) for each in solvers] == [expected, expected]
 
 
 def test_data_without_width_have_their_nodes_where_there_is_least_noise():

@@ -464,14 +464,16 @@ def quadratic_forms(
     """
     wanted = torch.is_grad_enabled()
     f, point = watch_once(network, 2, wanted), leaf(x, wanted)
-    # Not traced by torch.compile, which would lose the check for dropped graphs.
-    evaluate = vjp if internals.in_functorch() else eager_vjp
+    # With a graph, not traced by torch.compile, which would lose the check for dropped graphs.
+    evaluate = eager_vjp if wanted and not internals.in_functorch() else vjp
     value, _, back = evaluate(lambda point: (f(point), ()), point, lost=LOST_ONCE)
     wanted = wanted and may_train(value, x, point)
     # The check stops at `point`: all earlier evaluations along an ODE path lie behind it.
     in_turn = not internals.in_functorch() and refuse_dropped(value, wanted, point)
 
     def pulled(w: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and len(w) > 1:
+            return torch.func.vmap(lambda cotangent: back(cotangent)[0])(w)
         # Without a graph, two backward passes take less time and memory than one under vmap.
         return pull_each(partial(back, graph=wanted), w, in_turn or (len(w) == 2 and not wanted))
 

@@ -174,7 +174,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         expected = "FixedGrid(steps) with a divergence that draws anew in each evaluation"
         remedy = "An adaptive solver takes such noise for error of its steps."
         raise ValueError(error_message("solver", expected, None, remedy, got="Adaptive"))
-    if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error
+    if paths.divergence is NO_DIVERGENCE:  # no density, and no estimate of its error
         fine = _solve(paths, z, span, None, tolerance / FINER)
         end, zero = fine.state[:, :size].reshape(z.shape), torch.zeros_like(fine.error)
         return ODESolution(
@@ -261,7 +261,7 @@ def _solve(
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
         row_probes = None if probes is None else probes[:, rows]
         noise, dz_du, integrand = paths.slope_at(state, level, row_probes, rows)
-        if (error := paths.rounding_error(state, integrand, level)) is not None:
+        if (error := paths.rounding_error(state, integrand.mean(0), level)) is not None:
             rounded = rounded.index_copy(0, rows, torch.maximum(rounded[rows], error))
         dy_du = torch.cat([dz_du.reshape(len(y), -1), integrand.T], 1)
         covector = coordinates.covector(noise.detach(), level).reshape(len(y), -1)

@@ -188,6 +188,7 @@ class Job:
                 watch=watch,
                 divergence=self.divergence,
                 evaluations=RecomputedEvaluations(network),
+                size=min(self.size, len(x)),
             )
 
     def _batches(self, paths: Paths) -> Iterator[Paths]:

@@ -118,16 +118,16 @@ Source:
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import expand_right, sum_elements
+from hosm_losses.likelihood.compiled import Programs
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
-from hosm_losses.likelihood.paths import Paths, Span, rounding
+from hosm_losses.likelihood.paths import NoiseLevel, Paths, Span, rounding
 from hosm_losses.likelihood.result import ODESolution
 from hosm_losses.schedules import LinearFlowSchedule
 
@@ -146,15 +146,42 @@ KNOWN_ORDER = 16
 RUNGE_KUTTA = 2  # number of Runge-Kutta steps if a path starts in the middle
 MIDDLE = 3.0  # a start is in the middle if |log σ̂ − log of the data's size| < MIDDLE
 MINIMUM_STEPS = 4
+GROUP = 4  # the number of steps in a compiled function; more take longer to compile
+
+
+class Rule(NamedTuple):
+    """Which multistep method is used."""
+
+    order: int  # k
+    runge_kutta: int  # number of Runge-Kutta steps at the start
+    blends: bool  # whether growing differences reduce the weight of order five
+
+
+class Node(NamedTuple):
+    """What is known about a node before the network is evaluated there."""
+
+    level: NoiseLevel
+    rate: Tensor  # du/ds times the length of a step
+    probes: Tensor | None
+    least_share: Tensor  # max(r, ρ) is at least this r
 
 
 class NodeValue(NamedTuple):
-    """The values at one node of the fixed grid; `slope` and `integrand` are per unit of s."""
+    """The values at one node of the fixed grid; `slope` and `integrand` are per step."""
 
-    slope: Tensor  # dy/ds, in the shape of y
-    integrand: Tensor  # q, (B,), integrated along the path
-    variance: Tensor | None  # variance of the estimate q, (B,), from several probes
+    slope: Tensor  # h dy/ds, in the shape of y
+    integrand: Tensor  # h q, (B,); its sum is the integral along the path
+    variance: Tensor | None  # variance of the estimate h q, (B,), from several probes
     covector: Tensor  # estimate of the log-density's gradient with respect to y
+
+
+class Carry(NamedTuple):
+    """What a step needs to know about the earlier nodes."""
+
+    y: Tensor  # the corrected state
+    differences: tuple[Tensor, ...]  # h f, h ∇f, …
+    covector: Tensor
+    share: Tensor  # ρ
 
 
 def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
@@ -183,7 +210,8 @@ def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
 
 def velocity_mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     """Return u and du/ds, (n,), for a network that predicts the velocity of a linear flow."""
-    t = torch.sigmoid(s.new_tensor(span) - centre)  # σ̂/(c + σ̂)
+    ends = torch.linspace(*span, 2, dtype=s.dtype, device=s.device)
+    t = torch.sigmoid(ends - centre)  # σ̂/(c + σ̂)
     start, end = torch.sqrt(t / (1 + torch.sqrt(1 - t)))
     r = start + (end - start) * s
     square = r.square()
@@ -205,17 +233,17 @@ def gregory_weights(steps: int) -> list[float]:
 class Quadrature:
     """∫ q ds over a grid of `steps` steps of length h, and the errors of this integral."""
 
-    def __init__(self, h: float, steps: int) -> None:
-        self.h, self.steps = h, steps
-        self.values: list[Tensor] = []  # q at the nodes so far
-        self.variances: list[Tensor] = []  # of q, if there are several probes per node
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.values: list[Tensor] = []  # h q at the nodes so far
+        self.variances: list[Tensor] = []  # of h q, if there are several probes per node
 
-    def store(self, node: NodeValue, *, again: bool) -> None:
-        """Store q at the next node or, if `again` is True, replace q at the latest node."""
+    def store(self, integrand: Tensor, variance: Tensor | None, *, again: bool = False) -> None:
+        """Store h q at the next node or, if `again` is True, replace h q at the latest node."""
         kept = len(self.values) - again
-        self.values = [*self.values[:kept], node.integrand]
-        if node.variance is not None:
-            self.variances = [*self.variances[:kept], node.variance]
+        self.values = [*self.values[:kept], integrand]
+        if variance is not None:
+            self.variances = [*self.variances[:kept], variance]
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
         """Return ∫ q ds, (B,), computed from every `stride`-th node.
@@ -224,7 +252,7 @@ class Quadrature:
         """
         steps = self.steps if steps is None else steps
         chosen = self.values[: stride * steps + 1 : stride]
-        return self.h * stride * weighted_sum(gregory_weights(steps), chosen)
+        return stride * weighted_sum(gregory_weights(steps), chosen)
 
     def variance(self) -> Tensor:
         """Return the integral's variance (B,), from several probes or from adjacent nodes."""
@@ -233,8 +261,7 @@ class Quadrature:
             q = torch.stack(self.values).detach()
             inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
             variances = [inner[0], *inner, inner[-1]]
-        weights = [weight**2 for weight in gregory_weights(self.steps)]
-        return self.h**2 * weighted_sum(weights, variances)
+        return weighted_sum([weight**2 for weight in gregory_weights(self.steps)], variances)
 
     def error(self, divisor: float) -> Tensor:
         """Return an estimate (B,) of the integral's error, valid only if q is free of noise."""
@@ -242,28 +269,26 @@ class Quadrature:
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
             return difference
-        rough = self.h * q.diff(n=7, dim=0).norm(dim=0)
+        rough = q.diff(n=7, dim=0).norm(dim=0)
         return torch.maximum(difference / 15, rough / divisor)
 
 
 class PathError:
     """The effects e_i of the steps' errors on the log-density."""
 
-    def __init__(self, y: Tensor, h: float, steps: int) -> None:
-        self.h, self.steps, self.covector = h, steps, y  # the covector at the latest node
+    def __init__(self, y: Tensor) -> None:
+        self.covector = y  # the covector at the latest node
         self.share = y.new_ones(len(y))  # ρ
         self.effects: list[Tensor] = []  # e_i
 
     def add(
-        self, index: int, covector: Tensor, correction: Tensor, omitted: Tensor | None
+        self, covector: Tensor, correction: Tensor, omitted: Tensor | None, least_share: Tensor
     ) -> None:
-        """Append e_i for i = `index`; h · `omitted` is the first term that the corrector omits."""
-        share = self.share
-        if index >= 4:
-            share = share.clamp(min=min(1.0, 2 * (index - 4) / self.steps) ** 2)
+        """Append the next e_i; h · `omitted` is the first term that the corrector omits."""
+        share = torch.maximum(self.share, least_share)
         effect = expand_right(share, covector) * (covector - self.covector) * correction
         if omitted is not None:
-            effect = effect + covector * self.h * omitted
+            effect = effect + covector * omitted
         self.effects.append(sum_elements(effect, 1))
 
     def replace_first(self, size: Tensor) -> None:
@@ -277,53 +302,61 @@ class PathError:
 
 
 class AdamsSolver:
-    """The state of the multistep method.
+    """The state of the multistep method: `y` is the state at the latest node or the next one."""
 
-    Between steps, `y` is the predicted state at the next node; at the end, `y` is the final state.
-    """
-
-    def __init__(
-        self,
-        y: Tensor,
-        h: float,
-        steps: int,
-        order: int,
-        runge_kutta: int = 0,
-        blends: bool = False,
-    ) -> None:
-        self.h, self.steps, self.order, self.runge_kutta = h, steps, order, runge_kutta
-        self.blends = blends  # whether growing differences reduce the weight of order five
+    def __init__(self, y: Tensor, steps: int, rule: Rule) -> None:
+        self.steps, self.rule = steps, rule
         self.y = self.first = y
-        self.quadrature, self.error = Quadrature(h, steps), PathError(y, h, steps)
-        self.differences: list[Tensor] = []  # f, ∇f, … at the latest node
+        self.index = 0  # the number of nodes so far
+        self.quadrature, self.error = Quadrature(steps), PathError(y)
+        self.differences: list[Tensor] = []  # h f, h ∇f, … at the latest node
         self.correction = y  # c at the latest node
-        self.secant: Tensor | None = None  # λ, (B, 1, …), at order five
-        self.weight: Tensor | None = None  # weight of order five in the next step, (B,)
+        self.secant: Tensor | None = None  # λ h, (B, 1, …), at order five
+        self.weight: Tensor | None = None  # weight of order five in this step, (B,)
 
-    def correct(self, node: NodeValue) -> None:
+    @property
+    def first_group(self) -> int:
+        """The node at which the groups start; no step is left over at the end."""
+        alike = max(self.rule.order + 1, self.rule.runge_kutta) + 1
+        return alike + (self.steps + 1 - alike) % GROUP
+
+    @property
+    def carry(self) -> Carry:
+        """What a later node needs, once all nodes are alike."""
+        kept = tuple(self.differences[: self.rule.order + 1])
+        return Carry(self.y, kept, self.error.covector, self.error.share)
+
+    def resume(self, carry: Carry) -> None:
+        """Go on from a `carry`."""
+        self.y, differences, self.error.covector, self.error.share = carry
+        self.differences = [*differences]
+
+    def correct(self, node: NodeValue, least_share: Tensor) -> None:
         """Store the values at the next node, and correct the state there if it was predicted."""
-        index = len(self.quadrature.values)
-        self.quadrature.store(node, again=False)
-        earlier = self.differences[: self.order + 1]
-        self.differences = [*accumulate(earlier, torch.sub, initial=node.slope)]
-        if index > self.runge_kutta:
-            corrected = self.y + self.h * self._term(ADAMS, min(index, self.order))
+        index, order = self.index, self.rule.order
+        self.quadrature.store(node.integrand, node.variance)
+        earlier, self.differences = self.differences[: order + 1], [node.slope]
+        for difference in earlier:
+            self.differences.append(self.differences[-1] - difference)
+        if index > self.rule.runge_kutta:
+            corrected = self.y + self._term(ADAMS, min(index, order))
             if index == 4:
-                corrected = self.first + self.h * combine(BOOLE, self.differences)
+                corrected = self.first + combine(BOOLE, self.differences)
             self.correction, self.y = corrected - self.y, corrected
             omitted = None
-            if index > self.order:
-                omitted = self._term(NEXT_TERM, self.order + 1).detach()
-            self.error.add(index, node.covector, self.correction.detach(), omitted)
+            if index > order:
+                omitted = self._term(NEXT_TERM, order + 1).detach()
+            self.error.add(node.covector, self.correction.detach(), omitted, least_share)
             if self.secant is not None and index <= 4:
                 self._move_slope(self.secant * self.correction)
         self.error.covector = node.covector
+        self.index += 1
 
-    def correct_again(self, node: NodeValue) -> None:
+    def correct_again(self, node: NodeValue, _: Tensor) -> None:
         """Replace the values at the latest node with values computed at the corrected state."""
         change = node.slope - self.differences[0]
-        if not self.runge_kutta:
-            if self.order == 5:
+        if not self.rule.runge_kutta:
+            if self.rule.order == 5:
                 square = sum_elements(self.correction.square(), 1)
                 square = square.clamp(min=torch.finfo(change.dtype).tiny)
                 product = sum_elements(self.correction * change, 1)
@@ -331,28 +364,34 @@ class AdamsSolver:
             with torch.no_grad():
                 moved = node.integrand - self.quadrature.values[1]
                 moved = moved + sum_elements(node.covector * change, 1)
-                self.error.replace_first(2 * (self.h * moved).abs())
-        self.quadrature.store(node, again=True)
+                self.error.replace_first(2 * moved.abs())
+        self.quadrature.store(node.integrand, node.variance, again=True)
         self._move_slope(change)
         self.error.covector = node.covector
 
     def _move_slope(self, change: Tensor) -> None:
-        """Add `change` to f at the latest node, and thereby to all backward differences there."""
+        """Add `change` to h f at the latest node, and thereby to all backward differences."""
         self.differences = [difference + change for difference in self.differences]
 
+    def take(self, carry: Carry, effects: list[Tensor], values: list[NodeValue]) -> None:
+        """Store the result of `take_steps`."""
+        self.resume(carry)
+        self.error.effects.extend(effects)
+        for value in values:
+            self.quadrature.store(value.integrand, value.variance)
+        self.index += len(values)
+
     def predict(self) -> None:
-        """Predict the state at the next node, if there is one."""
-        if len(self.quadrature.values) > self.steps:
-            return
-        terms = self.differences[: self.order]
-        if self.order == 5 and len(self.differences) > 5:
+        """Predict the state at the next node."""
+        terms = self.differences[: self.rule.order]
+        if self.rule.order == 5 and len(self.differences) > 5:
             self.weight = self._weight_of_order_five()
             terms[4] = expand_right(self.weight, terms[4]) * terms[4]
-        for coefficient, difference in zip(ADAMS.values(), terms, strict=False):
-            self.y = self.y.add(difference, alpha=self.h * coefficient)
+        for power, difference in enumerate(terms):
+            self.y = self.y.add(difference, alpha=ADAMS[power])
 
     def _term(self, coefficients: Mapping[int, float], power: int) -> Tensor:
-        """Return c_k ∇ᵏf for k = `power`.
+        """Return c_k h ∇ᵏf for k = `power`.
 
         If `weight` is set, the result is the mean of the terms for k and k − 1, with the weights
         `weight` and 1 − `weight`.
@@ -366,7 +405,7 @@ class AdamsSolver:
     def _weight_of_order_five(self) -> Tensor:
         """Return the weight w (B,) of order five in the next step; order four has weight 1 − w."""
         weight = (~(self._turned(3) & self._turned(4))).to(self.y.dtype)
-        if not self.blends:
+        if not self.rule.blends:
             return weight
         third, fourth = (sum_elements(each.square(), 1) for each in self.differences[3:5])
         ratio = fourth / (FALL**2 * third).clamp(min=torch.finfo(third.dtype).tiny)
@@ -379,13 +418,17 @@ class AdamsSolver:
 
     def quadrature_error(self) -> Tensor:
         """Return an estimate (B,) of the integral's error, valid only if q is free of noise."""
-        return self.quadrature.error(30 if self.order == 4 else 20 if self.blends else 45)
+        order, _, blends = self.rule
+        return self.quadrature.error(30 if order == 4 else 20 if blends else 45)
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Return Σ_i w_i q_i, (B,), for one weight w_i and one value q_i (B,) per node."""
-    q = torch.stack([*values], 1)
-    return (q * torch.tensor(weights, dtype=q.dtype, device=q.device)).sum(1)
+    total = torch.stack([*values]).sum(0)
+    for weight, value in zip(weights, values, strict=True):
+        if weight != 1.0:  # all but a few at either end; a list of weights would be copied
+            total = total + (weight - 1) * value
+    return total
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
@@ -396,8 +439,56 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
     return total
 
 
-def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bool) -> ODESolution:
-    """Solve the ODE from z over a span of u = log σ̂, with fresh probes at each node."""
+def plainly(_: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that is not compiled, as `Programs.run` calls one that is."""
+    return function(*arguments)
+
+
+def evaluate(paths: Paths, y: Tensor, node: Node) -> NodeValue:
+    """Evaluate the network at the states y of a node."""
+    noise, dz_du, integrands = paths.slope_at(y, node.level, node.probes)
+    integrands, count = node.rate * integrands, len(integrands)
+    integrand, variance = integrands[0], None
+    if count > 1:
+        integrand = integrands.mean(0)
+        variance = integrands.detach().var(0) / count
+    covector = paths.coordinates.covector(noise.detach(), node.level)
+    return NodeValue(node.rate * dz_du, integrand, variance, covector)
+
+
+def take_steps(
+    paths: Paths, rule: Rule, carry: Carry, nodes: list[Node]
+) -> tuple[Carry, list[Tensor], list[Tensor], list[NodeValue]]:
+    """Take steps to nodes that are like all later ones.
+
+    Return what the next step needs, the effects e_i, the predicted states and the values there.
+    """
+    solver = AdamsSolver(carry.y, 0, rule)
+    solver.resume(carry)
+    solver.index = rule.order + 2
+    states: list[Tensor] = []
+    values: list[NodeValue] = []
+    for node in nodes:
+        solver.predict()
+        states.append(solver.y)
+        values.append(evaluate(paths, solver.y, node))
+        solver.correct(values[-1], node.least_share)
+    return solver.carry, solver.error.effects, states, values
+
+
+def least_shares(y: Tensor, steps: int) -> list[Tensor]:
+    """Return r for every node of a grid of so many steps."""
+    index = torch.arange(steps + 1, dtype=y.dtype, device=y.device)
+    return [*(2 * (index - 4) / steps).clamp(0, 1).square()]
+
+
+def solve_on_grid(
+    paths: Paths, z: Tensor, span: Span, steps: int, *, companion: bool, compiled: bool
+) -> ODESolution:
+    """Solve the ODE from z over a span of u = log σ̂, with fresh probes at each node.
+
+    If `compiled` is True, all nodes but the first are computed by compiled functions.
+    """
     coordinates, divergence = paths.coordinates, paths.divergence
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
@@ -406,50 +497,67 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     # Clamped to the span, because the logistic part has no mass far from its centre.
     centre = sorted((*span, coordinates.log_size))[1]
     grid, rates = (velocity_mesh_points if is_velocity else mesh_points)(span, s, centre)
-    levels, rates = coordinates.levels(grid), rates.unbind()
-
-    def slope(place: int, z: Tensor) -> Tensor:
-        level = levels(slice(place, place + 1))
-        noise = paths.noise_at(coordinates.to_x(z, level), level)
-        return rates[place] * coordinates.slope(z, noise, level)
-
+    levels = coordinates.levels(grid)
     # Where σ̂ is far from the data's size, z hardly moves, so low orders suffice at the start.
     runge_kutta = RUNGE_KUTTA if abs(span[0] - coordinates.log_size) < MIDDLE else 0
     order = 5 if steps >= (VELOCITY_ORDER_FIVE if is_velocity else ORDER_FIVE) else 4
-    rule = order, runge_kutta, steps < ORDER_FIVE
-    solution, coarse = AdamsSolver(z, 1 / steps, steps, *rule), None
+    rule = Rule(order, runge_kutta, steps < ORDER_FIVE)
+    solution, coarse = AdamsSolver(z, steps, rule), None
     if companion:  # half as many steps, without a graph
-        coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2, *rule)
+        coarse = AdamsSolver(z.detach(), steps // 2, rule)
+    solvers = [(solution, 2)] if coarse is None else [(solution, 2), (coarse, 4)]
+    groups: dict[int, list[Node]] = {2: [], 4: []}
+    lengths = {stride: (rates / each.steps).unbind() for each, stride in solvers}
+    shares = {stride: least_shares(z, each.steps) for each, stride in solvers}
+    programs = Programs.of(paths.model.owner) if compiled else None
+
+    def slope(z: Tensor, place: int, stride: int) -> Tensor:
+        level = levels(slice(place, place + 1))
+        noise = paths.noise_at(coordinates.to_x(z, level), level)
+        return lengths[stride][place] * coordinates.slope(z, noise, level)
+
     rounded = z.new_zeros(len(z))
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
         level = levels(slice(place, place + 1))
         probes = paths.draw_probes(z)
-        for solver, stride in ((solution, 2), (coarse, 4)):
-            if solver is None or place % stride:
+        for solver, stride in solvers:
+            index, surplus = divmod(place, stride)
+            if surplus:
                 continue
-            twice = place == stride * (runge_kutta + 1)  # the first node that is predicted
+            node = Node(level, lengths[stride][place], probes, shares[stride][index])
+            nodes: list[Node] = []
+            values: list[NodeValue] = []
+            states: list[Tensor] = []
+            run = programs.run if programs and index else plainly
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
-                for take in (solver.correct, solver.correct_again)[: 1 + twice]:
-                    y = solver.y
-                    noise, dz_du, integrands = paths.slope_at(y, level, probes)
-                    if (error := paths.rounding_error(y, integrands, level)) is not None:
-                        rounded = torch.maximum(rounded, error)
-                    integrands, count = rates[place] * integrands, len(integrands)
-                    integrand, variance = integrands[0], None
-                    if count > 1:
-                        integrand = integrands.mean(0)
-                        variance = integrands.detach().var(0) / count
-                    covector = coordinates.covector(noise.detach(), level)
-                    take(NodeValue(rates[place] * dz_du, integrand, variance, covector))
-                if len(solver.quadrature.values) > runge_kutta:
-                    solver.predict()
+                if programs and index >= solver.first_group:
+                    group = groups[stride]
+                    group.append(node)
+                    if len(group) < GROUP:
+                        continue
+                    nodes, groups[stride] = group, []
+                    given = paths, rule, solver.carry, nodes
+                    carry, effects, states, values = run((z.shape, rule), take_steps, *given)
+                    solver.take(carry, effects, values)
                 else:
-                    y, h, first = solver.y, solver.h, solver.differences[0]
-                    second = slope(place + stride // 2, y + h / 2 * first)
-                    third = slope(place + stride // 2, y + h / 2 * second)
-                    fourth = slope(place + stride, y + h * third)
-                    solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
+                    if index > runge_kutta:
+                        solver.predict()
+                    elif index:
+                        y, first = solver.y, solver.differences[0]
+                        second = slope(y + first / 2, place - stride // 2, stride)
+                        third = slope(y + second / 2, place - stride // 2, stride)
+                        fourth = slope(y + third, place, stride)
+                        solver.y = y + (first + 2 * second + 2 * third + fourth) / 6
+                    twice = index == runge_kutta + 1  # the first node that is predicted
+                    for take in (solver.correct, solver.correct_again)[: 1 + twice]:
+                        nodes.append(node)
+                        states.append(solver.y)
+                        values.append(run(z.shape, evaluate, paths, solver.y, node))
+                        take(values[-1], node.least_share)
+            for y, value, (at, rate, *_) in zip(states, values, nodes, strict=True):
+                if (error := paths.rounding_error(y, value.integrand, at, rate)) is not None:
+                    rounded = torch.maximum(rounded, error)
 
     solver_error, standard_error = solution.error.largest_sum(), None
     if coarse is not None:
@@ -457,13 +565,13 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
             solver_error = companion_error(paths, solution, coarse, span)
     if divergence.is_random:
         standard_error = solution.quadrature.variance().sqrt()
-    elif divergence != NO_DIVERGENCE:
+    elif divergence is not NO_DIVERGENCE:
         solver_error = solver_error + solution.quadrature_error()
         standard_error = torch.zeros_like(solver_error)
-    nodes = steps + 2 + (steps // 2 + 2 if companion else 0)  # one node is evaluated twice
+    evaluations = steps + 2 + (steps // 2 + 2 if companion else 0)  # one node is evaluated twice
     midpoints = 3 * runge_kutta * (1 + companion)
-    nfe = torch.full((len(z),), nodes + midpoints, device=z.device)
-    products = torch.full_like(nfe, nodes * divergence.products)
+    nfe = torch.full((len(z),), evaluations + midpoints, device=z.device)
+    products = torch.full_like(nfe, evaluations * divergence.products)
     return ODESolution(
         solution.y,
         solution.quadrature.integral(),

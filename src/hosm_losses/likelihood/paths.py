@@ -137,7 +137,8 @@ class Coordinates:
 
     def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
         """The noise levels at the two ends of a span of u, shared by the whole batch."""
-        level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
+        ends = torch.linspace(*span, 2, dtype=self.std.dtype, device=self.std.device)
+        level = self.levels(ends)
         return level(slice(0, 1)), level(slice(1, 2))
 
     def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
@@ -267,6 +268,7 @@ class Paths:
     watch: FirstEvaluation
     divergence: DivergenceEstimator  # NO_DIVERGENCE if only the ends of the paths are wanted
     evaluations: RecomputedEvaluations
+    size: int  # the number of samples in a batch that is not the last
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
@@ -330,7 +332,7 @@ class Paths:
             f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
-        if divergence == NO_DIVERGENCE:
+        if divergence is NO_DIVERGENCE:
             return noise, slope, z.new_zeros(1, len(z))
         if divergences is None or divergences.shape[1:] != z.shape[:1]:
             expected = f"n estimates (n, {len(z)}) for {len(z)} samples"
@@ -339,7 +341,7 @@ class Paths:
 
     def rates(self, z: Tensor, u: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return dz/du (B, *) and the integrand (B,) at states z, for one u = log σ̂."""
-        level = self.coordinates.level(torch.tensor([u], dtype=z.dtype, device=z.device))
+        level = self.coordinates.level(torch.full((1,), u, dtype=z.dtype, device=z.device))
         _, slope, integrands = self.slope_at(z, level, probes)
         return slope, integrands.mean(0)
 
@@ -389,17 +391,20 @@ class Paths:
         return f, None if divergences is None else divergences.masked_fill(nonfinite, math.nan)
 
     @torch.no_grad()
-    def rounding_error(self, z: Tensor, integrand: Tensor, level: NoiseLevel) -> Tensor | None:
+    def rounding_error(
+        self, z: Tensor, integrand: Tensor, level: NoiseLevel, rate: Tensor | float = 1.0
+    ) -> Tensor | None:
         """Return the error (n,) due to rounding in half precision if it is everywhere as here.
 
-        None if the network receives and returns float32 or a wider dtype. `integrand` is (K, n).
+        None if the network receives and returns float32 or a wider dtype. `integrand`, (n,), is
+        multiplied by `rate`.
         """
         delta = max(torch.finfo(dtype).eps for dtype in (self.dtype, *self.watch.answers))
         if delta <= torch.finfo(torch.float32).eps:
             return None
         q, (low, high) = level.affine[1], self.coordinates.span
         squares, moved = level.ratio.square(), 0.0
-        own = integrand.mean(0) + sum_elements(squares, 1)
+        own = integrand / rate + sum_elements(squares, 1)
         if q is not None:
             own = own - self.dimensions * (level.sigma * q).reshape(-1)
             moved = (q * self.coordinates.to_x(z, level)).square()

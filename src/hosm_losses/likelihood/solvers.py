@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, error_message, warn, widest_dtype
+from hosm_losses._torch_internals import is_traced
 from hosm_losses.likelihood.adaptive import least_tolerance, solve_adaptive
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS, solve_on_grid
@@ -102,7 +103,7 @@ class Solver:
             (Cause.DIVERGENCE, ~integral.isfinite()),
             (Cause.RANGE, ~all_finite(at_end)),
         ]
-        if paths.divergence != NO_DIVERGENCE:
+        if paths.divergence is not NO_DIVERGENCE:
             log_prior = paths.log_prior_at(latent)
             log_density = log_density + log_prior
             of_prior = Cause.RANGE if paths.log_prior is None else Cause.PRIOR
@@ -174,6 +175,11 @@ class FixedGrid(Solver):
             companion usually adds 52 % to the number of evaluations. In `ode_sample`, the
             companion runs from the samples back to latents on the same grid, and usually doubles
             the number of evaluations. A companion requires an even number of steps, at least 8.
+        compiled: whether `torch.compile` compiles the steps, which pays off for small networks if
+            hundreds of batches of the same shape are solved. The compiled steps are kept for as
+            long as the network exists. The first batch of each shape takes some ten seconds
+            longer. Batches smaller than `batch_size`, and calls with `enable_grad`, are not
+            compiled. If compiling fails, a warning is issued and the steps run without it.
         data_mean: the mean of the data, as a number or as a tensor that broadcasts to the shape of
             a sample. It is stored as a number or as nested tuples. `None` means 0.
         data_std: the standard deviation of the data, in the same form as `data_mean`. `None`
@@ -186,12 +192,13 @@ class FixedGrid(Solver):
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
-        FixedGrid(steps=128, companion=False, data_mean=None, data_std=(0.5, 0.25))
+        FixedGrid(steps=128, companion=False, compiled=False, data_mean=None, data_std=(0.5, 0.25))
     """
 
     steps: int = 64
     _: KW_ONLY
     companion: bool = False
+    compiled: bool = False
     data_mean: Moment | None = None
     data_std: Moment | None = None
 
@@ -208,7 +215,15 @@ class FixedGrid(Solver):
         """Solve on the grid; the companion of a way to the data is its way back, see `compare`."""
         companion, backwards = self._has_companion(paths), span[1] < span[0]
         paths = paths.at_half_speed() if companion and backwards else paths
-        return solve_on_grid(paths, z, span, self.steps, companion and not backwards)
+        compiled = self.compiled and len(z) == paths.size and not torch.is_grad_enabled()
+        return solve_on_grid(
+            paths,
+            z,
+            span,
+            self.steps,
+            companion=companion and not backwards,
+            compiled=compiled and not is_traced(),
+        )
 
     @torch.no_grad()
     def compare(self, paths: Paths, result: NLLResult) -> NLLResult:
@@ -225,7 +240,7 @@ class FixedGrid(Solver):
             return result
         dtype = paths.x.dtype
         way_back = replace(paths, x=result.latent.to(dtype)).at_half_speed()
-        back: Any = FixedGrid(self.steps).solve(way_back)
+        back: Any = FixedGrid(self.steps, compiled=self.compiled).solve(way_back)
         difference = result.nll - back.nll
         if paths.divergence.is_random:
             difference = paths.log_prior_at(paths.x) - paths.log_prior_at(back.latent.to(dtype))
@@ -238,7 +253,7 @@ class FixedGrid(Solver):
         )
 
     def _has_companion(self, paths: Paths) -> bool:
-        return self.companion and paths.divergence != NO_DIVERGENCE
+        return self.companion and paths.divergence is not NO_DIVERGENCE
 
 
 @dataclass(frozen=True)
