@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST, LARGEST_SDIST = 290_000, 4_000_000  # bytes of the wheel, and of the sdist
+LARGEST, LARGEST_SDIST = 295_000, 4_000_000  # bytes of the wheel, and of the sdist
 BESIDES = {
     ".ci/run",
     ".github/workflows/test.yml",

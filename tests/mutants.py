@@ -303,6 +303,7 @@ _left: with torch.inference_mode(False), torch.no_grad(): → with torch.inferen
 likelihood/multistep.py likelihood/test_multistep.py
 Quadrature.error: difference / 15 → difference / 7
 AdamsSolver.correct: index == 4 → index == -1
+weighted_sum: weight - 1 → weight
 PathError.replace_first: self.effects.pop() → self.effects[-1]
 PathError.add: torch.maximum(self.share, least_share) → self.share
 AdamsSolver.correct: self._move_slope(self.secant * self.correction) → pass
@@ -325,7 +326,6 @@ solve_on_grid: solver_error + rounded → solver_error
 likelihood/multistep.py likelihood/test_compiled.py
 take_steps: rule.order + 2 → rule.order
 AdamsSolver.first_group: max(self.rule.order + 1, self.rule.runge_kutta) → self.rule.runge_kutta
-weighted_sum: weight - 1 → weight
 likelihood/compiled.py likelihood/test_compiled.py
 Programs.of: _PROGRAMS.setdefault(network, cls()) → cls()
 Programs.run: self.refused = True → pass
