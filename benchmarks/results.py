@@ -27,7 +27,7 @@ DIRECTORY = ROOT / "benchmarks" / "results"
 # NPROC is XLA's, see benchmarks.peers.in_jax, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
-PEERS = ("jax", "scipy", "torchdiffeq", "zuko")
+PEERS = ("diffrax", "jax", "scipy", "torchdiffeq", "zuko")
 
 
 def rounded(found: Any) -> Any:

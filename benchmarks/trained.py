@@ -104,20 +104,20 @@ class Dense(nn.Module):
 
 
 class Plane(nn.Module):
-    """Three hidden layers of width 96 on points of the plane, beside the noise of Gaussian data.
+    """Three hidden layers on points of the plane, beside the noise of Gaussian data.
 
     x is scaled to unit size, and t is log σ̂. What the layers add is scaled as in EDM, if at all.
     """
 
     scaled = False
 
-    def __init__(self, schedule, std, activation=nn.SiLU, elements=2):
+    def __init__(self, schedule, std, activation=nn.SiLU, elements=2, width=96):
         super().__init__()
         self.schedule, self.std = schedule, std
         layers = []
-        for inner in (elements + 1, 96, 96):
-            layers += [nn.Linear(inner, 96), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(96, elements))
+        for inner in (elements + 1, width, width):
+            layers += [nn.Linear(inner, width), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, elements))
 
     def forward(self, x, t):
         alpha, sigma = (each[:, None] for each in self.schedule(t))

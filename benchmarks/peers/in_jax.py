@@ -65,6 +65,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "arange": lambda end, **_: jnp.arange(end),
     "bmm": operator.matmul,
     "cat": jnp.concatenate,
+    "clamp": jnp.clip,
     "clone": lambda x, **_: x,
     "convolution": convolution,
     "div": operator.truediv,
@@ -72,7 +73,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "gelu": lambda x, approximate: jax.nn.gelu(x, approximate == "tanh"),
     "native_group_norm": group_norm,
     "native_layer_norm": layer_norm,
+    "ones_like": lambda x, **_: jnp.ones_like(x),
     "permute": jnp.transpose,
+    "rsub": lambda x, other, *_: other - x,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
     "split": lambda x, size, dim=0: jnp.split(x, x.shape[dim] // size, axis=dim),
     "t": jnp.transpose,
@@ -81,6 +85,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "unsqueeze": jnp.expand_dims,
     "upsample_nearest2d": doubled,
     "view": jnp.reshape,
+    "zeros_like": lambda x, **_: jnp.zeros_like(x),
 }
 
 

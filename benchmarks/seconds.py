@@ -1,0 +1,410 @@
+"""How many seconds does a density take, at an error of 1e-2, 1e-3 and 1e-4 nats?
+
+    python -m benchmarks.seconds [--cells REGEX] [--dirty | --smoke]
+
+Networks are trained for a minute at most: an MLP of three layers of 128 in 2, 8 and 64 dimensions
+(VP), two of these under VE and the flow schedule, one of 512 in 16 dimensions, and a U-Net of
+136,000 parameters on the 8×8 digits. Divergences are exact up to 16 dimensions; beyond, all
+solvers share one probe for each sample, kept along the path. A cell is a network, a batch of 64 or
+1,024, and the densities of points or samples with their densities. All is in float32 on a core.
+
+Errors are root mean squares against 256 steps of ours in float64; `doubt` is how far torchdiffeq's
+dopri5 at a tolerance of 1e-9 is from those. Ours is `FixedGrid` as it is, and `compiled`. Others
+have tolerances by half decades, dopri5 (torchdiffeq) or the best of tsit5, dopri5 and dopri8
+(diffrax, compiled), in the best of t, log σ̂ and σ̂/(σ̂ + c), where c is the data's size; the last
+two follow our z. They differentiate in reverse mode.
+
+With a batch of 64, each solver has the setting that takes least time among those that meet a
+target; a batch of 1,024 takes these settings over, and the error is measured anew. What is chosen
+is then timed in turns, by processor time, after a first call. zuko's spline flow, not trained,
+stands beside as a scale.
+
+Each cell is written to results/seconds.json at once, and a second run goes on where the first one
+stopped. To measure a cell anew, remove it from the file. All take two hours.
+"""
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from time import monotonic
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hosm_losses as hosm
+from benchmarks import results
+from benchmarks.experiment import Row, alone, begin, clocked, keep, parser, seeded, times, train
+from benchmarks.networks import UNet
+from benchmarks.ode_accuracy import dopri5
+from benchmarks.peers.likelihoods import follow, log_prior, signs, units
+from benchmarks.trained import Plane, Velocity, digits
+
+FILE = results.DIRECTORY / "seconds.json"
+TARGETS = (1e-2, 1e-3, 1e-4)
+STEPS = (12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128)
+TOLERANCES = tuple(10 ** (-power / 2) for power in range(3, 15))
+VARIABLES = ("t", "log σ̂", "σ̂/(σ̂ + c)")
+BATCHES, WAYS = (64, 1024), ("densities", "samples")
+ROUNDS, FEWEST, LIMIT = 7, 2, 120.0  # rounds, fewer if they take more seconds than the limit
+FINEST, LEAST = 256, 1e-9  # steps of the reference, and the tolerance of the doubt
+Solve = Callable[[Tensor, Any], Tensor]  # points or latents (B, *), a setting → nll (B,)
+Chosen = dict[str, dict[str, tuple[str, Any]]]  # target, solver → variant, setting
+
+
+def bent(elements: int, count: int, generator: torch.Generator) -> Tensor:
+    """Six Gaussians that a sine of the next element bends, (count, elements)."""
+    centres = torch.randn(6, elements, generator=seeded(elements)) * 0.8
+    x = centres[torch.randint(6, (count,), generator=generator)]
+    x = x + 0.2 * torch.randn(count, elements, generator=generator)
+    return x + 0.3 * torch.sin(3 * x.roll(1, 1))
+
+
+def pictures(count: int, generator: torch.Generator) -> Tensor:
+    """The 8×8 digits, again and again, (count, 1, 8, 8)."""
+    rows = [digits(1797, generator) for _ in range(-(-count // 1797))]
+    return torch.cat(rows)[:count].reshape(-1, 1, 8, 8)
+
+
+class Setting(NamedTuple):
+    """What is trained on what."""
+
+    draw: Callable[[int, torch.Generator], Tensor]
+    schedule: hosm.Schedule
+    network: Callable[[hosm.Schedule, float], nn.Module]
+    exact: bool = True
+    steps: int = 2500
+    batch: int = 256
+
+
+def mlp(elements: int, schedule: hosm.Schedule, width: int = 128, **options: Any) -> Setting:
+    kind = Velocity if isinstance(schedule, hosm.LinearFlowSchedule) else Plane
+    network = partial(kind, elements=elements, width=width)
+    return Setting(partial(bent, elements), schedule, network, **options)
+
+
+VP, VE, FLOW = hosm.VPSchedule(), hosm.VESchedule(), hosm.LinearFlowSchedule()
+NETWORKS = {
+    "MLP, d = 2, VP": mlp(2, VP),
+    "MLP, d = 8, VP": mlp(8, VP),
+    "MLP, d = 64, VP": mlp(64, VP, exact=False),
+    "MLP, d = 8, VE": mlp(8, VE),
+    "MLP, d = 2, flow": mlp(2, FLOW),
+    "MLP, d = 8, flow": mlp(8, FLOW),
+    "MLP of width 512, d = 16, VP": mlp(16, VP, 512, steps=1000),
+    "U-Net, d = 64, VP": Setting(
+        pictures, VP, lambda *_: UNet(32, (1, 1), blocks=1, channels=1), False, 500, 64
+    ),
+}
+
+
+def trained(setting: Setting) -> hosm.ScoreModel:
+    """The model after its steps on data that are drawn anew."""
+    torch.manual_seed(0)
+    generator, flows = seeded(0), isinstance(setting.schedule, hosm.LinearFlowSchedule)
+    network = setting.network(setting.schedule, float(setting.draw(4096, generator).std()))
+    model = hosm.ScoreModel(network, setting.schedule, "velocity" if flows else "epsilon")
+
+    def loss() -> Tensor:
+        x0 = setting.draw(setting.batch, generator)
+        weighting = "native" if flows else "noise"
+        return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
+
+    train(network, loss, setting.steps, rate=2e-3)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept(hosm.Hutchinson):
+    """Hutchinson's estimator with one probe that is always the same."""
+
+    probe: Tensor | None = None
+
+    def draw(self, x: Tensor, _: Any) -> Tensor:
+        assert self.probe is not None
+        return self.probe[None].to(x)
+
+
+class Field(nn.Module):
+    """The slope of x in t, or of z = (x/α − mean)/c in log σ̂ or σ̂/(σ̂ + c), c² = var + σ̂²."""
+
+    def __init__(self, model: hosm.ScoreModel, variable: str, mean: Tensor, var: Tensor) -> None:
+        super().__init__()
+        self.model, self.variable = model, variable
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
+        self.size = 0.5 * float(var.mean().log())
+
+    def sizes(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """α, σ and c at u = log σ̂, (B,), as (B, 1, …)."""
+        u = u.reshape(-1, *(1,) * self.mean.ndim)
+        alpha, sigma = self.model.schedule(self.model.schedule.time(u))
+        return alpha, sigma, torch.sqrt(self.var + (sigma / alpha) ** 2)
+
+    def noise(self, x: Tensor, t: Tensor) -> Tensor:
+        """ε̂ without a check of times, which nothing could trace."""
+        predicted = self.model.network(x, t)
+        if self.model.prediction == "epsilon":
+            return predicted
+        p, q = self.model.affine(t, x)
+        return p * predicted + q * x
+
+    def forward(self, y: Tensor, s: Tensor) -> Tensor:
+        """The slope at states y (B, *), all at one s, a number or (B,)."""
+        s, schedule = s.expand(len(y)), self.model.schedule
+        if self.variable == "t":
+            t = schedule.clip(s)
+            if self.model.prediction == "velocity":
+                return self.model.network(y, t)
+            f, g2, sigma = schedule.drift(t), schedule.squared_diffusion(t), schedule(t)[1]
+            f, ratio = (each.reshape(-1, *(1,) * self.mean.ndim) for each in (f, g2 / sigma))
+            return f * y + 0.5 * ratio * self.noise(y, t)
+        u = s if self.variable == "log σ̂" else torch.log(s / (1 - s)) + self.size
+        alpha, sigma, scale = self.sizes(u)
+        ratio = sigma / alpha / scale
+        noise = self.noise(alpha * (scale * y + self.mean), schedule.time(u))
+        slope = ratio * (noise - ratio * y)
+        if self.variable == "log σ̂":
+            return slope
+        return slope / (s * (1 - s)).reshape(-1, *(1,) * self.mean.ndim)
+
+    def nll(self, follower: Callable[..., Any], given: Tensor, *options: Any, back: bool):
+        """−log p of points (B, *), or of the samples that latents become, where `back`."""
+        schedule = self.model.schedule
+        if self.variable == "t":
+            span = given.new_tensor([schedule.t_min, schedule.t_max])
+            factors, shifts = given.new_ones(2, *self.mean.shape), 0 * given[:2]
+        else:
+            ends = given.new_tensor(schedule.log_sigma_hat_range)
+            span = ends if self.variable == "log σ̂" else torch.sigmoid(ends - self.size)
+            alpha, _, scale = self.sizes(ends)
+            factors, shifts = alpha * scale, alpha * self.mean
+        start, end = (1, 0) if back else (0, 1)
+        y = (given - shifts[start]) / factors[start]
+        y, gain = follower(y, span[[start, end]], *options)
+        latent = given if back else factors[end] * y + shifts[end]
+        low, high = factors.flatten(1).log().sum(1)
+        return low - high - log_prior(self.model, latent) + (gain if back else -gain)
+
+
+def by_torchdiffeq(field: Field) -> Callable[..., Any]:
+    def follower(
+        y: Tensor, span: Tensor, probes: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        return follow(field, y, span, probes, **dopri5(tolerance, span))
+
+    return follower
+
+
+@dataclass
+class Cell:
+    """What is solved: a model, what its data's moments are, points or latents, and a probe."""
+
+    model: hosm.ScoreModel
+    mean: Tensor
+    std: Tensor
+    given: Tensor
+    back: bool
+    exact: bool
+
+    @property
+    def probe(self) -> Tensor:
+        return signs(self.given, 0)
+
+    def double(self) -> "Cell":
+        """The same in float64."""
+        model = deepcopy(self.model).double()
+        wide = (each.double() for each in (self.mean, self.std, self.given))
+        return Cell(model, *wide, self.back, self.exact)
+
+    def ours(self, compiled: bool) -> Solve:
+        """By `FixedGrid`, with a setting of so many steps."""
+        divergence = "exact" if self.exact else Kept(probe=self.probe)
+        moments = {"data_mean": self.mean, "data_std": self.std}
+
+        def solve(given: Tensor, steps: int) -> Tensor:
+            solver = hosm.FixedGrid(steps, compiled=compiled, **moments)
+            call = hosm.ode_sample if self.back else hosm.ode_nll
+            return call(self.model, given, solver=solver, divergence=divergence).nll
+
+        return solve
+
+    def theirs(self, variable: str, follower_of: Callable[[Field], Callable[..., Any]]) -> Solve:
+        """By a peer's solver, with a tolerance as the setting."""
+        field = Field(self.model, variable, self.mean, self.std.square())
+        follower = follower_of(field)
+        probes = units(self.given) if self.exact else self.probe[None]
+
+        def solve(given: Tensor, tolerance: float) -> Tensor:
+            return field.nll(follower, given, probes, tolerance, back=self.back)
+
+        return solve
+
+    def peers(self) -> dict[str, dict[str, Callable[[], Solve]]]:
+        """Of each peer that is installed, what makes its variants."""
+        found: dict[str, dict[str, Callable[[], Solve]]] = {}
+        if results.installed("torchdiffeq"):
+            found["torchdiffeq"] = {
+                f"dopri5, {each}": partial(self.theirs, each, by_torchdiffeq) for each in VARIABLES
+            }
+        if results.installed("diffrax"):
+            from benchmarks.peers.in_diffrax import METHODS, follower
+
+            found["diffrax"] = {
+                f"{method}, {each}": partial(self.theirs, each, partial(follower, method=method))
+                for method, each in product(METHODS, VARIABLES)
+            }
+        return found
+
+
+def cell_of(setting: Setting, model: hosm.ScoreModel, way: str, batch: int) -> Cell:
+    """Data noised to t_min, or latents at t_max."""
+    drawn, schedule = setting.draw(4096, seeded(1)), setting.schedule
+    if way == "samples":
+        given = schedule.prior_std * torch.randn(batch, *drawn.shape[1:], generator=seeded(2))
+    else:
+        x0 = setting.draw(batch, seeded(2))
+        alpha, sigma = schedule(torch.tensor(schedule.t_min))
+        given = alpha * x0 + sigma * torch.randn(x0.shape, generator=seeded(3))
+    return Cell(model, drawn.mean(0), drawn.std(0), given, way == "samples", setting.exact)
+
+
+def distance(nll: Tensor, truth: Tensor) -> float:
+    """The root mean square of a difference; infinite where it is not a number."""
+    return float(torch.nan_to_num((nll - truth).square().mean().sqrt(), nan=torch.inf))
+
+
+def search(cell: Cell, truth: Tensor, smoke: bool) -> Chosen:
+    """For each target, the setting of each solver that takes least time to meet it."""
+    best: dict[tuple[str, str], tuple[float, str, Any]] = {}
+
+    def attempt(name: str, variant: str, solve: Solve, setting: Any) -> tuple[float, float]:
+        nll, seconds = clocked(lambda: solve(cell.given, setting))
+        error = distance(nll, truth)
+        for target in (each for each in TARGETS if error <= each):
+            found = best.get((f"{target:g}", name))
+            if found is None or seconds < found[0]:
+                best[f"{target:g}", name] = seconds, variant, setting
+        return error, seconds
+
+    solve = cell.ours(False)
+    for steps in STEPS[:2] if smoke else STEPS:
+        error, patience = attempt("ours", "", solve, steps)
+        if error <= TARGETS[-1]:
+            break
+    for name, variants in cell.peers().items():
+        for variant, make in [*variants.items()][: 1 if smoke else None]:
+            solve = make()
+            solve(cell.given, TOLERANCES[0])
+            for tolerance in TOLERANCES[:2] if smoke else TOLERANCES:
+                error, seconds = attempt(name, variant, solve, tolerance)
+                if error <= TARGETS[-1] or seconds > 10 * patience:
+                    break
+    chosen: Chosen = {f"{target:g}": {} for target in TARGETS}
+    for (target, name), (_, *rest) in best.items():
+        chosen[target][name] = tuple(rest)
+    return chosen
+
+
+def zuko_of(cell: Cell) -> Callable[[], object]:
+    """The densities by zuko's neural spline flow, or samples with them."""
+    from zuko.flows import NSF
+
+    flat = cell.given.flatten(1)
+    density = NSF(flat.shape[1])()
+    if cell.back:
+        return torch.no_grad()(partial(density.rsample_and_log_prob, (len(flat),)))
+    return torch.no_grad()(partial(density.log_prob, flat))
+
+
+def interval(values: list[float]) -> list[float]:
+    """Median, least and largest."""
+    return [float(each) for each in (np.median(values), min(values), max(values))]
+
+
+def measure(
+    name: str, state: Row, way: str, batch: int, chosen: Chosen | None, smoke: bool
+) -> Row:
+    """Errors and seconds of each solver at each target."""
+    setting = NETWORKS[name]
+    torch.set_num_threads(1)
+    std = float(setting.draw(4096, seeded(0)).std())
+    network = setting.network(setting.schedule, std)
+    flows = isinstance(setting.schedule, hosm.LinearFlowSchedule)
+    model = hosm.ScoreModel(network, setting.schedule, "velocity" if flows else "epsilon")
+    model.load_state_dict(state)
+    cell = cell_of(setting, model.eval().requires_grad_(False), way, batch)
+    wide = cell.double()
+    truth = wide.ours(False)(wide.given, FINEST)
+    found: Row = {"targets": {}}
+    if results.installed("torchdiffeq") and not smoke:
+        nll = wide.theirs("log σ̂", by_torchdiffeq)(wide.given, LEAST)
+        found["doubt"] = distance(nll, truth)
+    if chosen is None:
+        chosen = search(cell, truth, smoke)
+    solvers: dict[tuple[str, str], Solve] = {("ours", ""): cell.ours(False)}
+    solvers["compiled", ""] = cell.ours(True)
+    routes: dict[Any, Callable[[], object]] = {}
+    for target, each in chosen.items():
+        every = dict(each)
+        if "ours" in every and not smoke:
+            every["compiled"] = every["ours"]
+        found["targets"][target] = row = {}
+        for solver, (variant, given) in every.items():
+            key = solver, variant
+            if key not in solvers:
+                solvers[key] = cell.peers()[solver][variant]()
+            nll = solvers[key](cell.given, given)
+            row[solver] = {"setting": given, "error": distance(nll, truth)}
+            if variant:
+                row[solver]["variant"] = variant
+            routes[target, solver] = partial(solvers[key], cell.given, given)
+    if results.installed("zuko"):
+        routes["zuko"] = zuko_of(cell)
+        routes["zuko"]()
+    start, spent = monotonic(), [times(routes, 1)]
+    while len(spent) < (1 if smoke else ROUNDS):
+        if len(spent) >= FEWEST and monotonic() - start > LIMIT:
+            break
+        spent.append(times(routes, 1))
+    seconds = {key: [each[key][0] for each in spent] for key in routes}
+    for target, row in found["targets"].items():
+        for solver, each in row.items():
+            each["seconds"] = interval(seconds[target, solver])
+            if "compiled" in row:
+                pairs = zip(seconds[target, solver], seconds[target, "compiled"], strict=True)
+                each["ratio"] = interval([theirs / ours for theirs, ours in pairs])
+    if "zuko" in routes:
+        found["zuko"] = {"seconds": interval(seconds["zuko"])}
+    return found | {"rounds": len(spent), "chosen": chosen}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--cells", default="", metavar="REGEX", help="default: all")
+    options, where = begin(arguments)
+    file = {} if options.smoke else results.read(FILE)
+    states: dict[str, Row] = {}
+    for batch, way, name in product(BATCHES, WAYS, NETWORKS):
+        cell, small = f"{name}, {way}, {batch}", f"{name}, {way}, {BATCHES[0]}"
+        if cell in file or not re.search(options.cells, cell):
+            continue
+        setting = NETWORKS[name]
+        if name not in states:
+            steps = 2 if options.smoke else setting.steps
+            states[name] = trained(setting._replace(steps=steps)).state_dict()
+        chosen = file[small]["chosen"] if small != cell and small in file else None
+        found = alone(measure, name, states[name], way, batch, chosen, options.smoke)
+        results.show(cell, found["targets"] | {"zuko": found.get("zuko")})
+        file[cell] = found | {"environment": where}
+        keep(options, FILE, {cell: file[cell]})
+        if options.smoke:
+            break
+
+
+if __name__ == "__main__":
+    main()
