@@ -235,7 +235,10 @@ class Cell:
 
     def theirs(self, variable: str, follower_of: Callable[[Field], Callable[..., Any]]) -> Solve:
         """By a peer's solver, with a tolerance as the setting."""
-        field = Field(self.model, variable, self.mean, self.std.square())
+        var = self.std.square()
+        if not self.exact:  # vᵀ C⁻¹ J C v is vᵀ J v of one probe v only where C is a multiple of 1
+            var = var.mean().expand_as(var)
+        field = Field(self.model, variable, self.mean, var)
         follower = follower_of(field)
         probes = units(self.given) if self.exact else self.probe[None]
 
