@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks import results
 from benchmarks.experiment import Row, begin, calls_of, keep, parser, seeded, train
-from benchmarks.peers.likelihoods import flow, follow, log_prior, units
+from benchmarks.peers.likelihoods import Field, dopri5, flow, follow, log_prior, units
 from benchmarks.trained import Dense, Plane, Velocity
 from benchmarks.worth_problems import CELLS, Checkerboard
 
@@ -83,6 +83,7 @@ class Setting(NamedTuple):
     network: Callable[[hosm.Schedule, float], nn.Module]
     steps: int = 3000
     seed: int = 0
+    batch: int = BATCH
 
 
 DATA = {"moons": moons, "pinwheel": pinwheel, "checkerboard": checkerboard}
@@ -116,7 +117,7 @@ def trained(setting: Setting) -> hosm.ScoreModel:
     model = hosm.ScoreModel(network, chosen, "velocity" if flows else "epsilon")
 
     def loss() -> Tensor:
-        x0 = setting.draw(BATCH, generator)
+        x0 = setting.draw(setting.batch, generator)
         weighting = "native" if flows else "noise"
         return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
 
@@ -124,43 +125,12 @@ def trained(setting: Setting) -> hosm.ScoreModel:
     return model.double()
 
 
-def by_torchdiffeq(model: hosm.ScoreModel, x: Tensor, span: Tensor, **options: Any) -> Tensor:
-    latent, gain = follow(partial(flow, model), x, span, units(x), **options)
-    return -(log_prior(model, latent) + gain)
-
-
-def dopri5(tolerance: float, span: Tensor) -> dict[str, Any]:
-    """torchdiffeq's default; without step_t it steps over the end and interpolates."""
-    options = {"step_t": span[-1:]}
-    return {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "options": options}
-
-
-def by_dopri5(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
-    """By torchdiffeq's default."""
-    span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
-    return by_torchdiffeq(model, x, span, **dopri5(tolerance, span))
-
-
-def by_dopri5_in_z(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
-    """By dopri5 in u = log σ̂, of z = (x/α − mean)/c with c² = std² + σ̂² of the samples."""
-    schedule, mean, variance = model.schedule, x.mean(0), x.var(0)
-
-    def sizes(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, sigma = schedule(schedule.time(u))
-        return alpha, sigma, torch.sqrt(variance + (sigma / alpha) ** 2)
-
-    def slope(z: Tensor, u: Tensor) -> Tensor:
-        alpha, sigma, scale = sizes(u)
-        ratio = sigma / alpha / scale
-        score = model.score(alpha * (scale * z + mean), schedule.time(u).expand(len(z)))
-        return -ratio * (sigma * score + ratio * z)
-
-    span = x.new_tensor(schedule.log_sigma_hat_range)
-    (alpha, _, scale), (last_alpha, _, last_scale) = (sizes(u) for u in span)
-    z = (x / alpha - mean) / scale
-    end, gain = follow(slope, z, span, units(z), **dopri5(tolerance, span))
-    gain = gain + (last_alpha * last_scale).log().sum() - (alpha * scale).log().sum()
-    return -(log_prior(model, last_alpha * (last_scale * end + mean)) + gain)
+def by_dopri5(
+    model: hosm.ScoreModel, x: Tensor, tolerance: float, *, variable: str = "t"
+) -> Tensor:
+    """By torchdiffeq's default, in one of `VARIABLES`."""
+    field = Field(model, variable, x.mean(0), x.var(0))
+    return field.nll(partial(dopri5, field), x, units(x), tolerance, back=False)
 
 
 def by_rk4(model: hosm.ScoreModel, x: Tensor, steps: int, *, logarithmic: bool) -> Tensor:
@@ -170,7 +140,8 @@ def by_rk4(model: hosm.ScoreModel, x: Tensor, steps: int, *, logarithmic: bool) 
     if logarithmic:
         levels = torch.linspace(*schedule.log_sigma_hat_range, steps + 1, dtype=x.dtype)
         nodes[1:-1] = schedule.time(levels)[1:-1]
-    return by_torchdiffeq(model, x, nodes, method="rk4")
+    latent, gain = follow(partial(flow, model), x, nodes, units(x), method="rk4")
+    return -(log_prior(model, latent) + gain)
 
 
 def by_zuko(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
@@ -189,7 +160,11 @@ def by_zuko(model: hosm.ScoreModel, x: Tensor, tolerance: float) -> Tensor:
 Solve = Callable[[hosm.ScoreModel, Tensor, Any], Tensor]
 PEERS: dict[str, tuple[str, tuple[float, ...], tuple[Solve, ...]]] = {
     "torchdiffeq, dopri5": ("torchdiffeq", TOLERANCES, (by_dopri5,)),
-    "torchdiffeq, dopri5 in z": ("torchdiffeq", TOLERANCES, (by_dopri5_in_z,)),
+    "torchdiffeq, dopri5 in z": (
+        "torchdiffeq",
+        TOLERANCES,
+        (partial(by_dopri5, variable="log σ̂"),),
+    ),
     "torchdiffeq, RK4": (
         "torchdiffeq",
         tuple(calls // SLOPES for calls in (20, 32, 40, 64, 128)),

@@ -29,26 +29,26 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import Row, alone, begin, clocked, keep, parser, seeded, times, train
+from benchmarks.experiment import Row, alone, begin, clocked, keep, parser, seeded, times
+from benchmarks.intervals import bootstrap, ratio_of_medians
 from benchmarks.networks import UNet
-from benchmarks.ode_accuracy import dopri5
-from benchmarks.peers.likelihoods import follow, log_prior, signs, units
+from benchmarks.ode_accuracy import Setting, trained
+from benchmarks.peers.likelihoods import VARIABLES, Field, dopri5, signs, units
 from benchmarks.trained import Plane, Velocity, digits
 
 FILE = results.DIRECTORY / "seconds.json"
 TARGETS = (1e-2, 1e-3, 1e-4)
 STEPS = (12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128)
 TOLERANCES = tuple(10 ** (-power / 2) for power in range(3, 15))
-VARIABLES = ("t", "log σ̂", "σ̂/(σ̂ + c)")
+LARGEST_EXACT = 16  # elements; beyond, one probe
 BATCHES, WAYS = (64, 1024), ("densities", "samples")
 ROUNDS, FEWEST, LIMIT = 7, 2, 120.0  # rounds, fewer if they take more seconds than the limit
 FINEST, LEAST = 256, 1e-9  # steps of the reference, and the tolerance of the doubt
@@ -70,52 +70,24 @@ def pictures(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rows)[:count].reshape(-1, 1, 8, 8)
 
 
-class Setting(NamedTuple):
-    """What is trained on what."""
-
-    draw: Callable[[int, torch.Generator], Tensor]
-    schedule: hosm.Schedule
-    network: Callable[[hosm.Schedule, float], nn.Module]
-    exact: bool = True
-    steps: int = 2500
-    batch: int = 256
-
-
-def mlp(elements: int, schedule: hosm.Schedule, width: int = 128, **options: Any) -> Setting:
-    kind = Velocity if isinstance(schedule, hosm.LinearFlowSchedule) else Plane
+def mlp(elements: int, schedule: str, width: int = 128, steps: int = 2500) -> Setting:
+    kind = Velocity if schedule == "flow" else Plane
     network = partial(kind, elements=elements, width=width)
-    return Setting(partial(bent, elements), schedule, network, **options)
+    return Setting(partial(bent, elements), schedule, network, steps)
 
 
-VP, VE, FLOW = hosm.VPSchedule(), hosm.VESchedule(), hosm.LinearFlowSchedule()
 NETWORKS = {
-    "MLP, d = 2, VP": mlp(2, VP),
-    "MLP, d = 8, VP": mlp(8, VP),
-    "MLP, d = 64, VP": mlp(64, VP, exact=False),
-    "MLP, d = 8, VE": mlp(8, VE),
-    "MLP, d = 2, flow": mlp(2, FLOW),
-    "MLP, d = 8, flow": mlp(8, FLOW),
-    "MLP of width 512, d = 16, VP": mlp(16, VP, 512, steps=1000),
+    "MLP, d = 2, VP": mlp(2, "VP"),
+    "MLP, d = 8, VP": mlp(8, "VP"),
+    "MLP, d = 64, VP": mlp(64, "VP"),
+    "MLP, d = 8, VE": mlp(8, "VE"),
+    "MLP, d = 2, flow": mlp(2, "flow"),
+    "MLP, d = 8, flow": mlp(8, "flow"),
+    "MLP of width 512, d = 16, VP": mlp(16, "VP", 512, 1000),
     "U-Net, d = 64, VP": Setting(
-        pictures, VP, lambda *_: UNet(32, (1, 1), blocks=1, channels=1), False, 500, 64
+        pictures, "VP", lambda *_: UNet(32, (1, 1), blocks=1, channels=1), 500, batch=64
     ),
 }
-
-
-def trained(setting: Setting) -> hosm.ScoreModel:
-    """The model after its steps on data that are drawn anew."""
-    torch.manual_seed(0)
-    generator, flows = seeded(0), isinstance(setting.schedule, hosm.LinearFlowSchedule)
-    network = setting.network(setting.schedule, float(setting.draw(4096, generator).std()))
-    model = hosm.ScoreModel(network, setting.schedule, "velocity" if flows else "epsilon")
-
-    def loss() -> Tensor:
-        x0 = setting.draw(setting.batch, generator)
-        weighting = "native" if flows else "noise"
-        return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
-
-    train(network, loss, setting.steps, rate=2e-3)
-    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,75 +101,8 @@ class Kept(hosm.Hutchinson):
         return self.probe[None].to(x)
 
 
-class Field(nn.Module):
-    """The slope of x in t, or of z = (x/α − mean)/c in log σ̂ or σ̂/(σ̂ + c), c² = var + σ̂²."""
-
-    def __init__(self, model: hosm.ScoreModel, variable: str, mean: Tensor, var: Tensor) -> None:
-        super().__init__()
-        self.model, self.variable = model, variable
-        self.register_buffer("mean", mean)
-        self.register_buffer("var", var)
-        self.size = 0.5 * float(var.mean().log())
-
-    def sizes(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """α, σ and c at u = log σ̂, (B,), as (B, 1, …)."""
-        u = u.reshape(-1, *(1,) * self.mean.ndim)
-        alpha, sigma = self.model.schedule(self.model.schedule.time(u))
-        return alpha, sigma, torch.sqrt(self.var + (sigma / alpha) ** 2)
-
-    def noise(self, x: Tensor, t: Tensor) -> Tensor:
-        """ε̂ without a check of times, which nothing could trace."""
-        predicted = self.model.network(x, t)
-        if self.model.prediction == "epsilon":
-            return predicted
-        p, q = self.model.affine(t, x)
-        return p * predicted + q * x
-
-    def forward(self, y: Tensor, s: Tensor) -> Tensor:
-        """The slope at states y (B, *), all at one s, a number or (B,)."""
-        s, schedule = s.expand(len(y)), self.model.schedule
-        if self.variable == "t":
-            t = schedule.clip(s)
-            if self.model.prediction == "velocity":
-                return self.model.network(y, t)
-            f, g2, sigma = schedule.drift(t), schedule.squared_diffusion(t), schedule(t)[1]
-            f, ratio = (each.reshape(-1, *(1,) * self.mean.ndim) for each in (f, g2 / sigma))
-            return f * y + 0.5 * ratio * self.noise(y, t)
-        u = s if self.variable == "log σ̂" else torch.log(s / (1 - s)) + self.size
-        alpha, sigma, scale = self.sizes(u)
-        ratio = sigma / alpha / scale
-        noise = self.noise(alpha * (scale * y + self.mean), schedule.time(u))
-        slope = ratio * (noise - ratio * y)
-        if self.variable == "log σ̂":
-            return slope
-        return slope / (s * (1 - s)).reshape(-1, *(1,) * self.mean.ndim)
-
-    def nll(self, follower: Callable[..., Any], given: Tensor, *options: Any, back: bool):
-        """−log p of points (B, *), or of the samples that latents become, where `back`."""
-        schedule = self.model.schedule
-        if self.variable == "t":
-            span = given.new_tensor([schedule.t_min, schedule.t_max])
-            factors, shifts = given.new_ones(2, *self.mean.shape), 0 * given[:2]
-        else:
-            ends = given.new_tensor(schedule.log_sigma_hat_range)
-            span = ends if self.variable == "log σ̂" else torch.sigmoid(ends - self.size)
-            alpha, _, scale = self.sizes(ends)
-            factors, shifts = alpha * scale, alpha * self.mean
-        start, end = (1, 0) if back else (0, 1)
-        y = (given - shifts[start]) / factors[start]
-        y, gain = follower(y, span[[start, end]], *options)
-        latent = given if back else factors[end] * y + shifts[end]
-        low, high = factors.flatten(1).log().sum(1)
-        return low - high - log_prior(self.model, latent) + (gain if back else -gain)
-
-
-def by_torchdiffeq(field: Field) -> Callable[..., Any]:
-    def follower(
-        y: Tensor, span: Tensor, probes: Tensor, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
-        return follow(field, y, span, probes, **dopri5(tolerance, span))
-
-    return follower
+def by_dopri5(field: Field) -> Callable[..., Any]:
+    return partial(dopri5, field)
 
 
 @dataclass
@@ -209,7 +114,10 @@ class Cell:
     std: Tensor
     given: Tensor
     back: bool
-    exact: bool
+
+    @property
+    def exact(self) -> bool:
+        return self.mean.numel() <= LARGEST_EXACT
 
     @property
     def probe(self) -> Tensor:
@@ -219,7 +127,7 @@ class Cell:
         """The same in float64."""
         model = deepcopy(self.model).double()
         wide = (each.double() for each in (self.mean, self.std, self.given))
-        return Cell(model, *wide, self.back, self.exact)
+        return Cell(model, *wide, self.back)
 
     def ours(self, compiled: bool) -> Solve:
         """By `FixedGrid`, with a setting of so many steps."""
@@ -252,7 +160,7 @@ class Cell:
         found: dict[str, dict[str, Callable[[], Solve]]] = {}
         if results.installed("torchdiffeq"):
             found["torchdiffeq"] = {
-                f"dopri5, {each}": partial(self.theirs, each, by_torchdiffeq) for each in VARIABLES
+                f"dopri5, {each}": partial(self.theirs, each, by_dopri5) for each in VARIABLES
             }
         if results.installed("diffrax"):
             from benchmarks.peers.in_diffrax import METHODS, follower
@@ -266,14 +174,14 @@ class Cell:
 
 def cell_of(setting: Setting, model: hosm.ScoreModel, way: str, batch: int) -> Cell:
     """Data noised to t_min, or latents at t_max."""
-    drawn, schedule = setting.draw(4096, seeded(1)), setting.schedule
+    drawn, schedule = setting.draw(4096, seeded(1)), model.schedule
     if way == "samples":
         given = schedule.prior_std * torch.randn(batch, *drawn.shape[1:], generator=seeded(2))
     else:
         x0 = setting.draw(batch, seeded(2))
         alpha, sigma = schedule(torch.tensor(schedule.t_min))
         given = alpha * x0 + sigma * torch.randn(x0.shape, generator=seeded(3))
-    return Cell(model, drawn.mean(0), drawn.std(0), given, way == "samples", setting.exact)
+    return Cell(model, drawn.mean(0), drawn.std(0), given, way == "samples")
 
 
 def distance(nll: Tensor, truth: Tensor) -> float:
@@ -324,28 +232,17 @@ def zuko_of(cell: Cell) -> Callable[[], object]:
     return torch.no_grad()(partial(density.log_prob, flat))
 
 
-def interval(values: list[float]) -> list[float]:
-    """Median, least and largest."""
-    return [float(each) for each in (np.median(values), min(values), max(values))]
-
-
 def measure(
-    name: str, state: Row, way: str, batch: int, chosen: Chosen | None, smoke: bool
+    name: str, model: hosm.ScoreModel, way: str, batch: int, chosen: Chosen | None, smoke: bool
 ) -> Row:
     """Errors and seconds of each solver at each target."""
-    setting = NETWORKS[name]
     torch.set_num_threads(1)
-    std = float(setting.draw(4096, seeded(0)).std())
-    network = setting.network(setting.schedule, std)
-    flows = isinstance(setting.schedule, hosm.LinearFlowSchedule)
-    model = hosm.ScoreModel(network, setting.schedule, "velocity" if flows else "epsilon")
-    model.load_state_dict(state)
-    cell = cell_of(setting, model.eval().requires_grad_(False), way, batch)
+    cell = cell_of(NETWORKS[name], model, way, batch)
     wide = cell.double()
     truth = wide.ours(False)(wide.given, FINEST)
     found: Row = {"targets": {}}
     if results.installed("torchdiffeq") and not smoke:
-        nll = wide.theirs("log σ̂", by_torchdiffeq)(wide.given, LEAST)
+        nll = wide.theirs("log σ̂", by_dopri5)(wide.given, LEAST)
         found["doubt"] = distance(nll, truth)
     if chosen is None:
         chosen = search(cell, truth, smoke)
@@ -369,21 +266,18 @@ def measure(
     if results.installed("zuko"):
         routes["zuko"] = zuko_of(cell)
         routes["zuko"]()
-    start, spent = monotonic(), [times(routes, 1)]
-    while len(spent) < (1 if smoke else ROUNDS):
-        if len(spent) >= FEWEST and monotonic() - start > LIMIT:
-            break
-        spent.append(times(routes, 1))
-    seconds = {key: [each[key][0] for each in spent] for key in routes}
+    once = sum(spent for (spent,) in times(routes, 1).values())
+    rounds = 1 if smoke else min(ROUNDS, max(FEWEST, int(LIMIT / once)))
+    seconds = times(routes, rounds)
     for target, row in found["targets"].items():
         for solver, each in row.items():
-            each["seconds"] = interval(seconds[target, solver])
+            own = seconds[target, solver]
+            each["seconds"] = bootstrap(np.median, own)
             if "compiled" in row:
-                pairs = zip(seconds[target, solver], seconds[target, "compiled"], strict=True)
-                each["ratio"] = interval([theirs / ours for theirs, ours in pairs])
+                each["ratio"] = ratio_of_medians(own, seconds[target, "compiled"])
     if "zuko" in routes:
-        found["zuko"] = {"seconds": interval(seconds["zuko"])}
-    return found | {"rounds": len(spent), "chosen": chosen}
+        found["zuko"] = {"seconds": bootstrap(np.median, seconds["zuko"])}
+    return found | {"rounds": rounds, "chosen": chosen}
 
 
 def main() -> None:
@@ -391,17 +285,18 @@ def main() -> None:
     arguments.add_argument("--cells", default="", metavar="REGEX", help="default: all")
     options, where = begin(arguments)
     file = {} if options.smoke else results.read(FILE)
-    states: dict[str, Row] = {}
+    models: dict[str, hosm.ScoreModel] = {}
     for batch, way, name in product(BATCHES, WAYS, NETWORKS):
         cell, small = f"{name}, {way}, {batch}", f"{name}, {way}, {BATCHES[0]}"
         if cell in file or not re.search(options.cells, cell):
             continue
-        setting = NETWORKS[name]
-        if name not in states:
+        if name not in models:
+            setting = NETWORKS[name]
             steps = 2 if options.smoke else setting.steps
-            states[name] = trained(setting._replace(steps=steps)).state_dict()
+            model = trained(setting._replace(steps=steps)).float()
+            models[name] = model.eval().requires_grad_(False)
         chosen = file[small]["chosen"] if small != cell and small in file else None
-        found = alone(measure, name, states[name], way, batch, chosen, options.smoke)
+        found = alone(measure, name, models[name], way, batch, chosen, options.smoke)
         results.show(cell, found["targets"] | {"zuko": found.get("zuko")})
         file[cell] = found | {"environment": where}
         keep(options, FILE, {cell: file[cell]})

@@ -2,8 +2,9 @@
 
 The losses are as a user of JAX would write them: with one probe a sample, and what they hold fixed
 is what ours detach. A network is what PyTorch computes, operator by operator: PyTorch traces it
-for the shape of its input, and JAX compiles the counterparts anew. `OPERATORS` holds those of the
-benchmarks whose name or whose arguments are others than in Python's `operator` and in `jax.numpy`.
+for the shape of its input, without values, and JAX compiles the counterparts anew. `OPERATORS`
+holds those of the benchmarks whose name or whose arguments are others than in Python's `operator`
+and in `jax.numpy`.
 
 A fair comparison has one thread on both sides. XLA reads its number of threads from NPROC when
 JAX starts, so it has to be set for a new process, as `benchmarks.results.ONE_THREAD` does. The
@@ -114,7 +115,7 @@ def twin_of(network: nn.Module) -> Network:
         dtype = getattr(torch, str(x.dtype))
         like = torch.zeros(x.shape, dtype=dtype), torch.full(t.shape, 0.5, dtype=dtype)
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            graph = make_fx(apply)(state, *like)
+            graph = make_fx(apply, tracing_mode="fake")(state, *like)
         graph.graph.eliminate_dead_code()  # the moments that PyTorch's norms return as well
         return InJax(graph).run(*(p[key] for key in state), x, t)
 

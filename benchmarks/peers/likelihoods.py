@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks.experiment import seeded
 from benchmarks.trained import Problem
+
+VARIABLES = ("t", "log σ̂", "σ̂/(σ̂ + c)")
 
 
 def signs(x: Tensor, seed: int) -> Tensor:
@@ -67,6 +69,19 @@ def follow(
     return states[-1], gains[-1]
 
 
+def dopri5(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    span: Tensor,
+    probes: Tensor,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """`follow` by torchdiffeq's default; without step_t it steps over the end and interpolates."""
+    options = {"step_t": span[-1:]}
+    given = {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "options": options}
+    return follow(field, x, span, probes, **given)
+
+
 def units(x: Tensor) -> Tensor:
     """The unit vectors, as probes (d, 1, d) of flat data."""
     return torch.eye(x.shape[1], dtype=x.dtype)[:, None]
@@ -76,6 +91,55 @@ def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
     """log N(0, prior_std² I) of a batch, (B,)."""
     normal = torch.distributions.Normal(latent.new_zeros(()), model.schedule.prior_std)
     return normal.log_prob(latent).flatten(1).sum(1)
+
+
+class Field(nn.Module):
+    """The slope of x in t, or of z = (x/α − mean)/c in log σ̂ or σ̂/(σ̂ + c), c² = var + σ̂²."""
+
+    def __init__(self, model: hosm.ScoreModel, variable: str, mean: Tensor, var: Tensor) -> None:
+        super().__init__()
+        self.model, self.variable = model, variable
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
+        self.size = 0.5 * float(var.mean().log())
+
+    def sizes(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """α, σ and c at u = log σ̂, (B,), as (B, 1, …)."""
+        u = u.reshape(-1, *(1,) * self.mean.ndim)
+        alpha, sigma = self.model.schedule(self.model.schedule.time(u))
+        return alpha, sigma, torch.sqrt(self.var + (sigma / alpha) ** 2)
+
+    def forward(self, y: Tensor, s: Tensor) -> Tensor:
+        """The slope at states y (B, *), all at one s, a number or (B,)."""
+        s, schedule = s.expand(len(y)), self.model.schedule
+        if self.variable == "t":
+            return flow(self.model, y, s)
+        u = s if self.variable == "log σ̂" else torch.log(s / (1 - s)) + self.size
+        alpha, sigma, scale = self.sizes(u)
+        ratio = sigma / alpha / scale
+        score = self.model.score(alpha * (scale * y + self.mean), schedule.time(u))
+        slope = -ratio * (sigma * score + ratio * y)
+        if self.variable == "log σ̂":
+            return slope
+        return slope / (s * (1 - s)).reshape(-1, *(1,) * self.mean.ndim)
+
+    def nll(self, follower: Callable[..., Any], given: Tensor, *options: Any, back: bool):
+        """−log p of points (B, *), or of the samples that latents become, where `back`."""
+        schedule = self.model.schedule
+        if self.variable == "t":
+            span = given.new_tensor([schedule.t_min, schedule.t_max])
+            factors, shifts = given.new_ones(2, *self.mean.shape), 0 * given[:2]
+        else:
+            ends = given.new_tensor(schedule.log_sigma_hat_range)
+            span = ends if self.variable == "log σ̂" else torch.sigmoid(ends - self.size)
+            alpha, _, scale = self.sizes(ends)
+            factors, shifts = alpha * scale, alpha * self.mean
+        start, end = (1, 0) if back else (0, 1)
+        y = (given - shifts[start]) / factors[start]
+        y, gain = follower(y, span[[start, end]], *options)
+        latent = given if back else factors[end] * y + shifts[end]
+        low, high = factors.flatten(1).log().sum(1)
+        return low - high - log_prior(self.model, latent) + (gain if back else -gain)
 
 
 def by_scipy(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
