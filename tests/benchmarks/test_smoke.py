@@ -26,7 +26,7 @@ COMMANDS = [
     "posteriors --rows 'd = 2'",
     "quiet mlp",
     "recipe --cells 'd = 4, (base|equal)' --rows averaged$",
-    "seconds --cells 'flow, densities'",
+    "seconds --cells 'flow, densities, 64|^MLP, curve'",
     "weights",
     "worth --cells 'well, d = 2$' --rows '^two, averaged'",
 ]
