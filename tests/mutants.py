@@ -227,8 +227,8 @@ _noise: torch.cat([eps, -eps]) → torch.cat([eps, eps])
 Perturbed.rows: [rows, len(self.batch.x) // 2 + rows] → [rows, rows]
 Perturbed._of_samples: term.reshape(2, -1).mean(0) → term.reshape(-1, 2).mean(1)
 Perturbed.terms: torch.cat([v, v], 1) → v.repeat_interleave(2, 1)
-Perturbed.first_term: self._of_samples({'first': first_term(residual, self.batch.x[0].numel())}) →
-    {'first': first_term(residual[:, :len(self.batch.x) // 2], self.batch.x[0].numel())}
+Perturbed.first_term: self._of_samples({'first': first_term(residual, self.batch.dimensions)}) →
+    {'first': first_term(residual[:, :len(self.batch.x) // 2], self.batch.dimensions)}
 dsm: check_result(loss, terms, time) → check_result(loss, terms, batch.t)
 _check_tensor_targets: t is None or noise is None → False
 losses/objective.py losses/test_times.py

@@ -219,12 +219,15 @@ def check_prediction(predicted: object, x: Tensor, remedy: str = SELECT) -> None
     raise kind(error_message("network", expected, predicted, remedy))
 
 
+def all_finite(value: Tensor) -> bool:
+    """Return whether no element is NaN or infinite."""
+    # A sum takes one pass, and is finite only if all its terms are.
+    return math.isfinite(value.detach().sum().item()) or bool(torch.isfinite(value).all())
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if a CPU tensor contains NaN or an infinity."""
-    if not can_read_values(value):
-        return
-    # A sum takes one pass, and is finite only if all its terms are.
-    if not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
+    if can_read_values(value) and not all_finite(value):
         bad = int((~torch.isfinite(value)).sum())
         got = f"{bad} NaN or infinite values among {value.numel()}"
         raise ValueError(error_message(name, "finite values", value, got=got))

@@ -201,3 +201,32 @@ def test_a_laplacian_takes_half_the_products_of_a_hessian():
     one, ours, theirs = counts
     assert ours == pytest.approx((d + 2) * one, rel=0.02)
     assert theirs == pytest.approx((2 * d + 4) * one, rel=0.02)
+
+
+class Operators(TorchDispatchMode):
+    """How many operators run inside of it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_order_one_adds_few_operators_to_a_loss_by_hand():
+    model, x0 = hosm.ScoreModel(lambda x, t: x * t[:, None], VP), torch.randn(4, 3)
+
+    def by_hand():
+        t = VP.t_min + (VP.t_max - VP.t_min) * torch.rand(4)
+        alpha, sigma = (each[:, None] for each in VP(t))
+        noise = torch.randn_like(x0)
+        return (model.network(alpha * x0 + sigma * noise, t) - noise).square().mean()
+
+    counts = []
+    for loss in (by_hand, lambda: hosm.first_order_dsm(model, x0)):
+        loss()
+        with Operators() as operators:
+            loss()
+        counts.append(operators.count)
+    # Two checks of values, copies of x and t, a clamp of t, a probe dimension, dtypes.
+    assert counts[1] - counts[0] <= 13

@@ -320,7 +320,7 @@ def dsm_terms(
         targets=targets,
         generator=generator,
         model_kwargs=model_kwargs,
-    ).terms
+    ).terms()
 
 
 class _DSM(nn.Module):
@@ -359,12 +359,13 @@ class _DSM(nn.Module):
         evaluated = dsm(self.model, x0, self.options, **inputs, **own)
         if not return_terms:
             return evaluated.loss
-        first: Any = evaluated.terms.first.detach()
-        higher = [None if term is None else term.detach() for term in evaluated.terms[1:]]
-        terms = LoggedTerms(first, *higher)
+        detached: list[Any] = [
+            None if term is None else term.detach() for term in evaluated.terms()
+        ]
+        terms = LoggedTerms(*detached)
         terms.t, terms.rows = evaluated.t.detach(), evaluated.rows
         if not torch.compiler.is_compiling():
-            first._logged = {"t": terms.t, "rows": terms.rows}
+            detached[0]._logged = {"t": terms.t, "rows": terms.rows}
         return evaluated.loss, terms
 
     def _or_own(self, targets: Any, weights: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ term's values for the sample's two rows.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class Perturbed(NamedTuple):
 
     def first_term(self, residual: Tensor) -> Tensor:
         """Return the first term of each sample for the residuals r1 of all rows."""
-        return self._of_samples({"first": first_term(residual, self.batch.x[0].numel())})["first"]
+        return self._of_samples({"first": first_term(residual, self.batch.dimensions)})["first"]
 
     def first(self) -> Tensor:
         """Evaluate the network, and return the first term of each sample."""
@@ -108,7 +109,7 @@ class LossAndTerms(NamedTuple):
     """A loss, its terms, the times of the batch, and the rows with higher-order terms."""
 
     loss: Tensor  # reduced
-    terms: DSMTerms  # per sample, with their graph
+    terms: Callable[[], DSMTerms]  # per sample, with their graph; most callers need only the loss
     t: Tensor  # (B,)
     rows: Tensor | None  # those with higher-order terms, in the terms' order; None for all rows
 
@@ -127,7 +128,7 @@ def dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LossAndTerms:
-    """Return the loss and its terms.
+    """Return the loss, and a function that returns its terms.
 
     Random values are drawn in the order t, ε, rows, v. Values that the caller passes are not
     drawn.
@@ -158,20 +159,27 @@ def dsm(
             bound, batch = noisy.model, noisy.batch
             prediction = score_model.predict(batch.x, batch.t, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            reduced = terms = {"first": noisy.first_term(residual)}
+            terms = partial(_first_alone, noisy, residual)
             if factors[0] is None and options.reduction == "mean":
                 reduced = {"first": residual.square()}  # a single mean, as in any trainer
+            else:
+                reduced = {"first": noisy.first_term(residual)}
         else:
             rows, remaining = _select_rows(x0, options, generator)
             v = _probes(x0, rows, v, options, generator)
-            reduced = terms = (noisy if rows is None else noisy.rows(rows)).terms(v)
+            reduced = (noisy if rows is None else noisy.rows(rows)).terms(v)
             if rows is not None and remaining is not None:
-                terms["first"] = _first_of_all(terms["first"], noisy, rows, remaining)
+                reduced["first"] = _first_of_all(reduced["first"], noisy, rows, remaining)
+            terms = partial(DSMTerms, **reduced)
         loss = _reduce(reduced, noisy.weights, factors, rows, options.reduction)
         check_result(loss, terms, time)
     # The return statement is outside the block, because torch.compile only resumes a graph in a
     # block with a single exit.
-    return LossAndTerms(loss, DSMTerms(**terms), time, rows)
+    return LossAndTerms(loss, terms, time, rows)
+
+
+def _first_alone(noisy: Perturbed, residual: Tensor) -> DSMTerms:
+    return DSMTerms(noisy.first_term(residual))
 
 
 class RowLosses(nn.Module):
@@ -233,7 +241,7 @@ def _prepare(
     kwargs: dict[str, Any],
 ) -> Perturbed:
     batch = perturb(model, x0, t, _noise(x0, noise, options, generator), targets, kwargs)
-    checked = _weights(weights, options, x0[0].numel())
+    checked = _weights(weights, options, batch.dimensions)
     bound = bind_model(model, len(x0), kwargs, t)
     check_conditions(targets, bound.kwargs)
     if options.antithetic:

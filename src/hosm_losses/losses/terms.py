@@ -55,6 +55,7 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ from torch import Tensor
 
 from hosm_losses._checks import (
     DerivativeError,
+    all_finite,
     at_least_float32,
     can_read_values,
     expand_right,
@@ -142,7 +144,7 @@ class NoisyBatch(NamedTuple):
     @property
     def dimensions(self) -> int:
         """The dimension d of a sample."""
-        return self.x[0].numel()
+        return self.x.shape[1:].numel()
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
@@ -178,8 +180,8 @@ def mean_over_probes(estimates: Tensor) -> Tensor:
 def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
     """Return r1 = f + ε, (1, B, *), from the network's prediction at x, as float32 or float64."""
     p, _ = model.model.affine(model.t, batch.x)
-    value = -apply_affine(prediction, None, p, None)
-    return (at_least_float32(value) + at_least_float32(batch.noise_without_x)).unsqueeze(0)
+    value = apply_affine(prediction, None, p, None)
+    return (at_least_float32(batch.noise_without_x) - at_least_float32(value)).unsqueeze(0)
 
 
 def first_term(residual: Tensor, dimensions: int) -> Tensor:
@@ -227,10 +229,11 @@ def squared_terms(
     return terms | {"third": mean_over_probes(squares) / d**3}
 
 
-def check_result(loss: Tensor, terms: Terms, t: Tensor) -> None:
+def check_result(loss: Tensor, terms_of: Callable[[], DSMTerms], t: Tensor) -> None:
     """If a loss on the CPU is not finite, raise an error naming the terms or times at fault."""
-    if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
+    if not can_read_values(loss) or all_finite(loss):
         return
+    terms = {name: term for name, term in terms_of()._asdict().items() if term is not None}
     names = [name for name, term in terms.items() if not bool(torch.isfinite(term).all())]
     if "first" in names:
         bad = ~torch.isfinite(terms["first"])
